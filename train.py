@@ -32,6 +32,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -194,16 +195,18 @@ class Config:
             min_lr=self.lr / 10 if self.min_lr is None else self.min_lr,
         )
 
-    def problems(self) -> list[str]:
-        """Everything wrong with resolved flags, a sentence each."""
+    def out_of_range(self) -> list[str]:
+        """Every numeric flag whose value its `Between` excludes, a sentence each."""
+        return [
+            f"--{name} {value} is outside {limit.low:,} to {limit.high:,}"
+            for name, hint in get_type_hints(Config, include_extras=True).items()
+            for limit in getattr(hint, "__metadata__", ())
+            if (value := getattr(self, name)) is not None and not limit.low <= value <= limit.high
+        ]
+
+    def contradictions(self) -> list[str]:
+        """Everything about resolved flags, each in its range, that cannot be together, a sentence each."""
         found = []
-        for name, hint in get_type_hints(Config, include_extras=True).items():
-            value = getattr(self, name)
-            for limit in getattr(hint, "__metadata__", ()):
-                if value is not None and not limit.low <= value <= limit.high:
-                    found.append(f"--{name} {value} is outside {limit.low} to {limit.high}")
-        if found:
-            return found
         if self.seq_len > self.block_size:
             found.append(
                 f"--seq_len {self.seq_len} exceeds --block_size {self.block_size}: lower the one or raise the other"
@@ -264,10 +267,10 @@ def parse_config(argv: list[str]) -> Config:
     defaults = Config(**PRESETS.get(preset, {}))
     config = tyro.cli(
         Config, args=argv, default=defaults, prog="train.py", use_underscores=True, description=__doc__.split("\n\n")[0]
-    ).resolved()
-    if problems := config.problems():
+    )
+    if problems := config.out_of_range() or config.resolved().contradictions():
         raise ValueError("\n".join(problems))
-    return config
+    return config.resolved()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -621,7 +624,8 @@ def choose_amp(device: str) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU computes in bf16"
         return "fp16", "this GPU has no bf16"
-    if device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # PyTorch has no public ones
+    if device == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks):
         return "bf16", "this CPU multiplies in bf16"
     return "off", "no fast half precision is known for this device"
 
@@ -639,7 +643,7 @@ def choose_compile(config: Config) -> tuple[str, str]:
         return "off", f"no C++ compiler ({compiler}) was found"
     if config.n_embd < 512:
         return "off", "a model this narrow gains nothing on a CPU"
-    if config.steps * config.tokens_per_step < 500_000:
+    if config.steps * config.tokens_per_step < 200_000:
         return "off", "the run is too short to repay the compilation"
     return "on", "a C++ compiler is here and the run is long"
 
@@ -681,7 +685,7 @@ def autocast(config: Config) -> torch.autocast:
 
 
 def estimated_tokens_per_sec(config: Config) -> float:
-    """A guess from the speed of one matrix product: 6 FLOPs per parameter and token, half of them wasted."""
+    """A guess from the speed of one matrix product: 6 FLOPs per parameter and token, at 40 % of that speed."""
     dtype = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.amp]
     a = torch.randn(1024, config.n_embd).to(config.device, dtype)
     b = torch.randn(config.n_embd, 4 * config.n_embd).to(config.device, dtype)
@@ -690,14 +694,25 @@ def estimated_tokens_per_sec(config: Config) -> float:
     for _ in range(repeats):
         a @ b
     flops = 2 * a.shape[0] * b.numel() * repeats / (time.perf_counter() - start)
-    return 0.5 * flops / (6 * config.n_params)
+    return 0.4 * flops / (6 * config.n_params)
 
 
 # ---------------------------------------------------------------------------------------------
 # Run directory: log, metrics, samples, checkpoints
 # ---------------------------------------------------------------------------------------------
 
-METRICS = ("step", "loss", "lr", "tokens_per_sec", "elapsed_sec", "tokens", "window_loss", "grad_norm", "val_loss")
+METRICS = {  # column of the CSV: number format
+    "step": "d",
+    "loss": ".8f",
+    "lr": ".8e",
+    "tokens_per_sec": ".2f",
+    "elapsed_sec": ".2f",
+    "tokens": "d",
+    "window_loss": ".8f",
+    "grad_norm": ".6f",
+    "val_loss": ".8f",  # empty: there is no validation split yet
+}
+CHECKPOINT_FORMAT = 1
 
 
 @dataclass
@@ -719,7 +734,7 @@ class Progress:
         """Mean of the last target_window step losses, None before there are so many."""
         if len(self.recent_losses) < config.target_window:
             return None
-        return float(np.mean(self.recent_losses[-config.target_window :]))
+        return statistics.fmean(self.recent_losses[-config.target_window :])
 
     def stop_reason(self, config: Config) -> str | None:
         """'target' or 'steps' when the run is over, else None."""
@@ -777,11 +792,16 @@ class RunDir:
         return next((path for path in (self.last, self.prev) if path.exists()), None)
 
     def move_aside(self) -> Path:
-        """Rename the directory to the first free ROOT.1, ROOT.2, …; nothing is deleted."""
+        """Move the files of an earlier run into the first free earlier-1, earlier-2, …; delete nothing."""
         number = 1
-        while (target := self.root.with_name(f"{self.root.name}.{number}")).exists():
+        while (target := self.root / f"earlier-{number}").exists():
             number += 1
-        return self.root.rename(target)
+        target.mkdir()
+        files = (self.last.parent, self.config_json, self.results_json, self.train_log.parent, self.samples_txt.parent)
+        for path in files:
+            if path.exists():
+                path.rename(target / path.name)
+        return target
 
     def open(self, offsets: dict[str, int]) -> logging.Handler:
         """Make the folders and cut metrics and samples at `offsets` (bytes), which a checkpoint kept."""
@@ -804,15 +824,7 @@ class RunDir:
 
     def append_metrics(self, row: dict[str, float | None]) -> None:
         """Add one CSV row; None is an empty field."""
-        formats = {
-            "loss": ".8f",
-            "window_loss": ".8f",
-            "lr": ".8e",
-            "tokens_per_sec": ".2f",
-            "elapsed_sec": ".2f",
-            "grad_norm": ".6f",
-        }
-        cells = ("" if row[name] is None else format(row[name], formats.get(name, "")) for name in METRICS)
+        cells = ("" if row[name] is None else format(row[name], form) for name, form in METRICS.items())
         self._append(self.metrics_csv, ",".join(cells) + "\n")
 
     def append_samples(self, step: int, prompt: str, outputs: list[str]) -> None:
@@ -852,6 +864,14 @@ class RunDir:
             log.warning("The plot was not drawn: %s: %s", type(error).__name__, error)
 
 
+def read_json(path: Path) -> dict:
+    """The values in a JSON file, none when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint onto the CPU; nothing in the file is executed (tensors and plain values only).
 
@@ -863,8 +883,8 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, OSError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint of train.py ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or not {"model", "config", "corpus_sha256"} <= checkpoint.keys():
-        raise ValueError(f"{path} is no checkpoint of train.py")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path} is no checkpoint of this version of train.py")
     return checkpoint
 
 
@@ -1089,7 +1109,7 @@ class Trainer:
         p = self.progress
         loss = p.window_loss(self.config)
         if loss is None and at_end and p.recent_losses and p.best_step == 0:
-            loss = float(np.mean(p.recent_losses))  # a run shorter than its window
+            loss = statistics.fmean(p.recent_losses)  # a run shorter than its window
         if loss is not None and loss < p.best_loss:
             p.best_loss, p.best_step = loss, p.step
             self.best_weights = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
@@ -1097,7 +1117,7 @@ class Trainer:
     def description(self) -> dict:
         """What every checkpoint says about itself."""
         return {
-            "format": 1,
+            "format": CHECKPOINT_FORMAT,
             "config": self.config.as_dict(),
             "tokenizer": {"name": "gpt2", "n_vocab": VOCAB_SIZE},
             "trained_context": self.progress.trained_context,
@@ -1145,56 +1165,42 @@ class Trainer:
         run.append_samples(p.step, prompt, [tokenizer.decode(output) for output in outputs.tolist()])
 
 
-def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, report: Callable[[str], None]) -> str:
+def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: Callable[[str], None]) -> str:
     """Run steps until the target, the last step or a signal; returns 'target', 'steps' or a signal's name.
 
-    `report(stop_reason)` rewrites results.json and the plot.
+    `publish(stop_reason)` rewrites results.json and the plot.
     """
     config, p = trainer.config, trainer.progress
-    elapsed_before, first_step = p.elapsed_sec, p.step + 1
+    first_step, elapsed_before, line_tokens = p.step + 1, p.elapsed_sec, p.tokens
     started = line_time = time.perf_counter()
-    line_tokens = p.tokens
     bar = tqdm(total=config.steps, initial=p.step, unit="step", dynamic_ncols=True, disable=None)
     with Interruption() as interruption, logging_redirect_tqdm([log]), bar:
-        while p.stop_reason(config) is None and interruption.signal is None:
+        while p.stop_reason(config) is None:
+            if interruption.signal is not None:
+                trainer.save(run)
+                return signal.Signals(interruption.signal).name
             loss, grad_norm, lr = trainer.update()
-            step, stop = p.step, p.stop_reason(config)
-            window_loss = p.window_loss(config)
+            step, window_loss, stop = p.step, p.window_loss(config), p.stop_reason(config)
             now = time.perf_counter()
             p.elapsed_sec = elapsed_before + now - started
+            tokens_per_sec = (p.tokens - line_tokens) / (now - line_time)
             bar.update()
-            bar.set_postfix_str(
-                f"loss {loss:.4f}, {(p.tokens - line_tokens) / (now - line_time):,.0f} tok/s", refresh=False
-            )
+            bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_sec:,.0f} tok/s", refresh=False)
 
+            if p.skipped_in_a_row:
+                log.warning(f"step {step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
             if step == 1 or step % config.log_every == 0 or stop:
-                tokens_per_sec = (p.tokens - line_tokens) / (now - line_time)
                 line_time, line_tokens = now, p.tokens
+                values = (step, loss, lr, tokens_per_sec, p.elapsed_sec, p.tokens, window_loss, grad_norm, None)
+                run.append_metrics(dict(zip(METRICS, values, strict=True)))
                 window = "" if window_loss is None else f" | window_loss {window_loss:.6f}"
                 log.info(
                     f"step {step}/{config.steps} | loss {loss:.6f} | lr {lr:.2e} | tok/s {tokens_per_sec:.1f}"
                     f"{window} | grad_norm {grad_norm:.3f}"
                 )
-                run.append_metrics(
-                    {
-                        "step": step,
-                        "loss": loss,
-                        "lr": lr,
-                        "tokens_per_sec": tokens_per_sec,
-                        "elapsed_sec": p.elapsed_sec,
-                        "tokens": p.tokens,
-                        "window_loss": window_loss,
-                        "grad_norm": grad_norm,
-                        "val_loss": None,
-                    }
-                )
-            if p.skipped_in_a_row:
-                log.warning(f"step {step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
-            if step == first_step + 9 and not stop:
-                remaining = (config.steps - step) * (now - started) / 10
-                log.info(
-                    f"ETA {timedelta(seconds=round(remaining))} for all {config.steps} steps; sooner if the target is"
-                )
+            if step == first_step + 9:
+                remaining = timedelta(seconds=round((config.steps - step) * (now - started) / 10))
+                log.info(f"ETA {remaining} to step {config.steps}, sooner if the target is reached")
             if step % config.target_window == 0 or stop:
                 trainer.keep_best(at_end=stop is not None)
             if stop == "target":
@@ -1203,10 +1209,8 @@ def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, report: C
                 trainer.sample(run, tokenizer)
             if step % config.save_every == 0 or stop:
                 trainer.save(run)
-                report("running")
-        if interruption.signal is not None and p.stop_reason(config) is None:
-            trainer.save(run)
-            return signal.Signals(interruption.signal).name
+                if not stop:
+                    publish("running")
     return p.stop_reason(config)
 
 
@@ -1361,7 +1365,7 @@ def write_config(setup: Setup, first_step: int) -> None:
     config, corpus, path = setup.config, setup.corpus, setup.run.config_json
     command = shlex.join(["python", "train.py", *setup.argv])
     launch = {"date": datetime.now().isoformat(timespec="seconds"), "first_step": first_step, "command": command}
-    earlier = json.loads(path.read_text(encoding="utf-8"))["launches"] if first_step > 1 and path.exists() else []
+    earlier = read_json(path).get("launches", []) if first_step > 1 else []
     setup.run.write_json(
         path,
         {
@@ -1428,11 +1432,10 @@ def run_training(setup: Setup) -> int:
 
 def finished(setup: Setup) -> bool:
     """Whether the run has ended by these flags, its results included."""
-    if setup.checkpoint is None or not setup.run.results_json.exists():
+    if setup.checkpoint is None:
         return False
-    published = json.loads(setup.run.results_json.read_text(encoding="utf-8"))["stop_reason"]
     reason = Progress(**setup.checkpoint["progress"]).stop_reason(setup.config)
-    return reason is not None and reason == published
+    return reason is not None and reason == read_json(setup.run.results_json).get("stop_reason")
 
 
 @contextmanager
@@ -1466,10 +1469,17 @@ def main(argv: list[str] | None = None) -> int:
         if finished(setup):
             log.info("Already finished: %s. Raise --steps or lower --target_loss to go on.", setup.run.results_json)
             return 0
-        if setup.config.resume == "never" and setup.run.root.exists():
-            log.info("Moved the run that was here to %s", setup.run.move_aside())
-        with logging_to(setup.run.open({} if setup.checkpoint is None else setup.checkpoint["offsets"])):
-            return run_training(setup)
+        try:
+            if setup.config.resume == "never" and setup.run.config_json.exists():
+                log.info("Moved the run that was here to %s", setup.run.move_aside())
+            with logging_to(setup.run.open({} if setup.checkpoint is None else setup.checkpoint["offsets"])):
+                return run_training(setup)
+        except OSError as error:
+            log.error("%s; what was written before is intact", error)
+            return 1
+        except KeyboardInterrupt:
+            log.error("Broken off; the last checkpoint is intact, and the same command continues from it.")
+            return 130
 
 
 if __name__ == "__main__":

@@ -1,0 +1,287 @@
+"""The README updater fills what is marked, the same way each time, and touches nothing else."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import TINY_FLAGS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import train
+import update_readme
+
+ALL = "".join(f"## {n}\n\n<!--AUTO:{n}:START-->\n<!--AUTO:{n}:END-->\n\n" for n in update_readme.SECTIONS)
+HEADER = "step,loss,lr,tokens_per_sec,elapsed_sec\n"
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """A real run of the trainer."""
+    folder = tmp_path_factory.mktemp("readme")
+    text = folder / "input.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    assert train.main([*TINY_FLAGS, "--input_file", str(text), "--out_dir", str(folder / "out" / "run")]) == 0
+    return folder / "out" / "run"
+
+
+@pytest.fixture
+def run(finished_run, tmp_path) -> Path:
+    """A copy that a test may damage, beside a README to fill."""
+    return Path(shutil.copytree(finished_run, tmp_path / "out" / "run"))
+
+
+@pytest.fixture
+def partial_run(tmp_path) -> Path:
+    """A directory with the old five-column CSV alone."""
+    logs = tmp_path / "out" / "old" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "train_metrics.csv").write_text(HEADER + "1,10.9,3e-4,100,1\n50,6.5,3e-4,110,50\n", encoding="utf-8")
+    return logs.parent
+
+
+def update(run: Path, readme: Path, *flags: str) -> int:
+    return update_readme.main(["--out_dir", str(run), "--readme", str(readme), *flags])
+
+
+def section(text: str, name: str) -> str:
+    return text.split(f"<!--AUTO:{name}:START-->\n")[1].split(f"<!--AUTO:{name}:END-->")[0]
+
+
+def test_fills_every_section_and_nothing_else(run, tmp_path):
+    readme = tmp_path / "README.md"
+    before = "# Title\n\ntext  \n\n" + ALL + "the end, without a line end"
+    readme.write_bytes(before.encode())
+    assert update(run, readme) == 0
+    text = readme.read_bytes().decode()
+    emptied = text
+    for name in update_readme.SECTIONS:
+        content = section(text, name)
+        assert len(content) > 20, name
+        emptied = emptied.replace(content, "")
+    assert emptied == before
+    assert "![Loss curve](out/run/logs/loss_curve.png)" in text
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert f"**{results['best_loss']:.6f}** at step {results['best_step']}" in section(text, "SUMMARY")
+    assert f"{results['corpus_loss']:.6f} ± " in section(text, "SUMMARY")
+    assert "| 8 | " in section(text, "METRICS") and "| 1 | " in section(text, "METRICS")
+    assert "STEP 8" in section(text, "SAMPLES") and "STEP 4" not in section(text, "SAMPLES")
+    assert "Training complete." in section(text, "LOGS")
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    for value in (config["command"], str(config["seed"]), config["corpus"]["sha256"], config["versions"]["torch"]):
+        assert value in section(text, "REPRO")
+
+
+def test_the_same_run_gives_the_same_bytes_and_check_agrees(run, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(ALL, encoding="utf-8")
+    assert update(run, readme, "--check") == 1
+    assert "+![Loss curve]" in capsys.readouterr().out
+    assert readme.read_text(encoding="utf-8") == ALL, "--check changes nothing"
+    assert update(run, readme) == 0
+    first, plot = readme.read_bytes(), (run / "logs/loss_curve.png").read_bytes()
+    written = readme.stat().st_mtime_ns
+    assert update(run, readme, "--check") == 0
+    assert update(run, readme) == 0
+    assert readme.read_bytes() == first and (run / "logs/loss_curve.png").read_bytes() == plot
+    assert readme.stat().st_mtime_ns == written, "written only when it changes"
+
+
+def test_windows_line_ends_stay(run, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_bytes(b"\xef\xbb\xbf# T\r\n" + ALL.replace("\n", "\r\n").encode())
+    assert update(run, readme) == 0
+    data = readme.read_bytes()
+    assert data.startswith(b"\xef\xbb\xbf# T\r\n") and data.count(b"\n") == data.count(b"\r\n") > 60
+
+
+@pytest.mark.parametrize(("text", "line", "message"), [
+    ("<!--AUTO:PLOT:START-->\n", 1, "PLOT starts here and never ends"),
+    ("x\n<!--AUTO:PLOT:END-->\n", 2, "PLOT ends without a start"),
+    ("<!--AUTO:PLOT:START-->\n<!--AUTO:PLOT:END-->\n" * 2, 3, "a second section PLOT; the first is in line 1"),
+    ("<!--AUTO:PLOT:START-->\n<!--AUTO:LOGS:START-->\n", 2, "LOGS starts inside PLOT, which started in line 1"),
+    ("<!--AUTO:PLOT:START-->\n<!--AUTO:LOGS:END-->\n", 2, "LOGS ends inside PLOT, which started in line 1"),
+    ("<!--AUTO:PLOT:START-->\n\n<!--AUTO:PLOT:START-->\n", 3, "PLOT starts inside PLOT"),
+    ("<!--AUTO:PLOTS:START-->\n", 1, "unknown section PLOTS"),
+    ("<!-- AUTO:PLOT:START -->\n", 1, "a marker must be exactly"),
+    ("see <!--AUTO:PLOT:START--> here\n", 1, "a marker must be exactly"),
+    ("<!--AUTO:plot:START-->\n", 1, "a marker must be exactly"),
+    ("<!--AUTO:PLOT:BEGIN-->\n", 1, "a marker must be exactly"),
+])  # fmt: skip
+def test_bad_markers_are_an_error_with_file_and_line(run, tmp_path, capsys, text, line, message):
+    readme = tmp_path / "README.md"
+    readme.write_text(text, encoding="utf-8")
+    assert update(run, readme) == 2
+    error = capsys.readouterr().err
+    assert f"README.md:{line}: " in error and message in error and error.count("\n") == 1
+    assert readme.read_text(encoding="utf-8") == text
+
+
+def test_markers_in_code_are_text(run, tmp_path):
+    readme = tmp_path / "README.md"
+    code = "Write `<!--AUTO:PLOT:START-->`:\n\n````md\n```\n<!--AUTO:LOGS:START-->\n````\n\n"
+    readme.write_text(code + "<!--AUTO:PLOT:START-->\n<!--AUTO:PLOT:END-->\n", encoding="utf-8")
+    assert update(run, readme) == 0
+    assert readme.read_text(encoding="utf-8").startswith(code)
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [("no readme", "no such file"), ("no run", "there is no run"), ("latin-1", "is not UTF-8: offset 3"),
+     ("no markers", "no sections"), ("bad json", "results.json is not JSON"), ("json list", "holds no JSON object"),
+     ("no columns", "names no columns step and loss"), ("empty csv", "names no columns step and loss")],
+)  # fmt: skip
+def test_bad_files(run, tmp_path, capsys, what, expected):
+    readme = tmp_path / "README.md"
+    readme.write_bytes(b"caf\xe9\n" if what == "latin-1" else b"# T\n" if what == "no markers" else ALL.encode())
+    csv = run / "logs/train_metrics.csv"
+    match what:
+        case "no readme":
+            readme.unlink()
+        case "no run":
+            csv.unlink()
+        case "bad json":
+            (run / "results.json").write_text("{", encoding="utf-8")
+        case "json list":
+            (run / "results.json").write_text("[]", encoding="utf-8")
+        case "no columns":
+            csv.write_text("a,b\n1,2\n", encoding="utf-8")
+        case "empty csv":
+            csv.write_text("", encoding="utf-8")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert update(run, readme) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.startswith("update_readme.py: error: ") and error.count("\n") == 1
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_an_old_csv_alone(partial_run, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(ALL, encoding="utf-8")
+    assert update(partial_run, readme) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert "No samples yet." in text and "No log yet." in text and "No config.json yet." in text
+    assert "loss 6.500000 at step 50" in section(text, "SUMMARY")
+    assert (partial_run / "logs/loss_curve.png").stat().st_size > 10_000
+    assert update(partial_run, readme, "--check") == 0
+
+
+@pytest.mark.parametrize(("body", "steps"), [
+    ("", []),
+    ("1,10.9,3e-4,100,1\n", [1]),
+    ("1,10.9,3e-4,100,1\n2,10.1,3e-4,1", [1]),
+    ("1,10.9,3e-4,100,1\n2,10.1,3e-4", [1]),
+    ("1,10.9,3e-4,100,1\n2,nan,3e-4,100,2\n", [1, 2]),
+    ("2,9,3e-4,100,2\n1,10.9,3e-4,100,1\n2,8,3e-4,100,2\n", [1, 2]),
+    ("x,y,z,a,b\n1,10.9,3e-4,100,1\n", [1]),
+])  # fmt: skip
+def test_partial_csvs(partial_run, tmp_path, body, steps):
+    csv = partial_run / "logs/train_metrics.csv"
+    csv.write_text(HEADER + body, encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text(ALL, encoding="utf-8")
+    assert update_readme.read_metrics(csv)["step"].tolist() == steps
+    assert update(partial_run, readme) == 0
+    assert ("No loss has been logged yet." in readme.read_text(encoding="utf-8")) is (not steps)
+
+
+def test_a_validation_loss_is_drawn_and_tabled(run, tmp_path):
+    csv = run / "logs/train_metrics.csv"
+    table = pd.read_csv(csv)
+    table["val_loss"] = [None, 9.5, None, 9.25, None]
+    table.to_csv(csv, index=False)
+    without = (run / "logs/loss_curve.png").read_bytes()
+    readme = tmp_path / "README.md"
+    readme.write_text(ALL, encoding="utf-8")
+    assert update(run, readme) == 0
+    assert "| val_loss |" in readme.read_text(encoding="utf-8") and "9.2500" in readme.read_text(encoding="utf-8")
+    assert (run / "logs/loss_curve.png").read_bytes() != without
+
+
+def test_the_plot_path_is_relative_with_forward_slashes(run, tmp_path):
+    readme = tmp_path / "docs" / "in here" / "README.md"
+    readme.parent.mkdir(parents=True)
+    readme.write_text(ALL, encoding="utf-8")
+    assert update(run, readme) == 0
+    assert "![Loss curve](../../out/run/logs/loss_curve.png)" in readme.read_text(encoding="utf-8")
+
+
+def test_an_ignored_plot_is_a_warning(run, tmp_path, capsys):
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_text("out/\n", encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text(ALL, encoding="utf-8")
+    assert update(run, readme) == 0
+    assert "git ignores" in capsys.readouterr().err
+
+
+NASTY = [
+    "```\n<!--AUTO:SAMPLES:END-->\n<!--AUTO:PLOT:START-->",
+    "</pre><script>alert(1)</script>",
+    "~~~\n</PRE >\n# Heading\n| a | b |",
+    "\\1 \\g<0> $1 & &lt; \r\n\r\x00\x1b[31m\u202e\u2028",
+]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_hostile_samples_stay_in_their_block(run, tmp_path, text):
+    (run / "samples/samples.txt").write_text(f"{'=' * 80}\nSTEP 4\n\nPROMPT:\n{text}\n", encoding="utf-8", newline="")
+    readme = tmp_path / "README.md"
+    readme.write_text(ALL + "end\n", encoding="utf-8")
+    assert update(run, readme) == 0
+    once = readme.read_bytes()
+    content = section(once.decode(), "SAMPLES")
+    inside = content.removeprefix("<pre>\n").removesuffix("\n</pre>\n")
+    assert len(inside) == len(content) - len("<pre>\n\n</pre>\n") and "<" not in inside and ">" not in inside
+    assert update(run, readme) == 0 and readme.read_bytes() == once
+    assert once.decode().endswith("end\n") and once.decode().count("<!--AUTO:") == 12
+
+
+fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@fuzz
+@given(text=st.text(max_size=300))
+def test_no_text_escapes_its_block(text):
+    block = update_readme.preformatted(text)
+    inside = block.removeprefix("<pre>\n").removesuffix("\n</pre>")
+    assert "<" not in inside and "\r" not in inside
+    assert update_readme.html.unescape(inside) == update_readme.INVISIBLE.sub("\ufffd", text).strip("\n")
+
+
+PIECES = ["<!--AUTO:PLOT:START-->", "<!--AUTO:PLOT:END-->", "<!--AUTO:LOGS:START-->", "<!--AUTO:LOGS:END-->"]
+PIECES += ["```", "~~~~", "text", "", "<!-- AUTO:X -->", "    ```", "`<!--AUTO:LOGS:END-->`", "\r", "é"]
+
+
+@fuzz
+@given(lines=st.lists(st.sampled_from(PIECES), max_size=12), newline=st.sampled_from(["\n", "\r\n"]))
+def test_any_readme_is_filled_or_refused(partial_run, tmp_path, lines, newline):
+    readme = tmp_path / "README.md"
+    before = newline.join(lines).encode()
+    readme.write_bytes(before)
+    code = update(partial_run, readme)
+    assert code in (0, 2)
+    if code == 2:
+        assert readme.read_bytes() == before
+    else:
+        assert update(partial_run, readme, "--check") == 0
+
+
+@fuzz
+@given(
+    data=st.one_of(st.binary(max_size=200), st.text(alphabet='0123456789.,\n-einfa"\r', max_size=200).map(str.encode))
+)
+def test_no_csv_crashes_the_reader(partial_run, data):
+    path = partial_run / "logs/train_metrics.csv"
+    path.write_bytes(HEADER.encode() + data)
+    table = update_readme.read_metrics(path)
+    assert table["step"].is_monotonic_increasing and table["step"].is_unique
+    readme = partial_run / "README.md"
+    readme.write_text("<!--AUTO:METRICS:START-->\n<!--AUTO:METRICS:END-->\n<!--AUTO:SUMMARY:START-->\n"
+                      "<!--AUTO:SUMMARY:END-->\n", encoding="utf-8")  # fmt: skip
+    assert update(partial_run, readme, "--check") in (0, 1)
