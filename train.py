@@ -632,20 +632,19 @@ def choose_amp(device: str) -> tuple[str, str]:
 
 def choose_compile(config: Config) -> tuple[str, str]:
     """Whether torch.compile works here and is likely to repay its own time, and why."""
-    if config.device.startswith("cuda"):
-        if importlib.util.find_spec("triton") is None:
-            return "off", "Triton is not installed (Windows: pip install triton-windows)"
-        return "on", "Triton is installed"
-    if config.device != "cpu":
-        return "off", f"not proven on {config.device}"
+    kind = torch.device(config.device).type
+    if kind == "mps":
+        return "off", "not proven on Apple GPUs"
+    if kind == "cuda" and importlib.util.find_spec("triton") is None:
+        return "off", "Triton is not installed (Windows: pip install triton-windows)"
     compiler = os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")
-    if shutil.which(compiler) is None:
+    if kind == "cpu" and shutil.which(compiler) is None:
         return "off", f"no C++ compiler ({compiler}) was found"
     if config.n_embd < 512:
-        return "off", "a model this narrow gains nothing on a CPU"
-    if config.steps * config.tokens_per_step < 200_000:
+        return "off", "a model this narrow gains too little"
+    if config.steps * config.tokens_per_step < (200_000 if kind == "cpu" else 2_000_000):
         return "off", "the run is too short to repay the compilation"
-    return "on", "a C++ compiler is here and the run is long"
+    return "on", "a compiler is here and the run is long enough to repay it"
 
 
 def choose_runtime(config: Config, previous: Config | None) -> tuple[Config, dict[str, str]]:

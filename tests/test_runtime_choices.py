@@ -1,0 +1,95 @@
+"""Automatic choices come with a reason; what a machine lacks is said with the remedy."""
+
+import os
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+
+cpu_only = pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A machine with an NVIDIA driver: its tool is on the PATH."""
+    tool = tmp_path / ("nvidia-smi.exe" if os.name == "nt" else "nvidia-smi")
+    tool.write_bytes(b"")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
+@cpu_only
+def test_a_cpu_only_pytorch_beside_an_nvidia_card(nvidia_smi, text_file, tmp_path, capsys):
+    hint = train.cpu_only_hint()
+    assert "CPU-only build: pip install" in hint and "/whl/cu" in hint
+    assert "CPU-only build" in train.device_problem("cuda")
+    flags = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--seq_len=8", "--steps=1", "--num_prompts=0"]
+    out_dir = tmp_path / "run"
+    assert train.main([*flags, "--device=auto", f"--input_file={text_file}", f"--out_dir={out_dir}"]) == 0
+    assert re.search(
+        r"WARNING \| an NVIDIA card is here, but PyTorch .* is a CPU-only build: pip", capsys.readouterr().out
+    )
+
+
+@cpu_only
+def test_without_an_nvidia_card_there_is_no_hint(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert train.cpu_only_hint() is None
+    assert "no usable NVIDIA driver" in train.device_problem("cuda:0")
+
+
+def test_every_automatic_choice_has_a_value_and_a_reason(config):
+    asked = replace(config, device="auto", amp="auto", compile="auto", threads=None)
+    chosen, reasons = train.choose_runtime(asked, None)
+    assert set(reasons) == {"device", "amp", "compile", "threads"} and all(reasons.values())
+    assert chosen.device in ("cuda", "mps", "cpu") and chosen.amp in ("off", "bf16", "fp16")
+    assert chosen.compile in ("on", "off") and chosen.threads >= 1
+
+
+def test_flags_overrule_and_earlier_choices_stand(config):
+    asked = replace(config, device="cpu", amp="auto", compile="off", threads=None)
+    earlier = replace(config, device="cpu", amp="fp16", compile="on", threads=7)
+    chosen, reasons = train.choose_runtime(asked, earlier)
+    assert (chosen.amp, chosen.compile, chosen.threads) == ("fp16", "off", 7)
+    assert reasons["compile"] == "--compile" and reasons["amp"] == "as in the run so far"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_run_that_moves_to_a_machine_without_its_device_says_so(config):
+    asked = replace(config, device="auto", amp="auto", compile="off", threads=None)
+    earlier = replace(config, device="cuda", amp="bf16", compile="on", threads=4)
+    chosen, reasons = train.choose_runtime(asked, earlier)
+    assert chosen.device != "cuda"
+    assert "the run so far used cuda, so results agree to rounding only" in reasons["device"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer", "reason"),
+    [
+        (dict(n_embd=128, steps=10**6), "off", "narrow"),
+        (dict(n_embd=768, steps=10), "off", "too short"),
+        (dict(n_embd=768, steps=10_000), "on", "repay"),
+    ],
+)
+def test_compilation_has_to_pay(config, monkeypatch, tmp_path, flags, answer, reason):
+    compiler = tmp_path / "compiler"
+    compiler.write_bytes(b"")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    config = replace(train.Config(), device="cpu", **flags)
+    assert train.choose_compile(config)[0] == answer and reason in train.choose_compile(config)[1]
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    assert train.choose_compile(config) == ("off", f"no C++ compiler ({tmp_path / 'missing'}) was found")
+
+
+def test_the_124m_preset_on_a_cpu_says_how_slow_it_will_be(config, caplog, monkeypatch):
+    monkeypatch.setattr(train.log, "propagate", True)
+    corpus = train.Corpus(train.np.arange(2000, dtype=train.np.uint16), "made up")
+    gpt2 = replace(train.Config().resolved(), device="cpu", amp="off", compile="off", threads=2)
+    train.log_plan(gpt2, corpus, {}, floor=0.01)
+    (warning,) = {record.message for record in caplog.records if record.levelname == "WARNING"}
+    assert re.search(r"124M parameters on a CPU are slow: about \d+ tok/s, [\d.]+ days for all steps", warning)
+    assert "--preset demo" in warning
