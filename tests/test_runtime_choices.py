@@ -87,9 +87,9 @@ def test_compilation_has_to_pay(config, monkeypatch, tmp_path, flags, answer, re
 
 def test_the_124m_preset_on_a_cpu_says_how_slow_it_will_be(config, caplog, monkeypatch):
     monkeypatch.setattr(train.log, "propagate", True)
-    corpus = train.Corpus(train.np.arange(2000, dtype=train.np.uint16), "made up")
+    corpus = train.Corpus(train.np.arange(2000, dtype=train.np.uint16), "made up", 2000)
     gpt2 = replace(train.Config().resolved(), device="cpu", amp="off", compile="off", threads=2)
-    train.log_plan(gpt2, corpus, {}, floor=0.01)
+    train.log_plan(gpt2, corpus, {}, 0.01, train.Progress())
     (warning,) = {record.message for record in caplog.records if record.levelname == "WARNING"}
     assert re.search(r"124M parameters on a CPU are slow: about \d+ tok/s, [\d.]+ days for all steps", warning)
     assert "--preset demo" in warning

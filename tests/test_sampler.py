@@ -41,7 +41,7 @@ def test_a_batch_depends_on_seed_and_step_alone(config):
 
 def test_the_cut_into_micro_batches_changes_no_slice(config):
     tokens = np.arange(1000, dtype=np.uint16)
-    corpus = train.Corpus(tokens, "")
+    corpus = train.Corpus(tokens, "", len(tokens))
     whole = train.Trainer(replace(config, batch_size=8, grad_accum=1), corpus, None).slices(5)
     parts = train.Trainer(replace(config, batch_size=2, grad_accum=4), corpus, None).slices(5)
     assert whole.equal(parts)

@@ -13,7 +13,7 @@ import train
 @pytest.fixture
 def corpus() -> train.Corpus:
     tokens = np.random.default_rng(0).integers(0, 500, 300).astype(np.uint16)
-    return train.Corpus(tokens, "made up")
+    return train.Corpus(tokens, "made up", len(tokens))
 
 
 def gradients(trainer: train.Trainer) -> dict[str, torch.Tensor]:
