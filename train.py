@@ -26,7 +26,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -263,6 +262,9 @@ def parse_config(argv: list[str]) -> Config:
     Raises ValueError with one line per problem, and SystemExit where tyro answers itself
     (--help, an unknown flag, a value of the wrong type).
     """
+    for argument in argv:
+        if re.search("[\ud800-\udfff]", argument):
+            raise ValueError(f"{argument!a} is not UTF-8")
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", default="gpt2")
     preset = first_look.parse_known_args(argv)[0].preset
@@ -364,6 +366,8 @@ def load_corpus(config: Config, tokenizer: tiktoken.Encoding) -> Corpus:
     Raises OSError or ValueError (see `read_text`), also when the text is shorter than a slice.
     """
     text, sha256 = read_text(config.input_file)
+    if re.search(r"\s{500000}", text):
+        raise ValueError(f"{config.input_file} has 500,000 white-space characters in a row: the tokenizer takes fewer")
     whole = np.array(tokenizer.encode_ordinary(text), dtype=np.uint16)
     tokens = whole[: config.max_tokens].copy() if config.max_tokens else whole
     if len(tokens) < config.seq_len + 1:
@@ -426,8 +430,13 @@ def _entropy(ids: np.ndarray) -> float:
 
 
 def smallest_seq_len(tokens: np.ndarray, target_loss: float, longest: int) -> int | None:
-    """The shortest slice whose floor is at or below the target, by bisection; None beyond `longest`."""
+    """The shortest slice whose floor is at or below the target; None when it is longer than `longest`.
+
+    The floor falls with the length, but for the edges of a tiny corpus, which is searched throughout.
+    """
     low, high = 1, min(longest, len(tokens) - 1)
+    if len(tokens) < 5000:
+        return next((T for T in range(low, high + 1) if loss_floor(tokens, T) <= target_loss), None)
     if loss_floor(tokens, high) > target_loss:
         return None
     while low < high:
@@ -741,7 +750,7 @@ class Progress:
     def stop_reason(self, config: Config) -> str | None:
         """'target' or 'steps' when the run is over, else None."""
         window_loss = self.window_loss(config)
-        if window_loss is not None and window_loss <= config.target_loss:
+        if config.target_loss > 0 and window_loss is not None and window_loss <= config.target_loss:
             return "target"
         return "steps" if self.step >= config.steps else None
 
@@ -777,14 +786,22 @@ class RunDir:
         self.best = root / "checkpoints" / "best.pt"
 
     def check_writable(self) -> None:
-        """Raises OSError when the directory could not be made, without making it."""
+        """Raises OSError when a folder or file of the run could not be written, without writing one."""
         ancestor = self.root
-        while not ancestor.exists() and ancestor != ancestor.parent:
+        while not ancestor.exists() and not ancestor.is_symlink() and ancestor != ancestor.parent:
             ancestor = ancestor.parent
-        if not ancestor.is_dir():
-            raise NotADirectoryError(f"--out_dir {self.root}: {ancestor} is a file; choose another --out_dir")
-        if not os.access(ancestor, os.W_OK):
-            raise PermissionError(f"--out_dir {self.root}: {ancestor} is not writable; choose another --out_dir")
+        for folder in (ancestor, *(path.parent for path in (self.train_log, self.samples_txt, self.last))):
+            if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+                raise NotADirectoryError(f"--out_dir {self.root}: {folder} is no directory; choose another --out_dir")
+            if folder.is_dir() and not os.access(folder, os.W_OK):
+                raise PermissionError(f"--out_dir {self.root}: {folder} is not writable; choose another --out_dir")
+        for path in self.files():
+            if path.exists() and not path.is_file():
+                raise FileExistsError(f"--out_dir {self.root}: {path} is no file; choose another --out_dir")
+
+    def files(self) -> list[Path]:
+        """All that a run consists of, whether it is there or not."""
+        return [path for path in vars(self).values() if path != self.root]
 
     def owns(self, checkpoint: Path) -> bool:
         """Whether the file lies in this run's own checkpoint folder."""
@@ -793,6 +810,10 @@ class RunDir:
     def existing_checkpoint(self) -> Path | None:
         """The checkpoint to continue from; prev.pt if a crash fell between two renames."""
         return next((path for path in (self.last, self.prev) if path.exists()), None)
+
+    def exists(self) -> bool:
+        """Whether there is anything of a run."""
+        return any(path.exists() for path in self.files())
 
     def move_aside(self) -> Path:
         """Move the files of an earlier run into the first free earlier-1, earlier-2, …; delete nothing."""
@@ -811,10 +832,16 @@ class RunDir:
         for path in (self.train_log, self.samples_txt, self.last):
             path.parent.mkdir(parents=True, exist_ok=True)
         for path in (self.metrics_csv, self.samples_txt):
-            with open(path, "ab") as file:
-                file.truncate(min(file.tell(), offsets.get(path.name, 0)))
-        if self.metrics_csv.stat().st_size == 0:
-            self._append(self.metrics_csv, ",".join(METRICS) + "\n")
+            data = path.read_bytes() if path.exists() else b""
+            kept = data[: offsets.get(path.name, 0)]
+            if len(kept) < offsets.get(path.name, 0):
+                log.warning("%s is shorter than when the checkpoint was made: earlier lines are missing", path)
+                kept = kept[: kept.rfind(b"\n") + 1]
+            if path == self.metrics_csv and not kept:
+                kept = (",".join(METRICS) + "\n").encode()
+            if kept != data or not path.exists():
+                with replacing(path) as file:
+                    file.write(kept)
         return logging.FileHandler(self.train_log, encoding="utf-8")
 
     def offsets(self) -> dict[str, int]:
@@ -843,15 +870,14 @@ class RunDir:
             file.write((json.dumps(finite, indent=2, ensure_ascii=False) + "\n").encode())
 
     def save_best(self, checkpoint: dict, loss: float) -> None:
-        with replacing(self.best) as file:
-            torch.save(checkpoint, file)
+        """Write best.pt."""
+        write_checkpoint(self.best, checkpoint)
         log.info("New best loss %.6f -> saved: %s", loss, self.best)
 
     def save_last(self, checkpoint: dict) -> None:
         """Write last.pt; the one before it becomes prev.pt."""
         fresh = self.last.with_name("new.pt")
-        with replacing(fresh) as file:
-            torch.save(checkpoint, file)
+        write_checkpoint(fresh, checkpoint)
         if self.last.exists():
             os.replace(self.last, self.prev)
         os.replace(fresh, self.last)
@@ -868,11 +894,21 @@ class RunDir:
 
 
 def read_json(path: Path) -> dict:
-    """The values in a JSON file, none when it is missing or damaged."""
+    """The object in a JSON file; an empty one when the file is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return values if isinstance(values, dict) else {}
+
+
+def write_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint as a whole. Raises OSError, which torch.save may hide behind an error of its own."""
+    try:
+        with replacing(path) as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError | KeyboardInterrupt) else error from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -882,12 +918,16 @@ def load_checkpoint(path: Path) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"--resume {path}: no such file; name a last.pt, or use --resume auto")
+    previous = path.with_name("prev.pt")
+    remedy = f"; --resume {previous} goes on from the one before" if previous.exists() and path != previous else ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of train.py ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} is no checkpoint of this version of train.py")
+    except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}){remedy}") from error
+    if not isinstance(checkpoint, dict) or not {"format", "config", "model", "corpus_sha256"} <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py{remedy}")
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path} has format {checkpoint['format']}, this train.py reads {CHECKPOINT_FORMAT}")
     return checkpoint
 
 
@@ -902,6 +942,8 @@ def find_run(config: Config, run: RunDir) -> Path | None:
         return run.existing_checkpoint()
     path = Path(config.resume)
     if run.existing_checkpoint() and not run.owns(path):
+        if read_json(run.config_json).get("config", {}).get("resume") == config.resume:
+            return run.existing_checkpoint()  # the same command once more: the run it began goes on
         raise ValueError(f"--out_dir {run.root} holds another run than --resume {path}: choose another --out_dir")
     return path
 
@@ -956,13 +998,14 @@ def generate(
     with evaluating(model):
         for _ in range(max_new_tokens):
             features = model.features(tokens[:, -context:])
-            logits = model.logits(features[:, -1]).float().cpu()  # (B, V)
+            logits = model.logits(features[:, -1]).float().cpu().nan_to_num()  # (B, V)
             if temperature == 0:
                 chosen = logits.argmax(-1, keepdim=True)
             else:
                 if top_k:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
+                logits = logits - logits.max(-1, keepdim=True).values  # or a tiny temperature would overflow
                 chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             tokens = torch.cat([tokens, chosen.to(tokens.device)], dim=1)
     return tokens
@@ -1037,7 +1080,10 @@ class Trainer:
             self.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
             if self.scaler.is_enabled() and checkpoint["scaler"]:
                 self.scaler.load_state_dict(checkpoint["scaler"])
-            self.progress = Progress(**checkpoint["progress"])
+            self.progress = replace(Progress(**checkpoint["progress"]), skipped_in_a_row=0)
+            if checkpoint["config"]["target_window"] != config.target_window or not checkpoint["own"]:
+                # A window of another size does not compare, and another run's best.pt stayed there.
+                self.progress.best_loss, self.progress.best_step = math.inf, 0
         self.progress.trained_context = max(self.progress.trained_context, config.seq_len)
 
     def compile(self) -> None:
@@ -1116,14 +1162,18 @@ class Trainer:
                 "continue from the last checkpoint with a lower --lr, or with --amp bf16 or off"
             )
 
-    def keep_best(self, at_end: bool) -> None:
-        """Copy the weights aside when window_loss is the lowest so far; `save` writes them."""
+    def keep_best(self, at_end: bool = False) -> None:
+        """Copy the weights aside when window_loss is the lowest so far; `save` writes them.
+
+        A run that ends before its first window is full has the mean of what there is; a full window
+        does not compare with that, and replaces it.
+        """
         p = self.progress
-        loss = p.window_loss(self.config)
-        if loss is None and at_end and p.recent_losses and p.best_step == 0:
-            loss = statistics.fmean(p.recent_losses)  # a run shorter than its window
-        if loss is not None and loss < p.best_loss:
-            p.best_loss, p.best_step = loss, p.step
+        window_loss, full_windows_before = p.window_loss(self.config), p.best_step >= self.config.target_window
+        if window_loss is None and at_end and p.recent_losses:
+            window_loss = statistics.fmean(p.recent_losses)
+        if window_loss is not None and (window_loss < p.best_loss or not full_windows_before):
+            p.best_loss, p.best_step = window_loss, p.step
             self.best_weights = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
 
     def description(self) -> dict:
@@ -1137,24 +1187,25 @@ class Trainer:
             "corpus_tokens": len(self.corpus.tokens),
         }
 
-    def save(self, run: RunDir) -> None:
-        """Write a best that is not on disk yet, then last.pt: the one never speaks of a best that is not there."""
-        p = self.progress
+    def save_best(self, run: RunDir) -> None:
+        """Write a best that is not on disk yet."""
         if self.best_weights is not None:
-            best = {"step": p.best_step, "loss": p.best_loss, "model": self.best_weights}
-            run.save_best(self.description() | best, p.best_loss)
+            best = {"step": self.progress.best_step, "loss": self.progress.best_loss, "model": self.best_weights}
+            run.save_best(self.description() | best, self.progress.best_loss)
             self.best_weights = None
-        run.save_last(
-            self.description()
-            | {
-                "step": p.step,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "progress": asdict(p),
-                "offsets": run.offsets(),
-            }
-        )
+
+    def save(self, run: RunDir) -> None:
+        """Write the best, then last.pt, which so never speaks of a best that is not there."""
+        self.save_best(run)
+        state = {
+            "step": self.progress.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            "offsets": run.offsets(),
+        }
+        run.save_last(self.description() | state)
 
     def sample(self, run: RunDir, tokenizer: tiktoken.Encoding) -> None:
         """Continue the prompt num_prompts times and append the texts to samples.txt."""
@@ -1185,11 +1236,13 @@ def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: 
     config, p = trainer.config, trainer.progress
     first_step, elapsed_before, line_tokens = p.step + 1, p.elapsed_sec, p.tokens
     started = line_time = time.perf_counter()
-    bar = tqdm(total=config.steps, initial=p.step, unit="step", dynamic_ncols=True, disable=None)
+    quiet = True if sys.stderr is None else None  # None: a bar on a terminal only
+    bar = tqdm(total=config.steps, initial=p.step, unit="step", dynamic_ncols=True, disable=quiet)
     with Interruption() as interruption, logging_redirect_tqdm([log]), bar:
-        while p.stop_reason(config) is None:
+        while not (stop := p.stop_reason(config)):
             if interruption.signal is not None:
-                trainer.save(run)
+                if p.step >= first_step and p.step % config.save_every:
+                    trainer.save(run)
                 return signal.Signals(interruption.signal).name
             loss, grad_norm, lr = trainer.update()
             step, window_loss, stop = p.step, p.window_loss(config), p.stop_reason(config)
@@ -1213,19 +1266,25 @@ def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: 
             if step == first_step + 9:
                 remaining = timedelta(seconds=round((config.steps - step) * (now - started) / 10))
                 log.info(f"ETA {remaining} to step {config.steps}, sooner if the target is reached")
-            if step % config.target_window == 0 or stop:
-                trainer.keep_best(at_end=stop is not None)
-            if stop == "target":
-                log.info(f"Target reached: loss {window_loss:.6f} <= {config.target_loss}. Stopping.")
-            elif stop and config.target_loss:
-                log.info(f"All {step} steps done; window_loss is still above the target {config.target_loss}.")
-            if step % config.sample_every == 0 or stop:
+            if stop:
+                break
+            if step % config.target_window == 0:
+                trainer.keep_best()
+            if step % config.sample_every == 0:
                 trainer.sample(run, tokenizer)
-            if step % config.save_every == 0 or stop:
+            if step % config.save_every == 0 and not p.skipped_in_a_row:
                 trainer.save(run)
-                if not stop:
-                    publish("running")
-    return p.stop_reason(config)
+                publish("running")
+
+        if stop == "target":
+            log.info(f"Target reached: loss {p.window_loss(config):.6f} <= {config.target_loss}. Stopping.")
+        elif config.target_loss:
+            log.info(f"All {p.step} steps done; window_loss is still above the target {config.target_loss}.")
+        trainer.keep_best(at_end=True)
+        if p.step >= first_step or p.step % config.sample_every:
+            trainer.sample(run, tokenizer)
+        trainer.save(run)
+    return stop
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1335,8 +1394,7 @@ def prepare(argv: list[str]) -> Setup:
     corpus = load_corpus(config, tokenizer)
     if checkpoint is not None:
         check_same_run(path, checkpoint, config, corpus)
-        if not run.owns(path):
-            checkpoint["offsets"] = {}
+        checkpoint["own"] = run.owns(path)
     return Setup(argv, config, reasons, corpus, tokenizer, run, path, checkpoint)
 
 
@@ -1356,7 +1414,7 @@ def results(trainer: Trainer, stop_reason: str, floor: float, measured: tuple[fl
         "corpus_loss": mean,
         "corpus_loss_standard_error": standard_error,
         "corpus_loss_slices": n_slices,
-        "perplexity": None if mean is None else math.exp(mean),
+        "perplexity": None if mean is None else perplexity(mean),
         "tokens": p.tokens,
         "pseudo_epochs": p.tokens / len(trainer.corpus.tokens),
         "elapsed_sec": round(p.elapsed_sec, 2),
@@ -1367,6 +1425,11 @@ def results(trainer: Trainer, stop_reason: str, floor: float, measured: tuple[fl
     }
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is beyond a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 def measure_corpus_loss(trainer: Trainer) -> tuple[float, float, int]:
     """Corpus loss, its standard error and its slices: a tenth of those trained, but 64 to 1,024."""
     c, p = trainer.config, trainer.progress
@@ -1375,7 +1438,7 @@ def measure_corpus_loss(trainer: Trainer) -> tuple[float, float, int]:
     mean, standard_error = corpus_loss(trainer.model, trainer.corpus.tokens, c, n_slices)
     log.info(
         f"Corpus loss {mean:.6f} +- {standard_error:.6f} (mean and standard error of {n_slices} random slices), "
-        f"perplexity {math.exp(mean):.4f}"
+        f"perplexity {perplexity(mean):.4f}"
     )
     return mean, standard_error, n_slices
 
@@ -1385,7 +1448,7 @@ def write_config(setup: Setup, first_step: int) -> None:
     config, corpus, path = setup.config, setup.corpus, setup.run.config_json
     command = shlex.join(["python", "train.py", *setup.argv])
     launch = {"date": datetime.now().isoformat(timespec="seconds"), "first_step": first_step, "command": command}
-    earlier = read_json(path).get("launches", []) if first_step > 1 else []
+    earlier = read_json(path).get("launches") if first_step > 1 else None
     setup.run.write_json(
         path,
         {
@@ -1397,7 +1460,7 @@ def write_config(setup: Setup, first_step: int) -> None:
             "parameters": config.n_params,
             "config": config.as_dict(),
             "reasons": setup.reasons,
-            "launches": [*earlier, launch],
+            "launches": [*(earlier if isinstance(earlier, list) else []), launch],
         },
     )
 
@@ -1413,45 +1476,53 @@ def log_changed_flags(config: Config, saved: dict) -> None:
         log.info("Changed from here on: %s", ", ".join(changes))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has an exception for it; the CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
 def run_training(setup: Setup) -> int:
     """Train, measure, and leave every file of the run whole. Returns the exit code."""
-    config, corpus, run, checkpoint = setup.config, setup.corpus, setup.run, setup.checkpoint
+    config, run, checkpoint = setup.config, setup.run, setup.checkpoint
     first_step = 1 if checkpoint is None else checkpoint["step"] + 1
     write_config(setup, first_step)
     torch.set_num_threads(config.threads)
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
-    floor = loss_floor(corpus.tokens, config.seq_len)
-    trainer = Trainer(config, corpus, checkpoint)
-    log_plan(config, corpus, setup.reasons, floor, trainer.progress)
-    if checkpoint is not None:
-        log.info("Resuming from step %d (%s)", first_step - 1, setup.resumed_from)
-        log_changed_flags(config, checkpoint["config"])
-    trainer.compile()
+    if config.device == "cpu":
+        torch.use_deterministic_algorithms(True)  # or compiled code adds up gradients in varying order
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    floor = loss_floor(setup.corpus.tokens, config.seq_len)
 
     def publish(stop_reason: str, measured: tuple[float, float, int] | None = None) -> None:
         run.write_json(run.results_json, results(trainer, stop_reason, floor, measured))
         run.draw_plot()
 
     try:
+        trainer = Trainer(config, setup.corpus, checkpoint)
+        log_plan(config, setup.corpus, setup.reasons, floor, trainer.progress)
+        if checkpoint is not None:
+            log.info("Resuming from step %d (%s)", first_step - 1, setup.resumed_from)
+            log_changed_flags(config, checkpoint["config"])
+        trainer.compile()
         stop_reason = train(trainer, run, setup.tokenizer, publish)
         if stop_reason in ("target", "steps"):
             publish(stop_reason, measure_corpus_loss(trainer))
             log.info("See %s and %s", run.loss_curve, run.samples_txt)
             log.info("Training complete.")
             return 0
+        publish("interrupted")
+        log.info("Interrupted by %s after step %d; the same command continues.", stop_reason, trainer.progress.step)
+        return 143 if stop_reason == "SIGTERM" else 130
     except TrainingFailed as failure:
+        trainer.save_best(run)
         publish("failed")
         log.error("Training failed: %s", failure)
-        return 1
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         log.error("Out of memory: halve --batch_size and double --grad_accum, which changes no result. (%s)", error)
-        return 1
-    publish("interrupted")
-    log.info("Interrupted by %s after step %d; the same command continues.", stop_reason, trainer.progress.step)
-    return 128 + signal.Signals[stop_reason]
+    return 1
 
 
 def finished(setup: Setup) -> str | None:
@@ -1485,6 +1556,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a Windows code page lacks most of Unicode
+    logging.raiseExceptions = False  # a closed pipe must not flood the terminal; the log file goes on
     log.setLevel(logging.INFO)
     log.propagate = False
     try:
@@ -1502,9 +1574,11 @@ def main(argv: list[str] | None = None) -> int:
             log.info(answer)
             return 0
         try:
-            if setup.config.resume == "never" and setup.run.config_json.exists():
+            fresh = setup.checkpoint is None
+            if fresh and (setup.run.results_json.exists() or (setup.config.resume == "never" and setup.run.exists())):
                 log.info("Moved the run that was here to %s", setup.run.move_aside())
-            with logging_to(setup.run.open({} if setup.checkpoint is None else setup.checkpoint["offsets"])):
+            own = not fresh and setup.checkpoint["own"]
+            with logging_to(setup.run.open(setup.checkpoint["offsets"] if own else {})):
                 try:
                     return run_training(setup)
                 except KeyboardInterrupt:

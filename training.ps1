@@ -5,7 +5,8 @@
 #
 # Works in Windows PowerShell 5.1 and PowerShell 7, from any directory; paths are relative to this
 # file's folder. Arguments are passed on to train.py and override the ones below. After a power cut,
-# run the same command again: the run continues from its last checkpoint. The exit code is train.py's.
+# run the same command again: the run continues from its last checkpoint. The exit code is train.py's,
+# or, after a run that went well, update_readme.py's.
 
 $ErrorActionPreference = 'Stop'
 $PSNativeCommandUseErrorActionPreference = $false   # PowerShell 7: exit codes are handled below
@@ -26,12 +27,16 @@ for ($i = 0; $i -lt $trainArgs.Count; $i++) {
 }
 
 # Windows goes to sleep under a busy program unless the program asks it not to (PowerShell 5.1 has no $IsWindows).
+$power = $null
 $onWindows = $env:OS -eq 'Windows_NT'
 if ($onWindows) {
-    $power = Add-Type -Name Power -Namespace Training -PassThru -MemberDefinition `
-        '[DllImport("kernel32.dll")] public static extern uint SetThreadExecutionState(uint flags);'
     $keepAwake = [uint32]2147483649   # ES_CONTINUOUS | ES_SYSTEM_REQUIRED
     $asBefore = [uint32]2147483648    # ES_CONTINUOUS
+    try {
+        $power = Add-Type -Name Power -Namespace Training -PassThru -MemberDefinition `
+            '[DllImport("kernel32.dll")] public static extern uint SetThreadExecutionState(uint flags);'
+    }
+    catch { Write-Warning "This machine may go to sleep during the run: $_" }
 }
 
 $exitCode = 1
@@ -41,17 +46,17 @@ try {
     foreach ($candidate in '.venv/Scripts/python.exe', '.venv/bin/python') {
         if (Test-Path -LiteralPath $candidate) { $python = Join-Path $PSScriptRoot $candidate }
     }
-    if ($onWindows) { [void]$power::SetThreadExecutionState($keepAwake) }
+    if ($power) { [void]$power::SetThreadExecutionState($keepAwake) }
 
     & $python train.py @trainArgs
     $exitCode = $LASTEXITCODE
-    if ($exitCode -eq 0) {
+    if ($exitCode -eq 0 -and (Test-Path -LiteralPath (Join-Path $outDir 'results.json'))) {
         & $python update_readme.py --out_dir $outDir --readme README.md
         $exitCode = $LASTEXITCODE
     }
 }
 finally {
-    if ($onWindows) { [void]$power::SetThreadExecutionState($asBefore) }
+    if ($power) { [void]$power::SetThreadExecutionState($asBefore) }
     Pop-Location
 }
 exit $exitCode

@@ -28,11 +28,12 @@ import pandas as pd
 import tyro
 
 MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
-LOOKS_LIKE_MARKER = re.compile(r"<!--\s*AUTO\b", re.IGNORECASE)
-FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+LOOKS_LIKE_MARKER = re.compile(r"<!--\s*AUTO\s*:", re.IGNORECASE)
+FENCE = re.compile(r"(?: {0,3}|\s*(?:[-*+]|\d+[.)])\s+)(`{3,}(?=[^`]*$)|~{3,})")  # in a list item, too
+FENCE_END = re.compile(r"\s*(`{3,}|~{3,})\s*")
 INLINE_CODE = re.compile(r"(`+)[^`]+\1")
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # and reordering
-LOG_LINES, SAMPLE_LINES, TABLE_ROWS = 20, 60, 12
+LOG_LINES, SAMPLE_LINES, TABLE_ROWS, LAUNCHES = 20, 60, 12, 10
 
 LEVELS = (("ln_vocab", "ln V", "#969696"), ("target_loss", "target", "#238b45"), ("loss_floor", "floor", "#cb181d"))
 OUTCOMES = {
@@ -92,7 +93,7 @@ def read_json(path: Path) -> dict:
         return {}
     try:
         values = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.as_posix()} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path.as_posix()} holds no JSON object")
@@ -117,7 +118,7 @@ def read_metrics(path: Path) -> pd.DataFrame:
 
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))
+    return str(timedelta(seconds=round(seconds))) if abs(seconds) < 1e12 else f"{seconds:.3g} s"
 
 
 COLUMNS: dict[str, Callable[[float], str]] = {  # of the METRICS table
@@ -217,7 +218,7 @@ def smoothed(table: pd.DataFrame) -> tuple[pd.Series, str]:
 def number(values: dict, key: str) -> float | None:
     """A finite number, or None when the key is missing or something else."""
     value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
         return None
     return float(value)
 
@@ -340,8 +341,11 @@ def repro_section(run: Run, _readme: Path) -> str:
         if value not in (None, ""):
             lines.append(f"{label + ':':<15}{value}".replace("\n", " "))
 
-    launches = [launch for launch in config.get("launches") or [] if isinstance(launch, dict)]
-    for launch in launches or [config]:
+    launches = config.get("launches")
+    launches = [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
+    if len(launches) > LAUNCHES:
+        add("launches", f"{len(launches)}, of which the last {LAUNCHES}")
+    for launch in launches[-LAUNCHES:] or [config]:
         add(f"from step {launch.get('first_step', 1)}", launch.get("command"))
         add("started", launch.get("date"))
     for label in ("seed", "git_commit", "versions", "hardware", "corpus"):
@@ -377,15 +381,15 @@ def find_sections(lines: list[str], readme: Path) -> dict[str, tuple[int, int]]:
     name, start, fence = "", -1, ""  # of the section or the fenced code that the line stands in
     for index, line in enumerate(lines):
         where = f"{readme.as_posix()}:{index + 1}"
-        opening = FENCE.match(line)
         if not name and fence:
-            if opening and opening[1].startswith(fence) and not line[opening.end() :].strip():
+            closing = FENCE_END.fullmatch(line)
+            if closing and closing[1].startswith(fence):
                 fence = ""
             continue
-        if not name and opening:
+        if not name and (opening := FENCE.match(line)):
             fence = opening[1]
             continue
-        marker = MARKER.fullmatch(line.strip())
+        marker = MARKER.fullmatch(line.strip("\ufeff \t\r\n"))
         if not marker:
             if not name and LOOKS_LIKE_MARKER.search(INLINE_CODE.sub("", line)):
                 raise ValueError(f"{where}: a marker must be exactly <!--AUTO:NAME:START--> or END, alone on its line")
@@ -440,7 +444,7 @@ def read_readme(readme: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole, its permissions kept."""
     path = path.resolve()
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(text.encode())
         shutil.copymode(path, temporary)
@@ -486,8 +490,8 @@ def update(arguments: Arguments) -> int:
     if (run.metrics["loss"] > 0).any():
         draw_loss_curve(run.out_dir)
         if git_ignored(plot):
-            print(f"update_readme.py: warning: git ignores {plot.as_posix()}: add !{plot.as_posix()} to .gitignore, or "
-                  "it will not show on the forge", file=sys.stderr)  # fmt: skip
+            print(f"update_readme.py: warning: git ignores {plot.as_posix()}: git add -f {plot.as_posix()}, or it "
+                  "will not show on the forge", file=sys.stderr)  # fmt: skip
     if before != after:
         write_text(readme, after)
     print(f"{readme}: {'updated' if before != after else 'already up to date'} from {run.out_dir}")

@@ -115,7 +115,29 @@ def test_corpora(refused, tmp_path, data, expected):
 
 
 def test_out_dir_below_a_file(refused):
-    assert "input.txt is a file; choose another --out_dir" in refused(out_dir="input.txt/run")
+    assert "input.txt is no directory; choose another --out_dir" in refused(out_dir="input.txt/run")
+
+
+@pytest.mark.parametrize("name", ["logs", "samples", "checkpoints"])
+def test_a_file_where_a_folder_must_be(refused, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("in the way", encoding="utf-8")
+    assert f"{name} is no directory" in refused()
+
+
+@pytest.mark.parametrize("name", ["config.json", "results.json", "logs/train.log", "checkpoints/best.pt"])
+def test_a_folder_where_a_file_must_be(refused, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    assert "is no file; choose another --out_dir" in refused().replace("\\", "/")
+
+
+def test_an_argument_that_is_not_utf8(refused):
+    assert "is not UTF-8" in refused("--prompt=ab\udcff")
+
+
+def test_more_white_space_than_the_tokenizer_takes(refused, tmp_path):
+    (tmp_path / "blank.txt").write_text("a" + " " * 600_000 + "b", encoding="utf-8")
+    assert "500,000 white-space characters in a row" in refused("--input_file=blank.txt")
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere, Windows has no such modes")
@@ -142,16 +164,21 @@ def test_a_run_of_another_shape_or_text(earlier_run, refused, tmp_path):
     assert "holds another run than --resume" in refused("--resume=elsewhere/last.pt")
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "pickle", "foreign"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "pickle", "foreign", "another version"])
 def test_a_damaged_checkpoint(earlier_run, refused, damage):
     path = earlier_run / "checkpoints" / "last.pt"
     data = path.read_bytes()
     if damage == "foreign":
         train.torch.save({"model": {}}, path)
+    elif damage == "another version":
+        train.torch.save({**train.load_checkpoint(path), "format": 99}, path)
     else:
         harmful = pickle.dumps(os.getcwd, protocol=2)
         path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "text": b"hello", "pickle": harmful}[damage])
-    assert "last.pt is" in refused()
+    message = refused()
+    assert "last.pt has format 99" in message if damage == "another version" else "last.pt is" in message
+    if damage != "another version":
+        assert "--resume run/checkpoints/prev.pt goes on from the one before" in message.replace("\\", "/")
 
 
 @pytest.mark.parametrize(

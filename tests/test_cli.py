@@ -244,11 +244,93 @@ def test_resume_never_keeps_the_old_run(launch):
     assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2", "4"]
 
 
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_no_run_is_overwritten_by_a_fresh_one(launch, resume):
+    """Also what is left of it: here, as in a clone that has no checkpoints."""
+    assert launch("run", "--steps=4") == 0
+    train.shutil.rmtree("run/checkpoints")
+    if resume == "never":
+        Path("run/config.json").unlink()
+        Path("run/results.json").unlink()
+    kept = Path("run/samples/samples.txt").read_bytes()
+    assert launch("run", "--steps=2", f"--resume={resume}") == 0
+    assert Path("run/earlier-1/samples/samples.txt").read_bytes() == kept
+    assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2"]
+
+
 def test_resume_from_a_path_into_another_directory(launch):
     assert launch("one", "--steps=4") == 0
     assert launch("two", "--resume", "one/checkpoints/last.pt") == 0
     assert [row[0] for row in rows(Path("two"), "step")] == ["6", "8"]
     assert [row[0] for row in rows(Path("one"), "step")] == ["1", "2", "4"]
+    assert Path("two/checkpoints/best.pt").exists(), "its own best: the other run keeps the one it had"
+    again = ("--resume", "one/checkpoints/last.pt", "--steps=12")
+    assert launch("two", *again) == 0, "the same command goes on with the run it began"
+    assert [row[0] for row in rows(Path("two"), "step")] == ["6", "8", "10", "12"]
+
+
+def test_a_shortened_csv_is_cut_at_a_line_and_said(launch):
+    assert launch("run", "--steps=4", "--decay_steps=8") == 0
+    csv_file = Path("run/logs/train_metrics.csv")
+    csv_file.write_bytes(csv_file.read_bytes()[:-20])
+    assert launch("run", "--decay_steps=8") == 0
+    assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2", "6", "8"]
+
+
+def test_damaged_json_of_a_run_stops_nobody(launch):
+    assert launch("run", "--steps=4") == 0
+    Path("run/config.json").write_text('{"launches": 5}', encoding="utf-8")
+    Path("run/results.json").write_text("[", encoding="utf-8")
+    assert launch("run") == 0
+    assert len(json.loads(Path("run/config.json").read_text(encoding="utf-8"))["launches"]) == 1
+
+
+def test_a_best_of_another_window_is_not_compared(launch):
+    assert launch("run", "--lr=1e-6", "--target_window=1", "--steps=4") == 0
+    assert launch("run", "--lr=1e-6", "--target_window=4", "--steps=8") == 0
+    results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
+    assert results["best_step"] == 8 and results["best_loss"] == results["window_loss"]
+
+
+def test_target_zero_is_no_target(launch):
+    assert not train.Progress(step=1, recent_losses=[0.0]).stop_reason(train.Config(target_loss=0, target_window=1))
+
+
+def test_extreme_sampling_and_loss(launch):
+    assert launch("run", "--temperature=1e-40", "--init_std=1", "--lr=10", "--min_lr=10", "--steps=4") == 0
+    assert perplexity_of("run") is None or perplexity_of("run") > 1
+
+
+def perplexity_of(run: str) -> float | None:
+    return json.loads((Path(run) / "results.json").read_text(encoding="utf-8"))["perplexity"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="RLIMIT_FSIZE is POSIX")
+def test_a_write_that_fails_is_one_line_and_leaves_the_old_checkpoint(tmp_path, text_file):
+    """A limit on file size stands in for a full disk: the second, longer run cannot write its larger files."""
+    flags = [*TINY_FLAGS, "--input_file", text_file, "--out_dir", "run", "--amp=off"]
+    assert run_script(*flags, "--steps=4", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "run/checkpoints/last.pt").read_bytes()
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); "
+        f"sys.path.insert(0, {str(ROOT)!r}); import train; sys.exit(train.main(sys.argv[1:]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr == ""
+    assert "File too large" in result.stdout and "what was written before is intact" in result.stdout
+    assert (tmp_path / "run/checkpoints/last.pt").read_bytes() == before
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_reader_that_goes_away_stops_nobody(tmp_path, text_file):
+    command = [sys.executable, ROOT / "train.py", *TINY_FLAGS, "--input_file", text_file, "--out_dir", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.wait(timeout=100)
+    assert log_text(tmp_path / "run").endswith("Training complete.\n")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -273,7 +355,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(tmp_path, tex
 
 
 def test_a_run_that_diverges_exits_1_and_leaves_no_bad_checkpoint(launch, monkeypatch, capsys):
-    monkeypatch.setattr(train, "MAX_SKIPPED_IN_A_ROW", 2)
+    monkeypatch.setattr(train, "MAX_SKIPPED_IN_A_ROW", 3)
     forward = train.GPT.forward
     calls = []
 
@@ -282,12 +364,12 @@ def test_a_run_that_diverges_exits_1_and_leaves_no_bad_checkpoint(launch, monkey
         return forward(self, tokens, targets) * (float("inf") if len(calls) > 4 else 1.0)
 
     monkeypatch.setattr(train.GPT, "forward", diverging)
-    assert launch("run") == 1
+    assert launch("run", "--save_every=2") == 1
     assert "step 5 skipped" in log_text(Path("run"))
-    assert "Training failed: loss or gradient was not finite in 2 steps in a row, the last being step 6" in log_text(
+    assert "Training failed: loss or gradient was not finite in 3 steps in a row, the last being step 7" in log_text(
         Path("run")
     )
-    assert all(value.isfinite().all() for value in weights(Path("run/checkpoints/last.pt")).values())
+    assert torch.load("run/checkpoints/last.pt", weights_only=True)["step"] == 4, "none from inside the bad streak"
     assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "failed"
 
 
@@ -321,6 +403,9 @@ def test_compiled_equals_eager(launch):
     assert "Compiled in" in log_text(Path("compiled"))
     expected, found = rows(Path("eager"), "loss"), rows(Path("compiled"), "loss")
     assert [float(x[0]) for x in found] == pytest.approx([float(x[0]) for x in expected], abs=1e-3)
+    assert launch("again", *flags, "--compile=on", "--steps=4", "--decay_steps=8", "--warmup_steps=0") == 0
+    assert launch("again", *flags, "--compile=on") == 0
+    assert_same_run(Path("compiled"), Path("again"))
     assert weights(Path("eager/checkpoints/last.pt")).keys() == weights(Path("compiled/checkpoints/last.pt")).keys()
 
 

@@ -50,7 +50,7 @@ def test_it_splats_its_arguments_and_keeps_the_exit_code(tree):
     assert "& $python train.py @trainArgs" in commands
     assert any(command.startswith("& $python update_readme.py --out_dir $outDir") for command in commands)
     assert "$trainArgs += $args" in CODE
-    assert re.search(r"@trainArgs\s+\$exitCode = \$LASTEXITCODE\s+if \(\$exitCode -eq 0\)", CODE)
+    assert re.search(r"@trainArgs\s+\$exitCode = \$LASTEXITCODE\s+if \(\$exitCode -eq 0 -and ", CODE)
     assert CODE.rstrip().endswith("exit $exitCode")
     assert "Push-Location -LiteralPath $PSScriptRoot" in CODE and "$ErrorActionPreference = 'Stop'" in CODE
     assert CODE.count("SetThreadExecutionState($") == 2, "kept awake, and let go again"

@@ -128,6 +128,46 @@ def test_markers_in_code_are_text(run, tmp_path):
     assert readme.read_text(encoding="utf-8").startswith(code)
 
 
+def test_code_spans_lists_and_foreign_comments_are_text(run, tmp_path):
+    readme = tmp_path / "README.md"
+    before = (
+        "```x``` is code\n\n- ```sh\n  <!--AUTO:LOGS:START-->\n  ```\n\n<!-- auto-generated -->\n<!-- AUTO-TOC -->\n"
+    )
+    readme.write_text("\ufeff" + before + "<!--AUTO:LOGS:START-->\n<!--AUTO:LOGS:END-->\n", encoding="utf-8")
+    assert update(run, readme) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("\ufeff" + before) and "Training complete." in text
+
+
+@pytest.mark.parametrize("values", [
+    {"best_loss": 10**400, "elapsed_sec": 1e300, "tokens": True, "stop_reason": ["x"]},
+    {"best_loss": "<b>", "final_step": None, "ln_vocab": float("inf"), "target_loss": -1},
+    {"launches": 5, "config": [], "corpus": "x", "versions": 3, "seed": {"a": "</pre>"}},
+    {"launches": [1, {"command": "x"}] * 40,
+     "config": {"preset": "|`<!--AUTO:PLOT:END"}, "corpus": {"file": "[](y)\n"}},
+])  # fmt: skip
+def test_json_of_any_type_is_shown_or_left_out(run, tmp_path, values):
+    for name in ("results.json", "config.json"):
+        (run / name).write_text(json.dumps(values), encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text(ALL, encoding="utf-8")
+    assert update(run, readme) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.count("<!--AUTO:") == 12
+    assert all(line.count("|") == 3 for line in section(text, "SUMMARY").splitlines())
+    assert update(run, readme, "--check") == 0
+
+
+def test_many_launches_leave_room_for_the_rest(run, tmp_path):
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config["launches"] *= 40
+    (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text(ALL, encoding="utf-8")
+    assert update(run, readme) == 0
+    assert config["corpus"]["sha256"] in readme.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("what", "expected"),
     [("no readme", "no such file"), ("no run", "there is no run"), ("latin-1", "is not UTF-8: offset 3"),
