@@ -1360,9 +1360,9 @@ def log_plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: flo
         log.warning(hint)
     if c.device == "cpu" and c.n_params > 100e6:
         rate = estimated_tokens_per_sec(c)
-        days = c.steps * c.tokens_per_step / rate / 86_400
+        duration = timedelta(seconds=round((c.steps - progress.step) * c.tokens_per_step / rate))
         log.warning(
-            f"{c.n_params / 1e6:.0f}M parameters on a CPU are slow: about {rate:,.0f} tok/s, {days:,.1f} days for all "
+            f"{c.n_params / 1e6:.0f}M parameters on a CPU are slow: about {rate:,.0f} tok/s, {duration} for all "
             "steps; --preset demo trains in minutes, --preset small in hours"
         )
 
