@@ -241,9 +241,9 @@ def cell(text: object) -> str:
     return re.sub(r"[^\w .,:+/()-]", "?", str(text))[:200]
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A pipe table; the cells must be free of pipes and line ends."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
+def markdown_table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
+    """A pipe table; the cells must be free of pipes and line ends. `align` is that of all columns but the first."""
+    rule = ["---", *[align] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
@@ -296,7 +296,7 @@ def summary_section(run: Run, _readme: Path) -> str:
             rows.append(["tokens per second, saves and samples included", f"{r['tokens'] / elapsed:,.0f}"])
     if not run.results and len(last):
         rows.append(["last row", f"loss {last['loss']:.6f} at step {last['step']:,.0f}"])
-    return markdown_table(["", "result"], rows)
+    return markdown_table(["", "result"], rows, align="---")
 
 
 def logs_section(run: Run, _readme: Path) -> str:
