@@ -335,7 +335,8 @@ def read_text(path: Path) -> tuple[str, str]:
     if path == DEMO_CORPUS:
         from pydoc_data.topics import topics
 
-        text = "\n".join(topics[name] for name in sorted(topics))
+        plain_prose_first = sorted(topics, key=lambda name: (name != "objects", name != "naming", name))
+        text = "\n".join(topics[name] for name in plain_prose_first)
         return text, hashlib.sha256(text.encode()).hexdigest()
     if not path.exists():
         raise FileNotFoundError(

@@ -161,10 +161,11 @@ def draw_loss_curve(out_dir: Path) -> Path:
         axis.plot("step", "val_loss", data=table.dropna(subset=["val_loss"]), color="#d94801", label="validation loss")
     drawn = [table["loss"].min(), table["loss"].max()]
     for key, name, colour in LEVELS:
-        if value := number(run.results, key):
+        if (value := number(run.results, key)) and value > 0:
             axis.axhline(value, color=colour, linewidth=1, linestyle="--", label=f"{name} {value:.5g}")
             drawn.append(value)
-    if (best := number(run.results, "best_loss")) and (step := number(run.results, "best_step")):
+    best, step = number(run.results, "best_loss"), number(run.results, "best_step")
+    if best and step and best > 0:
         axis.plot([step], [best], "*", color="#6a51a3", markersize=11, label=f"best {best:.4f} at step {step:.0f}")
         drawn.append(best)
 
