@@ -84,13 +84,11 @@ class Config:
     input_file: Path = Path("data/input.txt")
     """UTF-8 text to train on (pydoc_data.topics: the text that ships with Python)"""
     max_tokens: Annotated[int | None, Between(0, 10**12)] = None
-    """train on the first so many tokens of the text; 0: on all of it; None: on all of it, but 1,500 of
-    the text that ships with Python"""
+    """train on the first so many tokens; 0: on all; None: on all, or 1,500 of the text that ships with Python"""
     out_dir: Path | None = None
     """run directory; None: out/PRESET"""
     resume: str = "auto"
-    """auto: continue the run in out_dir if there is one; never: move that run aside and start
-    anew; or the path of a last.pt to continue from"""
+    """auto: continue the run in out_dir, if any; never: move it aside, start anew; or a last.pt to continue from"""
     seed: Annotated[int, Between(0, 2**63 - 1)] = 1337
     """of weights, slices, dropout and sampled text, each with a stream of its own"""
 
@@ -162,8 +160,7 @@ class Config:
     sample_every: Annotated[int, Between(1, 10**9)] = 500
     """steps between text samples"""
     prompt: str = ""
-    """start of sampled text, in which \\n, \\t and \\\\ are decoded; empty: the corpus's first
-    words"""
+    """start of sampled text; \\n, \\t and \\\\ are decoded; empty: the corpus's first words"""
     num_prompts: Annotated[int, Between(0, 256)] = 2
     """samples drawn from the prompt each time; 0: none"""
     max_new_tokens: Annotated[int, Between(1, 65_536)] = 200
