@@ -73,7 +73,7 @@ def test_the_demo_reaches_its_target_and_fills_a_readme(tmp_path):
     assert results["stop_reason"] == "target" and results["window_loss"] <= results["target_loss"] == 0.099999
     assert results["target_window"] == 20
     first = update_readme.read_metrics(run / "logs/train_metrics.csv")["loss"][0]
-    assert abs(first - results["ln_vocab"]) < 0.3
+    assert abs(first - results["ln_vocab"]) < 0.5  # GPT-2's own initialisation keeps 0.3, see test_model.py
     corpus = train.load_tokenizer().decode(
         train.load_tokenizer().encode_ordinary(train.read_text(train.DEMO_CORPUS)[0])[:1500]
     )
