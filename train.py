@@ -940,7 +940,8 @@ def find_run(config: Config, run: RunDir) -> Path | None:
         return run.existing_checkpoint()
     path = Path(config.resume)
     if run.existing_checkpoint() and not run.owns(path):
-        if read_json(run.config_json).get("config", {}).get("resume") == config.resume:
+        flags = read_json(run.config_json).get("config")
+        if isinstance(flags, dict) and flags.get("resume") == config.resume:
             return run.existing_checkpoint()  # the same command once more: the run it began goes on
         raise ValueError(f"--out_dir {run.root} holds another run than --resume {path}: choose another --out_dir")
     return path

@@ -282,6 +282,9 @@ def test_damaged_json_of_a_run_stops_nobody(launch):
     Path("run/config.json").write_text('{"launches": 5}', encoding="utf-8")
     Path("run/results.json").write_text("[", encoding="utf-8")
     assert launch("run") == 0
+    Path("run/config.json").write_text('{"config": []}', encoding="utf-8")
+    assert launch("run", "--resume=elsewhere/last.pt") == 2
+    assert launch("run", "--steps=10") == 0
     assert len(json.loads(Path("run/config.json").read_text(encoding="utf-8"))["launches"]) == 1
 
 
