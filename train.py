@@ -20,6 +20,7 @@ References:
 """
 
 import argparse
+import errno
 import hashlib
 import importlib.util
 import json
@@ -35,8 +36,9 @@ import statistics
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -48,6 +50,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 from tqdm import tqdm
@@ -110,7 +113,7 @@ class Config:
     steps: Annotated[int, Between(1, 10**9)] = 10_000
     """optimizer updates at most"""
     batch_size: Annotated[int, Between(1, 65_536)] = 8
-    """slices in one micro-batch; halve it when memory runs out, and double grad_accum"""
+    """slices in one micro-batch; when memory runs out, the run goes on with smaller ones"""
     seq_len: Annotated[int, Between(1, 65_536)] = 256
     """tokens in one slice"""
     grad_accum: Annotated[int, Between(1, 65_536)] = 1
@@ -151,6 +154,8 @@ class Config:
     """torch.compile; without a working compiler the run goes on without, and says why"""
     threads: Annotated[int | None, Between(1, 4096)] = None
     """CPU threads; None: PyTorch's choice"""
+    deterministic: bool = False
+    """the same bits in every run on CUDA too, at the cost of speed; on a CPU they always are the same"""
 
     # reporting
     log_every: Annotated[int, Between(1, 10**9)] = 50
@@ -180,6 +185,11 @@ class Config:
         C = self.n_embd
         block = 12 * C * C + 13 * C  # c_attn, c_proj, c_fc, c_proj with biases; two LayerNorms
         return (VOCAB_SIZE + self.block_size) * C + self.n_layer * block + 2 * C
+
+    @property
+    def same_command(self) -> str:
+        """What continues the run."""
+        return "the same command" + " without --resume never" * (self.resume == "never")
 
     def resolved(self) -> "Config":
         """The same flags with every `None` replaced, except `threads` (see `choose_runtime`)."""
@@ -219,6 +229,8 @@ class Config:
             )
         if self.warmup_steps > self.decay_steps:
             found.append(f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}")
+        if self.out_dir == Path():
+            found.append("--out_dir is empty or the current folder: name a folder for the run")
         if self.min_lr > self.lr:
             found.append(f"--min_lr {self.min_lr} exceeds --lr {self.lr}")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
@@ -267,7 +279,13 @@ def parse_config(argv: list[str]) -> Config:
     preset = first_look.parse_known_args(argv)[0].preset
     defaults = Config(**PRESETS.get(preset, {}))
     config = tyro.cli(
-        Config, args=argv, default=defaults, prog="train.py", use_underscores=True, description=__doc__.split("\n\n")[0]
+        Config,
+        args=argv,
+        default=defaults,
+        prog="train.py",
+        use_underscores=True,
+        description=__doc__.split("\n\n")[0],
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     if problems := config.out_of_range() or config.resolved().contradictions():
         raise ValueError("\n".join(problems))
@@ -650,6 +668,8 @@ def choose_compile(config: Config) -> tuple[str, str]:
     compiler = os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")
     if kind == "cpu" and shutil.which(compiler) is None:
         return "off", f"no C++ compiler ({compiler}) was found"
+    if kind == "cuda" and config.deterministic:
+        return "off", "--deterministic: Triton may tune its kernels otherwise in the next run"
     if config.n_embd < 512:
         return "off", "a model this narrow gains too little"
     if config.steps * config.tokens_per_step < (200_000 if kind == "cpu" else 2_000_000):
@@ -738,6 +758,7 @@ class Progress:
     skipped_steps: int = 0  # because of a non-finite loss or gradient
     skipped_in_a_row: int = 0
     trained_context: int = 0  # the longest seq_len trained
+    sampled_step: int = 0  # at which text was last sampled
 
     def window_loss(self, config: Config) -> float | None:
         """Mean of the last target_window step losses, None before there are so many."""
@@ -753,23 +774,61 @@ class Progress:
         return "steps" if self.step >= config.steps else None
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside `path` and move it into place when the block ends well, so that `path` is
-    never half written."""
-    temporary = path.with_name(path.name + ".tmp")
+def move(source: Path, target: Path) -> None:
+    """Rename over what is at `target`; under Windows another program may hold that for a while, so try for 3 s."""
+    for pause in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(source, target)
+
+
+def keep(path: Path, previous: Path) -> None:
+    """Give the file at `path` the name `previous` as well, in place of the file that has it now."""
+    link = temporary(previous)
     try:
-        with open(temporary, "wb") as file:
+        os.link(path, link)
+    except OSError:  # FAT has no links: there will be an instant without a file at `path`
+        return move(path, previous)
+    try:
+        move(link, previous)
+    finally:
+        link.unlink(missing_ok=True)  # still there when both were one file already
+
+
+def temporary(path: Path) -> Path:
+    """Where a file is written before it moves to `path`."""
+    return path.with_name(path.name + ".tmp")
+
+
+@contextmanager
+def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
+    """Write a file beside `path` and move it into place when the block ends well; what was there
+    becomes `previous`, if given. Whatever happens when, there is a whole file at `path`."""
+    try:
+        with open(temporary(path), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if previous is not None and path.exists():
+            keep(path, previous)
+        move(temporary(path), path)
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary(path).unlink(missing_ok=True)
+
+
+def existing_part(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next((part for part in (path, *path.parents) if part.exists() or part.is_symlink()), path)
 
 
 class RunDir:
-    """The files of one run. Nothing is created before `open`."""
+    """The files of one run, and all writing into them. Nothing is created before `locked` and `make`.
+
+    A checkpoint, JSON file or plot stands under its name only when it is whole. Lines that the disk refuses
+    wait in memory for the next ones. A write that fails while the run goes on is an `attempt`.
+    """
 
     def __init__(self, root: Path):
         self.root = root
@@ -782,36 +841,80 @@ class RunDir:
         self.last = root / "checkpoints" / "last.pt"
         self.prev = root / "checkpoints" / "prev.pt"
         self.best = root / "checkpoints" / "best.pt"
+        self.files = [path for path in vars(self).values() if path != root]
+        self.lock = FileLock(root / "run.lock")
+        self.owner = root / "run.pid"  # of the process that holds the lock
+        self.me = f"{os.getpid()} on {platform.node()}"
+        self.unwritten: dict[Path, str] = {}  # lines that wait for the disk
+        self.refused: dict[str, int | None] = {}  # what could not be written of late, and the errno
 
     def check_writable(self) -> None:
         """Raises OSError when a folder or file of the run could not be written, without writing one."""
-        ancestor = self.root
-        while not ancestor.exists() and not ancestor.is_symlink() and ancestor != ancestor.parent:
-            ancestor = ancestor.parent
-        for folder in (ancestor, *(path.parent for path in (self.train_log, self.samples_txt, self.last))):
+        folders = [existing_part(self.root), *(path.parent for path in (self.train_log, self.samples_txt, self.last))]
+        for folder in folders:
             if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
                 raise NotADirectoryError(f"--out_dir {self.root}: {folder} is no directory; choose another --out_dir")
             if folder.is_dir() and not os.access(folder, os.W_OK):
                 raise PermissionError(f"--out_dir {self.root}: {folder} is not writable; choose another --out_dir")
-        for path in self.files():
+        for path in self.files:
             if path.exists() and not path.is_file():
                 raise FileExistsError(f"--out_dir {self.root}: {path} is no file; choose another --out_dir")
 
-    def files(self) -> list[Path]:
-        """All that a run consists of, whether it is there or not."""
-        return [path for path in vars(self).values() if path != self.root]
+    def check_room(self, config: Config, fresh: bool) -> None:
+        """Raises OSError when the disk cannot hold last, prev, best and a checkpoint being written."""
+        weights, state = 4 * config.n_params, 12 * config.n_params  # in fp32; with AdamW's two moments
+        paths = () if fresh else (self.last, self.prev, self.best, temporary(self.last), temporary(self.best))
+        present = {path.stat().st_ino: path.stat().st_size for path in paths if path.exists()}  # two names, one file
+        needed, free = 3 * state + weights - sum(present.values()), self.free_bytes()
+        if needed > free:
+            raise OSError(
+                f"--out_dir {self.root}: checkpoints need {gigabytes(needed)} more (last, prev and one being written: "
+                f"{gigabytes(state)} each, best: {gigabytes(weights)}), and that disk has {gigabytes(free)}: free "
+                f"{gigabytes(needed - free)} on it or choose another --out_dir"
+            )
+
+    def free_bytes(self) -> int:
+        """Room on the disk of the checkpoints."""
+        return shutil.disk_usage(existing_part(self.last.parent)).free
 
     def owns(self, checkpoint: Path) -> bool:
         """Whether the file lies in this run's own checkpoint folder."""
         return checkpoint.resolve().parent == self.last.resolve().parent
 
-    def existing_checkpoint(self) -> Path | None:
-        """The checkpoint to continue from; prev.pt if a crash fell between two renames."""
-        return next((path for path in (self.last, self.prev) if path.exists()), None)
-
     def exists(self) -> bool:
         """Whether there is anything of a run."""
-        return any(path.exists() for path in self.files())
+        return any(path.exists() for path in self.files)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other trainers out; the system opens the lock of a process that is gone.
+
+        Raises ValueError, with its number, when another process holds the lock.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"--out_dir {self.root} is in use by another train.py (pid {read_if_there(self.owner)}): wait for it, "
+                "stop it, or choose another --out_dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise  # but some network file systems have no locks
+        try:
+            yield
+        finally:
+            self.lock.release()
+
+    def claim(self) -> None:
+        """Write down whose directory this is from now on."""
+        self.owner.write_text(self.me, encoding="utf-8")
+
+    def check_owner(self) -> None:
+        """Raises FileExistsError when this directory was removed and now belongs to another run."""
+        if (owner := read_if_there(self.owner)) not in ("", self.me):
+            raise FileExistsError(f"{self.root} was taken over by another train.py (pid {owner})")
 
     def move_aside(self) -> Path:
         """Move the files of an earlier run into the first free earlier-1, earlier-2, …; delete nothing."""
@@ -819,76 +922,156 @@ class RunDir:
         while (target := self.root / f"earlier-{number}").exists():
             number += 1
         target.mkdir()
-        files = (self.last.parent, self.config_json, self.results_json, self.train_log.parent, self.samples_txt.parent)
-        for path in files:
-            if path.exists():
-                path.rename(target / path.name)
+        # Checkpoints last: until they are gone, a start after a kill in here takes up the old run again.
+        for name in ("logs", "samples", "config.json", "results.json", "checkpoints"):
+            if (self.root / name).exists():
+                (self.root / name).rename(target / name)
         return target
 
-    def open(self, offsets: dict[str, int]) -> logging.Handler:
-        """Make the folders and cut metrics and samples at `offsets` (bytes), which a checkpoint kept."""
-        for path in (self.train_log, self.samples_txt, self.last):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    def restore(self, growth: dict[str, dict]) -> None:
+        """Remove what a kill left half written, and bring metrics and samples to where a checkpoint found them
+        (its `growth`; none: to their beginning)."""
+        offsets, unwritten = growth.get("offsets", {}), growth.get("unwritten", {})
+        for path in self.files:
+            temporary(path).unlink(missing_ok=True)
         for path in (self.metrics_csv, self.samples_txt):
-            data = path.read_bytes() if path.exists() else b""
-            kept = data[: offsets.get(path.name, 0)]
-            if len(kept) < offsets.get(path.name, 0):
-                log.warning("%s is shorter than when the checkpoint was made: earlier lines are missing", path)
+            data, end = path.read_bytes(), offsets.get(path.name, 0)
+            kept = data[:end]
+            if len(kept) < end or (kept and not kept.endswith(b"\n")):
+                log.warning("%s is not as the run left it: lines before this start are missing", path)
                 kept = kept[: kept.rfind(b"\n") + 1]
-            if path == self.metrics_csv and not kept:
-                kept = (",".join(METRICS) + "\n").encode()
-            if kept != data or not path.exists():
+            kept = (kept or self.head(path).encode()) + unwritten.get(path.name, "").encode()
+            if kept != data:
                 with replacing(path) as file:
                     file.write(kept)
-        return logging.FileHandler(self.train_log, encoding="utf-8")
 
-    def offsets(self) -> dict[str, int]:
-        """Lengths in bytes of the files that `open` cuts."""
-        return {path.name: path.stat().st_size for path in (self.metrics_csv, self.samples_txt)}
+    def make(self) -> None:
+        """Make the folders and the growing files, at the start and wherever they vanished under the run.
 
-    def _append(self, path: Path, text: str) -> None:
-        with open(path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        Raises OSError.
+        """
+        self.check_owner()
+        for path in (self.config_json, self.train_log, self.samples_txt, self.last):
+            path.parent.mkdir(exist_ok=True)
+        for path in (self.train_log, self.metrics_csv, self.samples_txt):
+            if not path.exists():
+                path.write_bytes(self.head(path).encode())
+        if not Path(self.lock.lock_file).exists():
+            self.lock.release(force=True)
+            self.lock.acquire(timeout=0)
+            self.claim()
+
+    def head(self, path: Path) -> str:
+        """How a growing file begins."""
+        return ",".join(METRICS) + "\n" if path == self.metrics_csv else ""
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Try to write; the run goes on when the disk refuses, and says so once for each cause."""
+        try:
+            yield
+            self.refused.pop(what, None)
+        except OSError as error:
+            known = error.errno in self.refused.values()
+            self.refused[what] = error.errno
+            if not known:
+                with suppress(OSError):
+                    error = f"{error} ({gigabytes(self.free_bytes())} free)"
+                log.error(
+                    "Could not write %s: %s. Training goes on, and all that cannot be written is tried again; no file "
+                    "is left half written.", what, error
+                )  # fmt: skip
+
+    def missing(self) -> str:
+        """What could not be written to the end, but for the plot, which `update_readme.py` draws as well."""
+        return ", ".join(what for what in self.refused if what != "the plot")
+
+    def append(self, path: Path, text: str) -> None:
+        """Add text to a growing file; what the disk refuses waits in memory."""
+        self.unwritten[path] = self.unwritten.get(path, "") + text
+        with self.attempt(f"lines of {path}"):
+            self.flush(path)
+
+    def flush(self, path: Path, to_disk: bool = False) -> None:
+        """Write the lines that wait. Raises OSError, and then none of them is in the file."""
+        self.check_owner()
+        data = self.unwritten.get(path, "").encode("utf-8", "replace")
+        with open(path, "r+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(data) < len(data):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            self.unwritten[path] = ""
+            if to_disk:
+                os.fsync(file.fileno())
+
+    def growth(self) -> dict[str, dict]:
+        """For a checkpoint: the lengths of metrics and samples on disk, in bytes, and the lines not yet there."""
+        files = (self.metrics_csv, self.samples_txt)
+        for path in files:
+            with suppress(OSError):  # another program may hold it: its lines wait in the checkpoint
+                self.flush(path, to_disk=True)
+        return {
+            "offsets": {path.name: path.stat().st_size for path in files},
+            "unwritten": {path.name: self.unwritten.get(path, "") for path in files},
+        }
 
     def append_metrics(self, row: dict[str, float | None]) -> None:
         """Add one CSV row; None is an empty field."""
         cells = ("" if row[name] is None else format(row[name], form) for name, form in METRICS.items())
-        self._append(self.metrics_csv, ",".join(cells) + "\n")
+        self.append(self.metrics_csv, ",".join(cells) + "\n")
 
     def append_samples(self, step: int, prompt: str, outputs: list[str]) -> None:
         """Add one block: 80 "=", the step, then a PROMPT: / OUTPUT: pair for each output."""
         pairs = "".join(f"PROMPT:\n{prompt}\nOUTPUT:\n{output}\n\n" for output in outputs)
-        self._append(self.samples_txt, f"{'=' * 80}\nSTEP {step}\n\n{pairs}")
-        log.info("Appended samples to: %s", self.samples_txt)
+        self.append(self.samples_txt, f"{'=' * 80}\nSTEP {step}\n\n{pairs}")
+        if not self.unwritten[self.samples_txt]:
+            log.info("Appended samples to: %s", self.samples_txt)
 
     def write_json(self, path: Path, values: dict) -> None:
         """Write one JSON file whole; numbers that JSON lacks (inf, nan) become null."""
+        self.check_owner()
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with replacing(path) as file:
             file.write((json.dumps(finite, indent=2, ensure_ascii=False) + "\n").encode())
 
-    def save_best(self, checkpoint: dict, loss: float) -> None:
-        """Write best.pt."""
-        write_checkpoint(self.best, checkpoint)
-        log.info("New best loss %.6f -> saved: %s", loss, self.best)
-
-    def save_last(self, checkpoint: dict) -> None:
-        """Write last.pt; the one before it becomes prev.pt."""
-        fresh = self.last.with_name("new.pt")
-        write_checkpoint(fresh, checkpoint)
-        if self.last.exists():
-            os.replace(self.last, self.prev)
-        os.replace(fresh, self.last)
-        log.info("Saved checkpoint: %s", self.last)
-
     def draw_plot(self) -> None:
         """Refresh loss_curve.png. A plot that fails is reported and costs the run nothing else."""
-        try:
-            from update_readme import draw_loss_curve
+        with self.attempt("the plot"):
+            try:
+                from update_readme import draw_loss_curve
 
-            draw_loss_curve(self.root)
-        except Exception as error:
-            log.warning("The plot was not drawn: %s: %s", type(error).__name__, error)
+                self.check_owner()
+                draw_loss_curve(self.root)
+            except OSError:
+                raise
+            except Exception as error:
+                log.warning("The plot was not drawn: %s: %s", type(error).__name__, error)
+
+
+class LogFile(logging.Handler):
+    """Log lines, for train.log."""
+
+    def __init__(self, run: RunDir):
+        super().__init__()
+        self.run = run
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append the line. A failure logs a line in turn, but only one: `attempt` reports it once."""
+        self.run.append(self.run.train_log, self.format(record) + "\n")
+
+
+def read_if_there(path: Path) -> str:
+    """Text of a small file; empty when there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def gigabytes(n_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{n_bytes / 1e9:.2f} GB"
 
 
 def read_json(path: Path) -> dict:
@@ -900,10 +1083,10 @@ def read_json(path: Path) -> dict:
     return values if isinstance(values, dict) else {}
 
 
-def write_checkpoint(path: Path, checkpoint: dict) -> None:
+def write_checkpoint(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
     """Write a checkpoint as a whole. Raises OSError, which torch.save may hide behind an error of its own."""
     try:
-        with replacing(path) as file:
+        with replacing(path, previous) as file:
             torch.save(checkpoint, file)
     except RuntimeError as error:
         raise error.__context__ if isinstance(error.__context__, OSError | KeyboardInterrupt) else error from None
@@ -912,58 +1095,104 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint onto the CPU; nothing in the file is executed (tensors and plain values only).
 
-    Raises FileNotFoundError, or ValueError when it is no checkpoint of this program.
+    Raises FileNotFoundError, or ValueError when it is no checkpoint of this program or not a byte as written.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--resume {path}: no such file; name a last.pt, or use --resume auto")
-    previous = path.with_name("prev.pt")
-    remedy = f"; --resume {previous} goes on from the one before" if previous.exists() and path != previous else ""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("packed, which PyTorch never does")
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}){remedy}") from error
-    if not isinstance(checkpoint, dict) or not {"format", "config", "model", "corpus_sha256"} <= checkpoint.keys():
-        raise ValueError(f"{path} is no checkpoint of train.py{remedy}")
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} has format {checkpoint['format']}, this train.py reads {CHECKPOINT_FORMAT}")
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # the disk's fault, or the permissions'
+        if is_out_of_memory(error):
+            raise OSError(f"{path} does not fit into memory: close other programs and try again") from error
+        reason = str(error).partition("\n")[0][:100] if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{path} is damaged or no checkpoint ({reason})") from error
+    if isinstance(checkpoint, dict) and checkpoint.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path} has format {checkpoint['format']!r}, this train.py reads {CHECKPOINT_FORMAT}")
+    if not is_sound(checkpoint):
+        raise ValueError(f"{path} is no checkpoint of train.py")
     return checkpoint
 
 
-def find_run(config: Config, run: RunDir) -> Path | None:
-    """The checkpoint that --resume asks for, or None for a fresh start.
+def is_sound(checkpoint: object) -> bool:
+    """Whether everything but the tensors is there and of the right kind."""
+    if not isinstance(checkpoint, dict):
+        return False
+    start = asdict(Progress())
+    try:
+        config, progress = Config.from_dict(checkpoint["config"]), checkpoint.get("progress", {})
+        return (
+            not config.out_of_range()
+            and not config.contradictions()
+            and isinstance(checkpoint["model"], dict)
+            and isinstance(checkpoint["corpus_sha256"], str)
+            and all(isinstance(checkpoint[name], int) for name in ("corpus_tokens", "step"))
+            and all(type(value) in (type(start[name]), float) for name, value in progress.items())
+            and all(isinstance(loss, float) for loss in progress.get("recent_losses", []))
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
 
-    Raises FileNotFoundError, or ValueError when a foreign checkpoint would overwrite another run.
+
+def find_checkpoints(config: Config, run: RunDir) -> list[Path]:
+    """The checkpoints to continue from as --resume asks, the newest first; none for a fresh start.
+
+    Raises ValueError when a foreign checkpoint would overwrite another run.
     """
+    own = [path for path in (run.last, run.prev) if path.exists()]
     if config.resume == "never":
-        return None
-    if config.resume == "auto":
-        return run.existing_checkpoint()
+        return []
     path = Path(config.resume)
-    if run.existing_checkpoint() and not run.owns(path):
-        flags = read_json(run.config_json).get("config")
-        if isinstance(flags, dict) and flags.get("resume") == config.resume:
-            return run.existing_checkpoint()  # the same command once more: the run it began goes on
-        raise ValueError(f"--out_dir {run.root} holds another run than --resume {path}: choose another --out_dir")
-    return path
+    if config.resume == "auto":
+        return own
+    if not own or run.owns(path):
+        return [path]
+    flags = read_json(run.config_json).get("config")
+    if isinstance(flags, dict) and flags.get("resume") == config.resume:
+        return own  # the same command once more: the run it began goes on
+    raise ValueError(f"--out_dir {run.root} holds another run than --resume {path}: choose another --out_dir")
+
+
+def load_newest(paths: list[Path]) -> tuple[Path | None, dict | None, str | None]:
+    """The first of the checkpoints that is whole: its path, what it holds, and what is wrong with the one before.
+
+    Raises FileNotFoundError, or ValueError when none is whole.
+    """
+    damage = None
+    for path in paths:
+        try:
+            return path, load_checkpoint(path), damage
+        except ValueError as error:
+            damage = damage or str(error)
+    if damage:
+        raise ValueError(f"{damage}: name another with --resume, or --resume never moves the run aside and starts anew")
+    return None, None, None
 
 
 def check_same_run(path: Path, checkpoint: dict, config: Config, corpus: Corpus) -> None:
     """Raises ValueError when the checkpoint has other weights or another corpus than the flags ask for."""
     remedy = "choose another --out_dir, or --resume never to move that run aside and start anew"
-    if "optimizer" not in checkpoint:
+    if not {"optimizer", "scaler", "progress", "offsets"} <= checkpoint.keys():
         raise ValueError(f"{path} holds weights alone, without the optimizer: continue from last.pt or prev.pt")
     saved = checkpoint["config"]
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
-        if saved[name] != getattr(config, name):
+        if saved.get(name) != getattr(config, name):
             raise ValueError(
-                f"{path} has --{name} {saved[name]} (--preset {saved['preset']}), not {getattr(config, name)}: {remedy}"
+                f"{path} has --{name} {saved.get(name)} (--preset {saved.get('preset')}), not {getattr(config, name)}: "
+                f"{remedy}"
             )
     if checkpoint["corpus_sha256"] != corpus.sha256:
         raise ValueError(f"{path} was trained on another text than {config.input_file}: {remedy}")
     if checkpoint["corpus_tokens"] != len(corpus.tokens):
         raise ValueError(
             f"{path} was trained on {checkpoint['corpus_tokens']:,} tokens of {config.input_file}, not "
-            f"{len(corpus.tokens):,}: set --max_tokens {saved['max_tokens']}, or {remedy}"
+            f"{len(corpus.tokens):,}: set --max_tokens {saved.get('max_tokens')}, or {remedy}"
         )
 
 
@@ -1010,12 +1239,12 @@ def generate(
     return tokens
 
 
-def corpus_loss(model: GPT, tokens: np.ndarray, config: Config, n_slices: int) -> tuple[float, float]:
+def corpus_loss(model: GPT, tokens: np.ndarray, config: Config, n_slices: int, micro_batch: int) -> tuple[float, float]:
     """Mean loss over random slices drawn for this alone, and its standard error, in nats per token."""
     slices = draw_slices(tokens, config, EVALUATION_STREAM, n_slices)
     losses = []
     with evaluating(model), autocast(config):
-        for chunk in slices.split(config.batch_size):
+        for chunk in slices.split(micro_batch):
             chunk = chunk.to(config.device)
             logits, targets = model(chunk[:, :-1]), chunk[:, 1:]  # (B, T, V) and (B, T)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -1029,6 +1258,7 @@ def corpus_loss(model: GPT, tokens: np.ndarray, config: Config, n_slices: int) -
 # ---------------------------------------------------------------------------------------------
 
 MAX_SKIPPED_IN_A_ROW = 20  # fp16 skips a few steps while it looks for its scale; 20 mean it is lost
+STUCK_AFTER = 200  # steps after warm-up by which a healthy run is far below ln V
 
 
 class TrainingFailed(RuntimeError):
@@ -1036,23 +1266,28 @@ class TrainingFailed(RuntimeError):
 
 
 class Interruption:
-    """Remembers the first Ctrl-C or SIGTERM until the step is done; a Ctrl-C after that breaks off."""
+    """Remembers Ctrl-C, Ctrl-Break, SIGTERM or a closed terminal until the step is done; a second one breaks off."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.time = math.inf
         self._handlers = {}
 
     def __enter__(self) -> "Interruption":
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-            if hasattr(signal, name):
-                number = getattr(signal, name)
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._handlers[number] = signal.signal(number, self._remember)
         return self
 
     def _remember(self, number: int, _frame) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nFinishing this step, then saving. Ctrl-C once more breaks off without saving.\n")
+        if time.monotonic() - self.time > 1:  # `timeout` and terminals may deliver one signal twice
+            raise KeyboardInterrupt
+        if self.signal is None:
+            self.signal, self.time = number, time.monotonic()
+            with suppress(OSError, AttributeError):  # the terminal may be gone, and `print` may not be entered twice
+                message = b"\nFinishing this step, then saving. Ctrl-C once more breaks off without saving.\n"
+                os.write(sys.stderr.fileno(), message)
 
     def __exit__(self, *_exception) -> None:
         for number, handler in self._handlers.items():
@@ -1070,38 +1305,55 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.progress = Progress()
+        self.micro_batch = config.batch_size  # slices in one forward and backward pass; fewer when memory runs out
+        self.saved_step = 0
         self.best_weights: dict[str, torch.Tensor] | None = None  # not yet on disk
         self.forward: nn.Module = self.model
         if checkpoint is not None:
-            self.model.load_state_dict(checkpoint["model"])
-            # Moments come from the checkpoint; betas and weight decay are the flags' to say.
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-            if self.scaler.is_enabled() and checkpoint["scaler"]:
-                self.scaler.load_state_dict(checkpoint["scaler"])
-            self.progress = replace(Progress(**checkpoint["progress"]), skipped_in_a_row=0)
-            if checkpoint["config"]["target_window"] != config.target_window or not checkpoint["own"]:
-                # A window of another size does not compare, and another run's best.pt stayed there.
-                self.progress.best_loss, self.progress.best_step = math.inf, 0
+            self._restore(checkpoint)
         self.progress.trained_context = max(self.progress.trained_context, config.seq_len)
+
+    def _restore(self, checkpoint: dict) -> None:
+        """Take over a checkpoint's state, and its tensors out of it, so that they are not held twice."""
+        config, saved = self.config, checkpoint["config"]
+        self.model.load_state_dict(checkpoint.pop("model"))
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": checkpoint.pop("optimizer")["state"], "param_groups": groups})
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"{name} of shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+                state[name] = value.contiguous()  # fused kernels trust shapes and strides
+        if self.scaler.is_enabled() and checkpoint["scaler"]:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.progress = replace(Progress(**checkpoint["progress"]), skipped_in_a_row=0)
+        self.saved_step = self.progress.step if checkpoint["own"] else 0
+        if (saved["batch_size"], saved["grad_accum"]) == (config.batch_size, config.grad_accum):
+            self.micro_batch = checkpoint.get("micro_batch", config.batch_size)
+            if not 1 <= self.micro_batch <= config.batch_size:
+                raise ValueError(f"micro_batch {self.micro_batch}")
+        if saved["target_window"] != config.target_window or not checkpoint["own"]:
+            # A window of another size does not compare, and another run's best.pt stayed there.
+            self.progress.best_loss, self.progress.best_step = math.inf, 0
 
     def compile(self) -> None:
         """Compile the forward pass if the config says so, proven on a micro-batch there and back; a
         compiler that fails is reported, and the run goes on without."""
         if self.config.compile == "off":
             return
-        compiled = torch.compile(self.model)
-        slices = self.slices(self.progress.step + 1)[: self.config.batch_size]
         started = time.perf_counter()
         log.info("Compiling ...")
+        self.forward = torch.compile(self.model, dynamic=False)
         try:
-            with autocast(self.config):
-                compiled(slices[:, :-1], slices[:, 1:]).backward()
-            self.forward = compiled
+            step = self.progress.step + 1
+            self.accumulate(step, self.slices(step)[: self.micro_batch])
             log.info("Compiled in %.0f s", time.perf_counter() - started)
         except Exception as error:  # Inductor, Triton and C++ compilers fail in many ways
+            if is_out_of_memory(error):
+                raise
             reason = str(error).strip().partition("\n")[0]
             log.warning("torch.compile failed, going on without: %s: %s", type(error).__name__, reason)
+            self.config, self.forward = replace(self.config, compile="off"), self.model
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -1113,26 +1365,53 @@ class Trainer:
             return slices.pin_memory().to(self.device, non_blocking=True)
         return slices.to(self.device)
 
+    def accumulate(self, step: int, slices: torch.Tensor) -> torch.Tensor:
+        """Gradients of the mean loss over these slices, and that loss, a scalar on the device.
+
+        When memory runs out, the micro-batch shrinks to the next smaller divisor of the global batch:
+        the same slices, and to rounding the same gradients.
+        """
+        global_batch = self.config.batch_size * self.config.grad_accum
+        while True:
+            try:
+                return self._accumulate(step, slices.split(self.micro_batch))
+            except (RuntimeError, MemoryError) as error:
+                if self.micro_batch == 1 or not is_out_of_memory(error):
+                    raise
+            # Here and not in the handler, whose traceback keeps the tensors of the failed pass alive.
+            self.optimizer.zero_grad(set_to_none=True)
+            smaller = max(n for n in range(1, self.micro_batch) if global_batch % n == 0)
+            log.warning(
+                f"Out of memory with {self.micro_batch} slices in a micro-batch; from step {step} on with {smaller}: "
+                "the same slices and, but for rounding and dropout, the same results"
+            )
+            self.micro_batch = smaller
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _accumulate(self, step: int, micro_batches: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        if self.config.dropout:
+            torch.manual_seed(int(random_words(self.config.seed, DROPOUT_STREAM + step, 1)[0]))
+        loss_sum = torch.zeros((), device=self.device)
+        for slices in micro_batches:
+            with autocast(self.config):
+                loss = self.forward(slices[:, :-1], slices[:, 1:])
+            # The gradient of a step is that of the mean over its micro-batches.
+            self.scaler.scale(loss / len(micro_batches)).backward()
+            loss_sum += loss.detach()
+        return loss_sum / len(micro_batches)
+
     def update(self) -> tuple[float, float, float]:
         """One optimizer update. Returns loss (before the update), gradient norm (before clipping), rate.
 
-        A step whose loss or gradient is not finite leaves weights and optimizer alone; too many in
-        a row raise TrainingFailed.
+        A step whose loss or gradient is not finite leaves all weights and all of the optimizer alone;
+        too many in a row raise TrainingFailed.
         """
-        config, progress = self.config, self.progress
-        step = progress.step + 1
-        if config.dropout:
-            torch.manual_seed(int(random_words(config.seed, DROPOUT_STREAM + step, 1)[0]))
-        loss_sum = torch.zeros((), device=self.device)
-        for slices in self.slices(step).split(config.batch_size):
-            with autocast(config):
-                loss = self.forward(slices[:, :-1], slices[:, 1:])
-            # The gradient of a step is that of the mean over its micro-batches.
-            self.scaler.scale(loss / config.grad_accum).backward()
-            loss_sum += loss.detach()
+        config, step = self.config, self.progress.step + 1
+        loss = self.accumulate(step, self.slices(step))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad or math.inf)
-        loss, grad_norm = torch.stack([loss_sum / config.grad_accum, norm]).tolist()  # the one host read
+        loss, grad_norm = torch.stack([loss, norm]).tolist()  # the one host read
 
         lr = learning_rate(step, config)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -1158,7 +1437,7 @@ class Trainer:
         if p.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingFailed(
                 f"loss or gradient was not finite in {p.skipped_in_a_row} steps in a row, the last being step {step}: "
-                "continue from the last checkpoint with a lower --lr, or with --amp bf16 or off"
+                "go on with a lower --lr, or with --amp bf16 or off"
             )
 
     def keep_best(self, at_end: bool = False) -> None:
@@ -1184,27 +1463,37 @@ class Trainer:
             "trained_context": self.progress.trained_context,
             "corpus_sha256": self.corpus.sha256,
             "corpus_tokens": len(self.corpus.tokens),
+            "micro_batch": self.micro_batch,
         }
 
     def save_best(self, run: RunDir) -> None:
         """Write a best that is not on disk yet."""
         if self.best_weights is not None:
+            run.check_owner()
             best = {"step": self.progress.best_step, "loss": self.progress.best_loss, "model": self.best_weights}
-            run.save_best(self.description() | best, self.progress.best_loss)
+            write_checkpoint(run.best, self.description() | best)
+            log.info("New best loss %.6f -> saved: %s", self.progress.best_loss, run.best)
             self.best_weights = None
 
     def save(self, run: RunDir) -> None:
-        """Write the best, then last.pt, which so never speaks of a best that is not there."""
-        self.save_best(run)
-        state = {
-            "step": self.progress.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "progress": asdict(self.progress),
-            "offsets": run.offsets(),
-        }
-        run.save_last(self.description() | state)
+        """Write the best, then last.pt, which so never speaks of a best that is not there.
+
+        What cannot be written is reported, and tried again at the next save.
+        """
+        with run.attempt(f"{run.last} of {gigabytes(12 * self.config.n_params)}"):
+            run.make()
+            self.save_best(run)
+            state = {
+                "step": self.progress.step,
+                "model": self.model.state_dict(),
+                "optimizer": {"state": self.optimizer.state_dict()["state"]},  # the flags say the rest
+                "scaler": self.scaler.state_dict(),
+                "progress": asdict(self.progress),
+                **run.growth(),
+            }
+            write_checkpoint(run.last, self.description() | state, previous=run.prev)
+            log.info("Saved checkpoint: %s", run.last)
+            self.saved_step = self.progress.step
 
     def sample(self, run: RunDir, tokenizer: tiktoken.Encoding) -> None:
         """Continue the prompt num_prompts times and append the texts to samples.txt."""
@@ -1225,6 +1514,19 @@ class Trainer:
                 generator=generator,
             )
         run.append_samples(p.step, prompt, [tokenizer.decode(output) for output in outputs.tolist()])
+        p.sampled_step = p.step
+
+
+def stuck_hint(progress: Progress, config: Config) -> str | None:
+    """What may be wrong when the loss is still that of guessing, long after warm-up; None when it is not."""
+    losses, ln_vocab = progress.recent_losses, math.log(VOCAB_SIZE)
+    if progress.step < config.warmup_steps + STUCK_AFTER or not losses or statistics.fmean(losses) < ln_vocab - 0.3:
+        return None
+    return (
+        f"The loss still is about ln V = {ln_vocab:.3f}, that of guessing. Usual causes: --lr {config.lr:g} is far too "
+        f"low or too high; --init_std {config.init_std:g} does not suit --n_embd {config.n_embd}; the text has no "
+        "structure"
+    )
 
 
 def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: Callable[[str], None]) -> str:
@@ -1236,11 +1538,12 @@ def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: 
     first_step, elapsed_before, line_tokens = p.step + 1, p.elapsed_sec, p.tokens
     started = line_time = time.perf_counter()
     quiet = True if sys.stderr is None else None  # None: a bar on a terminal only
+    hinted = save_due = False
     bar = tqdm(total=config.steps, initial=p.step, unit="step", dynamic_ncols=True, disable=quiet)
     with Interruption() as interruption, logging_redirect_tqdm([log]), bar:
         while not (stop := p.stop_reason(config)):
             if interruption.signal is not None:
-                if p.step >= first_step and p.step % config.save_every:
+                if p.step != trainer.saved_step:
                     trainer.save(run)
                 return signal.Signals(interruption.signal).name
             loss, grad_norm, lr = trainer.update()
@@ -1262,6 +1565,9 @@ def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: 
                     f"step {step}/{config.steps} | loss {loss:.6f} | lr {lr:.2e} | tok/s {tokens_per_sec:.1f}"
                     f"{window} | grad_norm {grad_norm:.3f}"
                 )
+                if not hinted and (hint := stuck_hint(p, config)):
+                    log.warning(hint)
+                    hinted = True
             if step == first_step + 9:
                 remaining = timedelta(seconds=round((config.steps - step) * (now - started) / 10))
                 log.info(f"ETA {remaining} to step {config.steps}, sooner if the target is reached")
@@ -1271,16 +1577,18 @@ def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: 
                 trainer.keep_best()
             if step % config.sample_every == 0:
                 trainer.sample(run, tokenizer)
-            if step % config.save_every == 0 and not p.skipped_in_a_row:
+            save_due = save_due or step % config.save_every == 0
+            if save_due and not p.skipped_in_a_row:
                 trainer.save(run)
                 publish("running")
+                save_due = False
 
         if stop == "target":
             log.info(f"Target reached: loss {p.window_loss(config):.6f} <= {config.target_loss}. Stopping.")
         elif config.target_loss:
             log.info(f"All {p.step} steps done; window_loss is still above the target {config.target_loss}.")
         trainer.keep_best(at_end=True)
-        if p.step >= first_step or p.step % config.sample_every:
+        if p.step != p.sampled_step:
             trainer.sample(run, tokenizer)
         trainer.save(run)
     return stop
@@ -1378,15 +1686,22 @@ class Setup:
     run: RunDir
     resumed_from: Path | None
     checkpoint: dict | None  # what that file holds
+    damage: str | None  # what is wrong with the newer checkpoint that should have been it
 
 
-def prepare(argv: list[str]) -> Setup:
-    """Do everything that the user's input can spoil. Raises ValueError or OSError; writes nothing."""
+def prepare(argv: list[str], held: ExitStack) -> Setup:
+    """Do everything that the user's input can spoil, and hold the lock of a run that is there already.
+
+    Raises ValueError or OSError; writes nothing.
+    """
     config = parse_config(argv)
     run = RunDir(config.out_dir)
     run.check_writable()
-    path = find_run(config, run)
-    checkpoint = None if path is None else load_checkpoint(path)
+    if Path(run.lock.lock_file).exists():
+        held.enter_context(run.locked())  # or its files could change between here and training
+    path, checkpoint, damage = load_newest(find_checkpoints(config, run))
+    if checkpoint is None and run.config_json.exists() and "launches" not in read_json(run.config_json):
+        raise ValueError(f"{run.config_json} was not written by train.py: choose another --out_dir")
     previous = None if checkpoint is None else Config.from_dict(checkpoint["config"])
     config, reasons = choose_runtime(config, previous)
     tokenizer = load_tokenizer()
@@ -1394,7 +1709,7 @@ def prepare(argv: list[str]) -> Setup:
     if checkpoint is not None:
         check_same_run(path, checkpoint, config, corpus)
         checkpoint["own"] = run.owns(path)
-    return Setup(argv, config, reasons, corpus, tokenizer, run, path, checkpoint)
+    return Setup(argv, config, reasons, corpus, tokenizer, run, path, checkpoint, damage)
 
 
 def results(trainer: Trainer, stop_reason: str, floor: float, measured: tuple[float, float, int] | None) -> dict:
@@ -1434,7 +1749,7 @@ def measure_corpus_loss(trainer: Trainer) -> tuple[float, float, int]:
     c, p = trainer.config, trainer.progress
     n_slices = min(1024, max(64, p.tokens // c.seq_len // 10))
     log.info(f"Measuring the corpus loss on {n_slices:,} random slices ...")
-    mean, standard_error = corpus_loss(trainer.model, trainer.corpus.tokens, c, n_slices)
+    mean, standard_error = corpus_loss(trainer.model, trainer.corpus.tokens, c, n_slices, trainer.micro_batch)
     log.info(
         f"Corpus loss {mean:.6f} +- {standard_error:.6f} (mean and standard error of {n_slices} random slices), "
         f"perplexity {perplexity(mean):.4f}"
@@ -1442,30 +1757,30 @@ def measure_corpus_loss(trainer: Trainer) -> tuple[float, float, int]:
     return mean, standard_error, n_slices
 
 
-def write_config(setup: Setup, first_step: int) -> None:
-    """Write config.json; the commands of earlier launches of the same run are kept."""
-    config, corpus, path = setup.config, setup.corpus, setup.run.config_json
+def launch_record(setup: Setup, first_step: int) -> dict:
+    """What config.json says of a launch; the commands of earlier ones of the same run are kept."""
+    config, corpus = setup.config, setup.corpus
     command = shlex.join(["python", "train.py", *setup.argv])
     launch = {"date": datetime.now().isoformat(timespec="seconds"), "first_step": first_step, "command": command}
-    earlier = read_json(path).get("launches") if first_step > 1 else None
-    setup.run.write_json(
-        path,
-        {
-            "command": command,
-            "seed": config.seed,
-            "git_commit": git_commit(),
-            **environment(config),
-            "corpus": {"file": config.input_file.as_posix(), "sha256": corpus.sha256, "tokens": len(corpus.tokens)},
-            "parameters": config.n_params,
-            "config": config.as_dict(),
-            "reasons": setup.reasons,
-            "launches": [*(earlier if isinstance(earlier, list) else []), launch],
-        },
-    )
+    earlier = read_json(setup.run.config_json).get("launches") if first_step > 1 else None
+    return {
+        "command": command,
+        "seed": config.seed,
+        "git_commit": git_commit(),
+        **environment(config),
+        "corpus": {"file": config.input_file.as_posix(), "sha256": corpus.sha256, "tokens": len(corpus.tokens)},
+        "parameters": config.n_params,
+        "reasons": setup.reasons,
+        "launches": [*(earlier if isinstance(earlier, list) else []), launch],
+    }
 
 
-def log_changed_flags(config: Config, saved: dict) -> None:
-    """Say which flags differ from those of the checkpoint."""
+def log_resumption(setup: Setup, trainer: Trainer) -> None:
+    """Say where the run goes on, and which flags differ from those of the checkpoint."""
+    config, saved = setup.config, setup.checkpoint["config"]
+    log.info("Resuming from step %d (%s)", trainer.progress.step, setup.resumed_from)
+    if trainer.micro_batch != config.batch_size:
+        log.info("Micro-batch: %d slices (as in the run so far)", trainer.micro_batch)
     changes = [
         f"--{name} {saved[name]!r} -> {value!r}"
         for name, value in config.as_dict().items()
@@ -1476,51 +1791,95 @@ def log_changed_flags(config: Config, saved: dict) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has an exception for it; the CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    """PyTorch has an exception for it, which not all of its parts raise."""
+    words = r"out of memory|allocate memory|ALLOC_FAILED"  # MPS, the CPU's allocator, cuBLAS
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(words, str(error)) is not None
 
 
-def run_training(setup: Setup) -> int:
-    """Train, measure, and leave every file of the run whole. Returns the exit code."""
-    config, run, checkpoint = setup.config, setup.run, setup.checkpoint
-    first_step = 1 if checkpoint is None else checkpoint["step"] + 1
-    write_config(setup, first_step)
+def build_trainer(setup: Setup) -> Trainer:
+    """The trainer at the step where the checkpoint left it. Raises ValueError when the checkpoint does not fit."""
+    try:
+        return Trainer(setup.config, setup.corpus, setup.checkpoint)
+    except (RuntimeError, MemoryError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise OSError(f"out of memory while the model was built: choose a smaller --preset ({error})") from error
+        if setup.checkpoint is None:
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{setup.resumed_from} does not fit this model ({type(error).__name__}: {reason})") from error
+
+
+def configure_torch(config: Config) -> None:
+    """Threads, TF32, and the same bits in every run where that is asked for or costs nothing."""
     torch.set_num_threads(config.threads)
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
-    if config.device == "cpu":
+    if config.device == "cpu" or config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by PyTorch's reproducibility notes
         torch.use_deterministic_algorithms(True)  # or compiled code adds up gradients in varying order
         torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def run_training(setup: Setup, trainer: Trainer) -> int:
+    """Train, measure, and leave every file of the run whole. Returns the exit code."""
+    config, run, checkpoint = setup.config, setup.run, setup.checkpoint
+    first_step = 1 if checkpoint is None else checkpoint["step"] + 1
+    record = launch_record(setup, first_step)
     floor = loss_floor(setup.corpus.tokens, config.seq_len)
 
+    def write_config() -> None:
+        chosen = {"config": trainer.config.as_dict(), "micro_batch": trainer.micro_batch}
+        run.write_json(run.config_json, record | chosen)
+
     def publish(stop_reason: str, measured: tuple[float, float, int] | None = None) -> None:
-        run.write_json(run.results_json, results(trainer, stop_reason, floor, measured))
+        with run.attempt("config.json and results.json"):
+            write_config()
+            run.write_json(run.results_json, results(trainer, stop_reason, floor, measured))
         run.draw_plot()
 
+    def finish(code: int, *answers: str) -> int:
+        if missing := run.missing():
+            log.error(
+                "At the end, step %d, these could not be written: %s; %s goes on from step %d",
+                trainer.progress.step, missing, config.same_command, trainer.saved_step
+            )  # fmt: skip
+            return 1
+        for answer in answers:
+            log.info(answer)
+        return code
+
+    write_config()
     try:
-        trainer = Trainer(config, setup.corpus, checkpoint)
+        configure_torch(config)
         log_plan(config, setup.corpus, setup.reasons, floor, trainer.progress)
         if checkpoint is not None:
-            log.info("Resuming from step %d (%s)", first_step - 1, setup.resumed_from)
-            log_changed_flags(config, checkpoint["config"])
+            log_resumption(setup, trainer)
+        if trainer.progress.best_step and not run.best.exists():
+            log.warning("%s is missing: the best from here on will be written there", run.best)
+            trainer.progress.best_loss, trainer.progress.best_step = math.inf, 0
         trainer.compile()
+        if trainer.config.compile != config.compile:
+            setup.reasons["compile"] = "torch.compile failed, see the log"
         stop_reason = train(trainer, run, setup.tokenizer, publish)
         if stop_reason in ("target", "steps"):
             publish(stop_reason, measure_corpus_loss(trainer))
-            log.info("See %s and %s", run.loss_curve, run.samples_txt)
-            log.info("Training complete.")
-            return 0
-        publish("interrupted")
-        log.info("Interrupted by %s after step %d; the same command continues.", stop_reason, trainer.progress.step)
-        return 143 if stop_reason == "SIGTERM" else 130
+            return finish(0, f"See {run.loss_curve} and {run.samples_txt}", "Training complete.")
+        if trainer.saved_step:
+            publish("interrupted")
+        answer = f"Interrupted by {stop_reason} after step {trainer.progress.step}; {config.same_command} continues."
+        return finish(143 if stop_reason in ("SIGTERM", "SIGHUP") else 130, answer)
     except TrainingFailed as failure:
-        trainer.save_best(run)
-        publish("failed")
-        log.error("Training failed: %s", failure)
+        with run.attempt("best.pt"):
+            trainer.save_best(run)
+        step = trainer.saved_step
+        if step:
+            publish("failed")
+        good = f"the last good checkpoint is {run.last}, of step {step}" if step else "there is no checkpoint yet"
+        log.error("Training failed: %s; %s", failure, good)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        log.error("Out of memory: halve --batch_size and double --grad_accum, which changes no result. (%s)", error)
+        log.error("Out of memory: choose a smaller --seq_len or --preset, or fewer --num_prompts. (%s)", error)
     return 1
 
 
@@ -1531,6 +1890,8 @@ def finished(setup: Setup) -> str | None:
     step, published = setup.checkpoint["step"], read_json(setup.run.results_json)
     if published.get("stop_reason") not in ("target", "steps") or published.get("final_step") != step:
         return None
+    if any(setup.checkpoint.get("unwritten", {}).values()):
+        return None  # rows that the disk had refused
     match Progress(**setup.checkpoint["progress"]).stop_reason(setup.config):
         case "target":
             return f"Already finished: the target was reached at step {step}. Lower --target_loss to go on."
@@ -1550,6 +1911,23 @@ def logging_to(handler: logging.Handler) -> Iterator[None]:
         handler.close()
 
 
+def open_and_train(setup: Setup, trainer: Trainer) -> int:
+    """Bring the run directory to where training starts, then train. Returns the exit code; raises OSError."""
+    run, checkpoint = setup.run, setup.checkpoint
+    own = checkpoint is not None and checkpoint["own"]
+    if not own and (run.results_json.exists() or (setup.config.resume == "never" and run.exists())):
+        log.info("Moved the run that was here to %s", run.move_aside())
+    run.claim()
+    run.make()
+    with logging_to(LogFile(run)):
+        if setup.damage:
+            damaged = run.last.with_name("damaged.pt")
+            move(run.last, damaged)
+            log.warning("%s: set aside as %s; going on from %s", setup.damage, damaged, setup.resumed_from)
+        run.restore(checkpoint if own else {})
+        return run_training(setup, trainer)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 or 143 interrupted."""
     for stream in (sys.stdout, sys.stderr):
@@ -1558,34 +1936,35 @@ def main(argv: list[str] | None = None) -> int:
     logging.raiseExceptions = False  # a closed pipe must not flood the terminal; the log file goes on
     log.setLevel(logging.INFO)
     log.propagate = False
-    try:
-        setup = prepare(sys.argv[1:] if argv is None else argv)
-    except SystemExit as answered:  # by tyro: --help is 0, a flag it cannot read is 2
-        return answered.code or 0
-    except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            print(f"train.py: error: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    with logging_to(logging.StreamHandler(sys.stdout)):
-        if answer := finished(setup):
-            log.info(answer)
-            return 0
+    with ExitStack() as held:
         try:
-            fresh = setup.checkpoint is None
-            if fresh and (setup.run.results_json.exists() or (setup.config.resume == "never" and setup.run.exists())):
-                log.info("Moved the run that was here to %s", setup.run.move_aside())
-            own = not fresh and setup.checkpoint["own"]
-            with logging_to(setup.run.open(setup.checkpoint["offsets"] if own else {})):
-                try:
-                    return run_training(setup)
-                except KeyboardInterrupt:
-                    log.error("Broken off without saving; the same command continues from the last checkpoint, if any.")
-                    return 130
-        except OSError as error:
-            log.error("%s; what was written before is intact", error)
-            return 1
+            setup = prepare(sys.argv[1:] if argv is None else argv, held)
+            answer = finished(setup)
+            if not answer:
+                setup.run.check_room(setup.config, fresh=setup.checkpoint is None)
+                trainer = build_trainer(setup)
+                held.enter_context(setup.run.locked())
+        except SystemExit as answered:  # by tyro: --help is 0, a flag it cannot read is 2
+            return answered.code or 0
+        except (ValueError, OSError) as error:
+            for line in str(error).splitlines():
+                print(f"train.py: error: {line}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        with logging_to(logging.StreamHandler(sys.stdout)):
+            if answer:
+                log.info(answer)
+                return 0
+            try:
+                return open_and_train(setup, trainer)
+            except KeyboardInterrupt:
+                again = setup.config.same_command
+                log.error("Broken off without saving; %s continues from the last checkpoint, if any.", again)
+                return 130
+            except OSError as error:
+                log.error("%s; what was written before is intact", error)
+                return 1
 
 
 if __name__ == "__main__":

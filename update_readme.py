@@ -33,6 +33,8 @@ FENCE = re.compile(r"(?: {0,3}|\s*(?:[-*+]|\d+[.)])\s+)(`{3,}(?=[^`]*$)|~{3,})")
 FENCE_END = re.compile(r"\s*(`{3,}|~{3,})\s*")
 INLINE_CODE = re.compile(r"(`+)[^`]+\1")
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # and reordering
+LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \| [A-Z]+ \| ", re.MULTILINE)
+SAMPLES_BLOCK = re.compile(r"^={80}\n(?=STEP \d+$)", re.MULTILINE)
 LOG_LINES, SAMPLE_LINES, TABLE_ROWS, LAUNCHES = 20, 60, 12, 10
 
 LEVELS = (("ln_vocab", "ln V", "#969696"), ("target_loss", "target", "#238b45"), ("loss_floor", "floor", "#cb181d"))
@@ -67,7 +69,7 @@ def read_run(out_dir: Path) -> Run:
 
     Raises FileNotFoundError when there is no run, ValueError when a file is not what it should be.
     """
-    csv = out_dir / "logs" / "train_metrics.csv"
+    csv, samples = out_dir / "logs" / "train_metrics.csv", out_dir / "samples" / "samples.txt"
     if not csv.is_file():
         raise FileNotFoundError(f"--out_dir {out_dir}: there is no run (no {csv.as_posix()}); name a run directory")
     return Run(
@@ -75,21 +77,27 @@ def read_run(out_dir: Path) -> Run:
         read_metrics(csv),
         read_json(out_dir / "results.json"),
         read_json(out_dir / "config.json"),
-        read_text(out_dir / "logs" / "train.log"),
-        read_text(out_dir / "samples" / "samples.txt"),
+        read_text(out_dir / "logs" / "train.log", LOG_LINE, "line with a date and a level"),
+        read_text(samples, SAMPLES_BLOCK, "block of samples (80 '=', then STEP and a number)"),
     )
 
 
-def read_text(path: Path) -> str:
-    """Text of a UTF-8 file with \\n line ends; empty when there is no file, bad bytes replaced."""
-    if not path.is_file():
+def read_text(path: Path, pattern: re.Pattern, what: str) -> str:
+    """Text of a UTF-8 file with \\n line ends; empty when there is no file, bad bytes replaced.
+
+    Raises ValueError when there is text and the pattern is nowhere in it.
+    """
+    if not path.exists():
         return ""
-    return "\n".join(path.read_bytes().decode("utf-8", errors="replace").splitlines())
+    text = "\n".join(path.read_bytes().decode("utf-8", errors="replace").splitlines())
+    if text.strip() and not pattern.search(text):
+        raise ValueError(f"{path.as_posix()} has no {what}: it was not written by train.py; move it away")
+    return text
 
 
 def read_json(path: Path) -> dict:
     """A JSON object; empty when there is no file. Raises ValueError when it is something else."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         values = json.loads(path.read_bytes())
@@ -189,9 +197,9 @@ def draw_loss_curve(out_dir: Path) -> Path:
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
 
     path = out_dir / "logs" / "loss_curve.png"
-    temporary = path.with_name("loss_curve.tmp.png")
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        figure.savefig(temporary)
+        figure.savefig(temporary, format="png")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -323,7 +331,7 @@ def metrics_section(run: Run, _readme: Path) -> str:
 
 def samples_section(run: Run, _readme: Path) -> str:
     """The newest block of samples."""
-    blocks = re.split(r"^={80}\n(?=STEP \d+$)", run.samples, flags=re.MULTILINE)
+    blocks = SAMPLES_BLOCK.split(run.samples)
     if len(blocks) < 2:
         return "No samples yet."
     return preformatted("\n".join(shortened(blocks[-1].split("\n"), SAMPLE_LINES)))

@@ -1,5 +1,7 @@
 """Shared by all tests: the project's folder on the path, small settings, real text."""
 
+import csv
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # other programs may be busy on this machine
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,3 +63,61 @@ def run_script(*arguments: object, cwd: Path, script: str = "train.py") -> subpr
     """Run one of the project's scripts as its user would, from another directory."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=400)
+
+
+def rows(run: Path, *columns: str) -> list[tuple[str, ...]]:
+    """Columns of the CSV; without timing when none are named."""
+    with open(run / "logs" / "train_metrics.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    columns = columns or [name for name in train.METRICS if name not in ("tokens_per_sec", "elapsed_sec")]
+    return [tuple(row[name] for name in columns) for row in table]
+
+
+def log_text(run: Path) -> str:
+    return (run / "logs" / "train.log").read_text(encoding="utf-8")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights, optimizer and gradient scale bit for bit, CSV and progress but for timing, samples, best, results."""
+    assert rows(first) == rows(second)
+    assert (first / "samples/samples.txt").read_bytes() == (second / "samples/samples.txt").read_bytes()
+    for name in ("last.pt", "best.pt"):
+        expected, found = (without_timing(run / "checkpoints" / name) for run in (first, second))
+        assert unequal(expected, found) == [], name
+    expected, found = (json.loads((run / "results.json").read_text(encoding="utf-8")) for run in (first, second))
+    assert found | {"elapsed_sec": 0} == expected | {"elapsed_sec": 0}
+
+
+def unequal(expected: object, found: object, path: str = "") -> list[str]:
+    """Where two nested structures of tensors and plain values differ."""
+    if isinstance(expected, torch.Tensor):
+        return [] if torch.equal(expected, found) and expected.dtype == found.dtype else [path]
+    if isinstance(expected, dict):
+        keys = expected.keys() | found.keys()
+        return [p for key in keys for p in unequal(expected.get(key), found.get(key), f"{path}/{key}")]
+    return [] if expected == found else [path]
+
+
+def without_timing(path: Path) -> dict:
+    """All of a checkpoint that must not depend on when and where it was written."""
+    checkpoint = torch.load(path, weights_only=True)
+    for name in ("config", "offsets", "unwritten"):
+        checkpoint.pop(name, None)
+    if "progress" in checkpoint:
+        del checkpoint["progress"]["elapsed_sec"]
+    return checkpoint
+
+
+@pytest.fixture
+def launch(tmp_path, text_file, monkeypatch):
+    """Run train.main in a directory of its own; a later flag overrides an earlier one."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *flags: str) -> int:
+        return train.main([*TINY_FLAGS, "--input_file", str(text_file), "--out_dir", name, *flags])
+
+    return run

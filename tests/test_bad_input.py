@@ -1,7 +1,7 @@
 """A user's mistake costs one short message and exit code 2, and changes no file."""
 
 import os
-import pickle
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
@@ -10,6 +10,7 @@ import pytest
 from conftest import TINY_FLAGS, run_script
 
 import train
+import update_readme
 
 HINTS = get_type_hints(train.Config, include_extras=True)
 LIMITS = {f.name: HINTS[f.name].__metadata__[0] for f in fields(train.Config) if hasattr(HINTS[f.name], "__metadata__")}
@@ -82,6 +83,8 @@ def test_every_numeric_flag_has_a_range():
         (["--resume=missing.pt"], "--resume missing.pt: no such file"),
         (["--resume=."], "--resume .: no such file"),
         (["--resume=input.txt"], "input.txt is damaged or no checkpoint"),
+        (["--out_dir="], "--out_dir is empty or the current folder"),
+        (["--out_dir=."], "--out_dir is empty or the current folder"),
         (["--max_tokens=5"], "has 5 tokens, but a slice needs --seq_len + 1 = 17"),
     ],
 )
@@ -164,28 +167,130 @@ def test_a_run_of_another_shape_or_text(earlier_run, refused, tmp_path):
     assert "holds another run than --resume" in refused("--resume=elsewhere/last.pt")
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "pickle", "foreign", "another version"])
-def test_a_damaged_checkpoint(earlier_run, refused, damage):
-    path = earlier_run / "checkpoints" / "last.pt"
-    data = path.read_bytes()
-    if damage == "foreign":
-        train.torch.save({"model": {}}, path)
-    elif damage == "another version":
-        train.torch.save({**train.load_checkpoint(path), "format": 99}, path)
-    else:
-        harmful = pickle.dumps(os.getcwd, protocol=2)
-        path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "text": b"hello", "pickle": harmful}[damage])
-    message = refused()
-    assert "last.pt has format 99" in message if damage == "another version" else "last.pt is" in message
-    if damage != "another version":
-        assert "--resume run/checkpoints/prev.pt goes on from the one before" in message.replace("\\", "/")
+def test_a_folder_of_another_program(refused, tmp_path):
+    """Such as a model folder of Hugging Face's, which has a config.json too."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    assert "config.json was not written by train.py: choose another --out_dir" in refused()
+
+
+@pytest.fixture(scope="session")
+def reported_run(tmp_path_factory) -> Path:
+    """A finished run and a README that fits it."""
+    folder = tmp_path_factory.mktemp("reported")
+    (folder / "input.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    flags = [*TINY_FLAGS, f"--input_file={folder / 'input.txt'}", f"--out_dir={folder / 'run'}", "--amp=off"]
+    assert train.main(flags) == 0
+    (folder / "README.md").write_text(SECTIONS, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def bad_report(reported_run, tmp_path, monkeypatch, capsys):
+    """Damage a copy of the run or its README, require update_readme's refusal and an unchanged directory."""
+    shutil.copytree(reported_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copy(reported_run / "README.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(path: str, content: bytes | None, *flags: str) -> str:
+        if content is None:
+            Path(path).unlink(missing_ok=True)
+            Path(path).mkdir()
+        else:
+            Path(path).write_bytes(content)
+        before = {p: p.is_file() and (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*")}
+        assert update_readme.main(["--out_dir=run", "--readme=README.md", *flags]) == 2
+        captured = capsys.readouterr()
+        assert before == {p: p.is_file() and (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*")}
+        assert captured.out == "" and captured.err.startswith("update_readme.py: error: ") and len(captured.err) < 400
+        assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+        return captured.err
+
+    return run
+
+
+SECTIONS = "".join(f"<!--AUTO:{name}:START-->\n<!--AUTO:{name}:END-->\n" for name in update_readme.SECTIONS)
+START, END = "<!--AUTO:PLOT:START-->\n", "<!--AUTO:PLOT:END-->\n"
+CSV, LOG, SAMPLES = "run/logs/train_metrics.csv", "run/logs/train.log", "run/samples/samples.txt"
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize("flags", [(), ("--check",)], ids=["write", "check"])
+@pytest.mark.parametrize(("path", "content", "expected"), [
+    (CSV, b"", "the first line names no columns step and loss"),
+    (CSV, b"\n\n\n", "names no columns"),
+    (CSV, b"1,10.9\n2,10.8\n", "names no columns"),
+    (CSV, b"step;loss\n1;10\n", "names no columns"),
+    (CSV, b"loss\n10\n", "names no columns"),
+    (CSV, b"step,loss,loss\n1,2,3\n", "names no columns"),
+    (CSV, "step,loss\n1,10\n".encode("utf-16"), "names no columns"),
+    (CSV, b"PK\x03\x04\x00\xff", "names no columns"),
+    (CSV, None, "there is no run (no run/logs/train_metrics.csv)"),
+    (LOG, b"hello", "train.log has no line with a date and a level"),
+    (LOG, "2025-12-14 03:38:36,559 | INFO | step 1\n".encode("utf-16"), "no line with a date"),
+    (LOG, b"\x00\xff" * 500, "no line with a date"),
+    (LOG, None, "train.log"),
+    (SAMPLES, b"To be, or not to be", "samples.txt has no block of samples"),
+    (SAMPLES, b"=" * 80 + b"\nSTEP one\n", "no block of samples"),
+    (SAMPLES, ("=" * 80 + "\nSTEP 1\n").encode("utf-16"), "no block of samples"),
+    (SAMPLES, None, "samples.txt"),
+    *((f"run/{name}.json", content, expected) for name in ("config", "results") for content, expected in [
+        (b"", "is not JSON"), (b"{", "is not JSON"), (b"[]", "holds no JSON object"), (b"3", "holds no JSON object"),
+        (b"null", "holds no JSON object"), (b'{"a": 1,}', "is not JSON"), (b"\xff\xfe{", "is not JSON"),
+        (DEEP, "is not JSON"), (b'{"a": 1} {', "is not JSON"), (None, name),
+    ]),
+    ("README.md", b"", "no sections"),
+    ("README.md", b"# Title\n", "no sections"),
+    ("README.md", b"caf\xe9\n", "is not UTF-8: offset 3"),
+    ("README.md", SECTIONS.encode("utf-16"), "is not UTF-8"),
+    ("README.md", START.encode(), "README.md:1: PLOT starts here and never ends"),
+    ("README.md", END.encode(), "README.md:1: PLOT ends without a start"),
+    ("README.md", (END + START).encode(), "README.md:1: PLOT ends without"),
+    ("README.md", (START + END + START + END).encode(), "README.md:3: a second section PLOT"),
+    ("README.md", (START + START + END).encode(), "README.md:2: PLOT starts inside PLOT"),
+    ("README.md", (START + END.replace("PLOT", "LOGS")).encode(), "README.md:2: LOGS ends inside PLOT"),
+    ("README.md", (START + END).replace("PLOT", "GRAPH").encode(), "README.md:1: unknown section GRAPH"),
+    ("README.md", (START + END).lower().encode(), "README.md:1: a marker must be exactly"),
+    ("README.md", (START + END).replace("AUTO", " AUTO").encode(), "README.md:1: a marker must be exactly"),
+    ("README.md", ("see " + START + END).encode(), "README.md:1: a marker must be exactly"),
+    ("README.md", (START.strip() + END).encode(), "README.md:1: a marker must be exactly"),
+    ("README.md", ("```\n" + START + END + "```\n").encode(), "no sections"),
+    ("README.md", None, "README.md: no such file"),
+])  # fmt: skip
+def test_reports(bad_report, path, content, expected, flags):
+    assert expected in bad_report(path, content, *flags).replace("\\", "/")
 
 
 @pytest.mark.parametrize(
-    "flags", [("--lr", "nan"), ("--stps", "5"), ("--preset", "gpt3"), ("--input_file", "missing.txt")]
+    "flags",
+    [["--out_dir=missing"], ["--readme=missing.md"], ["--out_dir=README.md"], ["--readme=run"], ["--out_dir=."]],
 )
-def test_as_a_subprocess(tmp_path, flags):
-    result = run_script(*flags, cwd=tmp_path)
+def test_report_flags(bad_report, flags):
+    assert flags[0].partition("=")[2] in bad_report("unrelated.txt", b"", *flags)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "expected"),
+    [
+        ("train.py", ["--lr", "nan"], "--lr nan is outside"),
+        ("train.py", ["--stps", "5"], "--steps"),
+        ("train.py", ["--preset", "gpt3"], "gpt3"),
+        ("train.py", ["--input_file", "missing.txt"], "missing.txt does not exist"),
+        ("train.py", ["--preset", "demo", "--seq_len", "4096"], "--seq_len 4096 exceeds --block_size 128"),
+        ("train.py", ["--preset", "demo", "--max_tokens", "7"], "has 7 tokens, but a slice needs"),
+        ("train.py", ["--preset", "demo", "--resume", "missing.pt"], "missing.pt: no such file"),
+        ("train.py", ["--preset", "demo", "--resume", "bad.pt"], "bad.pt is damaged or no checkpoint"),
+        ("train.py", ["--preset", "demo", "--out_dir", "bad.pt/run"], "bad.pt is no directory"),
+        ("train.py", ["--input_file", "bad.pt"], "bad.pt is not UTF-8"),
+        ("update_readme.py", [], "--out_dir"),
+        ("update_readme.py", ["--out_dir", "missing"], "--readme README.md: no such file"),
+        ("update_readme.py", ["--out_dir", ".", "--readme", "bad.pt"], "bad.pt is not UTF-8"),
+        ("update_readme.py", ["--out_dir", ".", "--chek"], "--chek"),
+    ],
+)
+def test_as_a_subprocess(tmp_path, script, flags, expected):
+    (tmp_path / "bad.pt").write_bytes(b"\x80\x04\xff no checkpoint")
+    result = run_script(*flags, cwd=tmp_path, script=script)
     assert result.returncode == 2 and result.stdout == "" and "Traceback" not in result.stderr
-    assert flags[1] in result.stderr or flags[0] in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert expected in " ".join(result.stderr.replace("│", "").split()) and len(result.stderr) < 1500
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.pt"]

@@ -193,7 +193,7 @@ def test_corpus_loss_is_the_mean_over_slices_with_its_standard_error(config, cor
     slices = train.draw_slices(corpus.tokens, config, train.EVALUATION_STREAM, 7)
     with torch.no_grad():
         each = torch.stack([model(s[None, :-1], s[None, 1:]) for s in slices]).double()
-    mean, error = train.corpus_loss(model, corpus.tokens, config, 7)
+    mean, error = train.corpus_loss(model, corpus.tokens, config, 7, 2)
     assert mean == pytest.approx(each.mean().item(), abs=1e-5)
     assert error == pytest.approx(each.std().item() / 7**0.5, rel=1e-2)
 

@@ -1,0 +1,227 @@
+"""A disk that is full, read-only or gone costs no run: the old files stay, the new ones follow when they can."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY_FLAGS, assert_same_run, log_text, rows, run_script
+
+import train
+
+FLAGS = [*TINY_FLAGS, "--log_every=1", "--threads=1", "--amp=off", "--steps=60"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, in memory or in a file, with little room; gone afterwards."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(megabytes: int, kind: str) -> Path:
+        if kind == "tmpfs":
+            command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", place]
+        else:
+            image = tmp_path / "image"
+            image.write_bytes(b"\0" * (megabytes * 2**20))
+            if shutil.which("mkfs.ext4") is None:
+                pytest.skip("no mkfs.ext4")
+            subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+            command = ["mount", "-o", "loop", image, place]
+        result = subprocess.run(command, capture_output=True, text=True) if shutil.which("mount") else None
+        if result is None or result.returncode:
+            pytest.skip("mounting a file system is not allowed here")
+        return place
+
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Do something before these steps."""
+    update, actions = train.Trainer.update, {}
+
+    def acting(trainer: train.Trainer):
+        actions.pop(trainer.progress.step + 1, lambda: None)()
+        return update(trainer)
+
+    monkeypatch.setattr(train.Trainer, "update", acting)
+    return actions.update
+
+
+def test_too_little_room_is_refused_before_training(small_disk, tmp_path, text_file):
+    disk = small_disk(40, "tmpfs")
+    result = run_script(*FLAGS, f"--input_file={text_file}", f"--out_dir={disk}/run", cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch(
+        r"train\.py: error: --out_dir \S+run: checkpoints need 0\.07 GB more \(last, prev and one being written: "
+        r"0\.02 GB each, best: 0\.01 GB\), and that disk has 0\.04 GB: free 0\.02 GB on it or choose another "
+        r"--out_dir\n",
+        result.stderr,
+    )
+    assert list(disk.iterdir()) == []
+
+
+def test_the_estimate_is_what_a_run_takes(launch):
+    assert launch("run", "--amp=fp16") == 0
+    config = train.Config.from_dict(train.load_checkpoint(Path("run/checkpoints/last.pt"))["config"])
+    for name, per_parameter in (("last", 12), ("prev", 12), ("best", 4)):
+        size = Path(f"run/checkpoints/{name}.pt").stat().st_size
+        assert size == pytest.approx(per_parameter * config.n_params, rel=0.01)
+
+
+def test_resuming_counts_what_it_will_replace(launch, monkeypatch):
+    """Beside last, prev and best there has to be room for one more checkpoint only."""
+    assert launch("run", "--steps=8") == 0
+    run = train.RunDir(Path("run"))
+    config = train.Config.from_dict(train.load_checkpoint(run.last)["config"])
+    monkeypatch.setattr(run, "free_bytes", lambda: 13 * config.n_params)
+    run.check_room(config, fresh=False)
+    with pytest.raises(OSError, match="checkpoints need"):
+        run.check_room(config, fresh=True)
+    monkeypatch.setattr(run, "free_bytes", lambda: 11 * config.n_params)
+    with pytest.raises(OSError, match="checkpoints need"):
+        run.check_room(config, fresh=False)
+
+
+def test_a_disk_that_fills_up_and_is_cleared(small_disk, at_step, launch):
+    disk = small_disk(90, "tmpfs")
+    filler = disk / "filler"
+
+    def fill() -> None:
+        with open(filler, "wb", buffering=0) as file:
+            while file.write(b"x" * 4096) == 4096:
+                pass
+
+    def fill_up() -> None:
+        with pytest.raises(OSError, match="No space left"):
+            fill()
+
+    assert launch("whole", *FLAGS) == 0
+    at_step({10: fill_up, 30: filler.unlink})
+    assert launch(str(disk / "run"), *FLAGS) == 0
+    log = log_text(disk / "run")
+    assert log.count("| ERROR |") == 1 and log.count("Could not write") == 1, "reported once"
+    assert re.search(r"Could not write .*No space left on device.* \(0\.00 GB free\)\. Training goes on", log)
+    assert_same_run(Path("whole"), disk / "run")
+
+
+def test_a_disk_that_stays_full(small_disk, at_step, launch):
+    """The run ends with exit code 1 and the old checkpoint; with room again, the same command goes on from there."""
+    disk = small_disk(90, "tmpfs")
+    filler = disk / "filler"
+    assert launch("whole", *FLAGS) == 0
+    at_step({10: lambda: filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - 5_000_000))})
+    assert launch(str(disk / "run"), *FLAGS) == 1
+    assert train.load_checkpoint(disk / "run/checkpoints/last.pt")["step"] == 8
+    assert "At the end, step 60, these could not be written: " in log_text(disk / "run")
+    assert "Training complete" not in log_text(disk / "run")
+    filler.unlink()
+    assert launch(str(disk / "run"), *FLAGS) == 0
+    assert_same_run(Path("whole"), disk / "run")
+
+
+def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
+    """As ext4 does after an error of the disk."""
+    disk = small_disk(150, "ext4")
+    flags = [*FLAGS, "--steps=150", f"--input_file={text_file}", f"--out_dir={disk}/run"]
+    command = [sys.executable, ROOT / "train.py", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    prev, deadline = disk / "run/checkpoints/prev.pt", time.monotonic() + 60
+    while time.monotonic() < deadline and not prev.exists():
+        time.sleep(0.02)
+    subprocess.run(["mount", "-o", "remount,abort", disk], capture_output=True)
+    output = process.communicate(timeout=100)[0]
+    if "Read-only file system" not in output:
+        pytest.skip("this kernel does not let go of the disk")
+    assert process.returncode == 1 and "Traceback" not in output
+    assert output.count("Could not write") == 1 and "these could not be written" in output
+    step = train.load_checkpoint(disk / "run/checkpoints/last.pt")["step"]
+    assert 4 <= step < 150 and step % 4 == 0
+    assert train.load_checkpoint(prev)["step"] == step - 4
+
+
+def test_a_directory_that_is_removed_during_the_run(at_step, launch):
+    assert launch("whole", *FLAGS) == 0
+    at_step({10: lambda: shutil.rmtree("run")})
+    assert launch("run", *FLAGS) == 0
+    assert log_text(Path("run")).count("Could not write") == 1
+    assert rows(Path("run")) == rows(Path("whole"))[9:], "the rows from there on, below a header"
+    last, whole = (train.load_checkpoint(Path(name) / "checkpoints/last.pt") for name in ("run", "whole"))
+    assert all(train.torch.equal(last["model"][key], value) for key, value in whole["model"].items())
+    assert (Path("run") / "checkpoints/prev.pt").exists() and (Path("run") / "config.json").exists()
+
+
+def test_the_place_of_a_directory_is_not_made_again(at_step, launch):
+    """A disk that was unplugged must not get a double in the folder it was mounted on."""
+    at_step({10: lambda: shutil.rmtree("mounted")})
+    assert launch("mounted/run", *FLAGS) == 1
+    assert not Path("mounted").exists()
+
+
+def test_a_csv_that_another_program_keeps(at_step, launch):
+    """As Excel does under Windows: checkpoints go on, and its rows wait, in the checkpoint too."""
+    metrics, aside = Path("run/logs/train_metrics.csv"), Path("run/logs/open in Excel")
+
+    def keep() -> None:
+        metrics.rename(aside)
+        metrics.mkdir()
+
+    def release() -> None:
+        metrics.rmdir()
+        aside.rename(metrics)
+
+    assert launch("whole", *FLAGS) == 0
+    at_step({10: keep, 21: release})
+    assert launch("run", *FLAGS) == 0
+    assert_same_run(Path("whole"), Path("run"))
+
+    shutil.rmtree("run")
+    at_step({10: keep})
+    assert launch("run", *FLAGS) == 1, "not all of it could be written"
+    assert train.load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 60
+    release()
+    assert launch("run", *FLAGS) == 0, "and the rows are there after the next start"
+    assert_same_run(Path("whole"), Path("run"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="RLIMIT_FSIZE is POSIX")
+def test_a_limit_on_the_size_of_files(tmp_path, text_file):
+    flags = [*TINY_FLAGS, "--input_file", text_file, "--out_dir", "run", "--amp=off"]
+    assert run_script(*flags, "--steps=4", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "run/checkpoints/last.pt").read_bytes()
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); "
+        f"sys.path.insert(0, {str(ROOT)!r}); import train; sys.exit(train.main(sys.argv[1:]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr == ""
+    assert result.stdout.count("File too large") == 1 and "no file is left half written" in result.stdout
+    assert (tmp_path / "run/checkpoints/last.pt").read_bytes() == before
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_full_disk_with_a_run_on_it_is_refused_with_numbers(small_disk, launch, capsys):
+    disk = small_disk(90, "tmpfs")
+    assert launch(str(disk / "run"), *FLAGS, "--steps=8") == 0
+    (disk / "filler").write_bytes(b"x" * (shutil.disk_usage(disk).free - 4096))
+    with open(disk / "rest", "wb", buffering=0) as file, pytest.raises(OSError):
+        while file.write(b"x" * 4096) == 4096:
+            pass
+    assert launch(str(disk / "run"), *FLAGS) == 2
+    assert re.search(r"checkpoints need 0\.02 GB more .* and that disk has 0\.00 GB", capsys.readouterr().err)
+
+
+def test_room_is_that_where_the_checkpoints_go(small_disk, launch):
+    """A link from the run directory to a larger, or smaller, disk."""
+    disk = small_disk(4, "tmpfs")
+    Path("run").mkdir()
+    Path("run/checkpoints").symlink_to(disk, target_is_directory=True)
+    assert launch("run", *FLAGS) == 2

@@ -1,0 +1,92 @@
+"""When memory runs out the micro-batch shrinks, and nothing else changes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, log_text, rows
+
+import train
+
+# From step 1 on the process may take so many MiB of addresses more: an allocation that fails, as on a full GPU.
+LIMITED = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+accumulate, room = train.Trainer.accumulate, int(sys.argv.pop(1)) * 2**20
+def limited(trainer, step, slices):
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    if step == trainer.saved_step + 1:
+        resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
+    return accumulate(trainer, step, slices)
+train.Trainer.accumulate = limited
+sys.exit(train.main(sys.argv[1:]))
+"""
+FLAGS = [*TINY_FLAGS, "--log_every=1", "--batch_size=48", "--amp=off", "--threads=1", "--num_prompts=0"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
+def test_the_next_smaller_divisor_is_taken_recorded_and_kept(launch, tmp_path, text_file):
+    def limited(room: int, *flags: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", LIMITED, str(room), *FLAGS, f"--input_file={text_file}", "--out_dir=run"]
+        return subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+
+    assert launch("whole", *FLAGS) == 0
+    result = limited(300, "--steps=4", "--decay_steps=8", "--warmup_steps=0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Out of memory with 48 slices in a micro-batch; from step 1 on with 24: the same" in result.stdout
+    assert json.loads(Path("run/config.json").read_text(encoding="utf-8"))["micro_batch"] == 24
+    assert torch.load("run/checkpoints/last.pt", weights_only=True)["micro_batch"] == 24
+    result = limited(300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Micro-batch: 24 slices (as in the run so far)" in result.stdout
+    assert "Out of memory" not in result.stdout, "resuming takes no more memory than the run did"
+    expected, found = rows(Path("whole"), "loss"), rows(Path("run"), "loss")
+    assert [float(x[0]) for x in found] == pytest.approx([float(x[0]) for x in expected], abs=1e-4)
+
+
+def test_other_flags_overrule_what_the_run_settled_on(launch):
+    assert launch("run", "--batch_size=4", "--steps=4") == 0
+    path = Path("run/checkpoints/last.pt")
+    torch.save(train.load_checkpoint(path) | {"micro_batch": 2}, path)
+    assert launch("run", "--batch_size=4", "--steps=6") == 0
+    assert torch.load(path, weights_only=True)["micro_batch"] == 2
+    assert launch("run", "--batch_size=2", "--grad_accum=2", "--steps=8") == 0
+    assert launch("run", "--batch_size=4", "--steps=10") == 0
+    assert torch.load(path, weights_only=True)["micro_batch"] == 4
+
+
+def test_when_one_slice_is_too_much_it_is_one_line_with_a_remedy(launch, monkeypatch):
+    sizes = []
+
+    def refuse(_model, tokens, _targets=None):
+        sizes.append(len(tokens))
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(train.GPT, "forward", refuse)
+    assert launch("run", "--batch_size=6", "--grad_accum=2") == 1
+    assert sizes == [6, 4, 3, 2, 1]
+    assert "Out of memory: choose a smaller --seq_len or --preset, or fewer --num_prompts. (tried to" in log_text(
+        Path("run")
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda(launch):
+    """A cap on this process's share of the card stands in for a smaller card."""
+    flags = ["--device=cuda", "--batch_size=512", "--amp=off", "--seq_len=16", "--log_every=1"]
+    assert launch("whole", *flags) == 0
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(2e9 / total)
+    try:
+        assert launch("run", *flags) == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Out of memory with 512 slices in a micro-batch; from step 1 on with 256" in log_text(Path("run"))
+    expected, found = rows(Path("whole"), "loss"), rows(Path("run"), "loss")
+    assert [float(x[0]) for x in found] == pytest.approx([float(x[0]) for x in expected], abs=1e-3)

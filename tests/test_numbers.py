@@ -1,0 +1,105 @@
+"""A number that is not finite never reaches a weight; a run that cannot learn says so."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import log_text, rows
+
+import train
+
+
+@pytest.fixture
+def corpus() -> train.Corpus:
+    tokens = np.random.default_rng(0).integers(0, 500, 300).astype(np.uint16)
+    return train.Corpus(tokens, "made up", len(tokens))
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["wte.weight", "h.1.mlp.c_fc.weight", "h.0.ln_1.bias", "ln_f.weight"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_one_bad_gradient_in_one_group_stops_the_update_of_all(config, corpus, amp, name, value):
+    """Of matrices, embeddings, biases or LayerNorms: a step is skipped for all of them or for none."""
+    trainer = train.Trainer(train.replace(config, amp=amp, lr=1e-2), corpus, None)
+    trainer.update()
+    parameter = trainer.model.get_parameter(name)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    moments = {key: state["exp_avg"].clone() for key, state in trainer.optimizer.state_dict()["state"].items()}
+    hook = parameter.register_hook(lambda grad: torch.full_like(grad, value))
+    _, grad_norm, _ = trainer.update()
+    hook.remove()
+    assert not math.isfinite(grad_norm)
+    assert (trainer.progress.step, trainer.progress.skipped_steps, trainer.progress.tokens) == (2, 1, 64)
+    assert all(torch.equal(found, before[key]) for key, found in trainer.model.state_dict().items())
+    after = trainer.optimizer.state_dict()["state"]
+    assert all(torch.equal(after[key]["exp_avg"], found) for key, found in moments.items())
+    trainer.update()
+    assert trainer.progress.skipped_in_a_row == 0
+    assert not torch.equal(parameter, before[name]), "and the next step is one again"
+
+
+def test_a_skipped_step_still_counts(launch, monkeypatch):
+    """Step, data and rate move on as in a run without the skip; its row has no number that is not one."""
+    flags = ["--log_every=1", "--amp=off"]
+    assert launch("whole", *flags) == 0
+    accumulate = train.Trainer._accumulate
+    monkeypatch.setattr(
+        train.Trainer, "_accumulate", lambda trainer, step, slices: accumulate(trainer, step, slices) / (step != 3)
+    )
+    assert launch("run", *flags) == 0
+    assert [row[0] for row in rows(Path("run"), "step")] == [str(step) for step in range(1, 9)]
+    assert rows(Path("run"), "lr", "tokens") == rows(Path("whole"), "lr", "tokens")
+    assert rows(Path("run"), "loss")[:2] == rows(Path("whole"), "loss")[:2]
+    assert "WARNING | step 3 skipped: its loss or gradient is not finite (1 so far)" in log_text(Path("run"))
+    assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["skipped_steps"] == 1
+
+
+def test_a_run_that_diverges_exits_1_and_leaves_no_bad_checkpoint(launch, monkeypatch):
+    monkeypatch.setattr(train, "MAX_SKIPPED_IN_A_ROW", 3)
+    forward = train.GPT.forward
+    calls = []
+
+    def diverging(self, tokens, targets=None):
+        calls.append(1)
+        return forward(self, tokens, targets) * (float("inf") if len(calls) > 4 else 1.0)
+
+    monkeypatch.setattr(train.GPT, "forward", diverging)
+    assert launch("run", "--save_every=2") == 1
+    log = log_text(Path("run")).replace("\\", "/")
+    assert "step 5 skipped" in log
+    assert re.search(
+        r"ERROR \| Training failed: loss or gradient was not finite in 3 steps in a row, the last being step 7: go on "
+        r"with a lower --lr, .*; the last good checkpoint is run/checkpoints/last\.pt, of step 4",
+        log,
+    )
+    assert torch.load("run/checkpoints/last.pt", weights_only=True)["step"] == 4, "none from inside the bad streak"
+    assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "failed"
+
+
+def test_a_loss_that_stays_at_ln_v_is_pointed_out_once(launch, monkeypatch):
+    monkeypatch.setattr(train, "STUCK_AFTER", 10)
+    flags = ["--log_every=1", "--warmup_steps=4", "--decay_steps=20", "--steps=20", "--save_every=50"]
+    assert launch("stuck", *flags, "--lr=1e-7", "--min_lr=0") == 0
+    (line,) = [line for line in log_text(Path("stuck")).splitlines() if "ln V = 10.825, that of guessing" in line]
+    assert "WARNING" in line and "--lr 1e-07 is far too low or too high" in line
+    assert log_text(Path("stuck")).split(line)[0].count("| loss ") == 14, "ten steps after warm-up"
+    assert launch("learning", *flags, "--lr=0.01") == 0
+    assert "that of guessing" not in log_text(Path("learning"))
+
+
+def test_a_save_that_a_skipped_step_prevented_follows_at_the_next(launch, monkeypatch):
+    accumulate = train.Trainer._accumulate
+    monkeypatch.setattr(
+        train.Trainer, "_accumulate", lambda trainer, step, slices: accumulate(trainer, step, slices) / (step != 4)
+    )
+    saved = []
+    save = train.Trainer.save
+    monkeypatch.setattr(
+        train.Trainer, "save", lambda trainer, run: (saved.append(trainer.progress.step), save(trainer, run))
+    )
+    assert launch("run", "--steps=10", "--save_every=4") == 0
+    assert saved == [5, 8, 10]

@@ -1,0 +1,250 @@
+"""A run that was broken off, however often, and started again is the run that would have been."""
+
+import json
+import os
+import typing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_run, log_text, rows
+
+import train
+
+OPTIMIZERS = typing.get_args(typing.get_type_hints(train.Config)["optimizer"])
+compiler = pytest.mark.skipif(train.shutil.which("g++") is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def break_off(monkeypatch):
+    """Make runs stop dead in the middle of these steps, each once, with nothing saved."""
+    update, pending = train.Trainer.update, []
+
+    def dying(trainer: train.Trainer):
+        step = trainer.progress.step + 1
+        if step in pending:
+            pending.remove(step)
+            trainer.accumulate(step, trainer.slices(step))
+            raise KeyboardInterrupt
+        return update(trainer)
+
+    monkeypatch.setattr(train.Trainer, "update", dying)
+    return pending.extend
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--amp=off"],
+        ["--amp=bf16", "--grad_accum=2"],
+        ["--amp=fp16"],
+        ["--amp=fp16", "--dropout=0.2", "--grad_accum=2"],
+        ["--amp=off", "--dropout=0.3"],
+        pytest.param(["--amp=bf16", "--compile=on", "--dropout=0.1"], marks=compiler),
+        ["--amp=bf16", "--threads=1"],
+    ],
+    ids=" ".join,
+)
+def test_broken_off_anywhere_and_started_again(launch, break_off, flags, optimizer):
+    flags = [f"--optimizer={optimizer}", *flags, "--lr=0.01", "--steps=10", "--save_every=3", "--target_window=2"]
+    assert launch("whole", *flags) == 0
+    break_off([1, 3, 4, 5, 8, 10])
+    codes = [launch("parts", *flags) for _ in range(7)]
+    assert codes == [130] * 6 + [0]
+    assert_same_run(Path("whole"), Path("parts"))
+    log = log_text(Path("parts"))
+    assert [log.count(f"Resuming from step {step} ") for step in (0, 3, 6, 9)] == [0, 2, 1, 1]
+    launches = json.loads(Path("parts/config.json").read_text(encoding="utf-8"))["launches"]
+    assert [launch["first_step"] for launch in launches] == [1, 4, 4, 7, 10]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_on_cuda_in_deterministic_mode(launch, break_off, amp):
+    flags = ["--device=cuda", f"--amp={amp}", "--deterministic", "--lr=0.01", "--save_every=3", "--dropout=0.1"]
+    assert launch("whole", *flags) == 0
+    break_off([3, 5])
+    assert [launch("parts", *flags) for _ in range(3)] == [130, 130, 0]
+    assert_same_run(Path("whole"), Path("parts"))
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_results(launch, monkeypatch):
+    """Its samples must not be drawn twice, whatever step it ended at."""
+    flags = ["--steps=7", "--sample_every=4"]
+    assert launch("whole", *flags) == 0
+
+    def killed(_trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "measure_corpus_loss", killed)
+        assert launch("parts", *flags) == 130
+    assert launch("parts", *flags) == 0
+    assert_same_run(Path("whole"), Path("parts"))
+
+
+def test_resuming_needs_no_second_copy_of_the_state(launch, config, text_file):
+    assert launch("run", "--steps=4") == 0
+    path = Path("run/checkpoints/last.pt")
+    checkpoint = train.load_checkpoint(path) | {"own": True}
+    tokenizer = train.load_tokenizer()
+    saved = train.Config.from_dict(checkpoint["config"])
+    train.Trainer(saved, train.load_corpus(replace(saved, input_file=text_file), tokenizer), checkpoint)
+    assert not any(isinstance(value, torch.Tensor) for value in leaves(checkpoint))
+
+
+def leaves(tree) -> list:
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [leaf for branch in tree for leaf in leaves(branch)] if isinstance(tree, list) else [tree]
+
+
+def test_resuming_cuts_rows_and_samples_behind_the_checkpoint(launch):
+    """As after a kill at step 8 that left the checkpoint of step 4."""
+    flags = ["--decay_steps=8", "--warmup_steps=2"]
+    assert launch("whole", *flags) == 0
+    assert launch("cut", *flags) == 0
+    checkpoints = Path("cut/checkpoints")
+    os.replace(checkpoints / "prev.pt", checkpoints / "last.pt")
+    with open("cut/logs/train_metrics.csv", "a", encoding="utf-8") as file:
+        file.write("9,1.2")  # a row that the power cut tore
+    Path("cut/results.json").unlink()
+    assert launch("cut", *flags) == 0
+    assert_same_run(Path("whole"), Path("cut"))
+
+
+def test_another_cut_into_micro_batches_gives_the_same_run_to_rounding(launch):
+    flags = ["--decay_steps=8", "--warmup_steps=2", "--amp=off"]
+    assert launch("whole", *flags, "--batch_size=4") == 0
+    assert launch("parts", *flags, "--batch_size=4", "--steps=4") == 0
+    assert launch("parts", *flags, "--batch_size=1", "--grad_accum=4") == 0
+    assert "--batch_size 4 -> 1, --grad_accum 1 -> 4" in log_text(Path("parts"))
+    expected, found = rows(Path("whole"), "loss"), rows(Path("parts"), "loss")
+    assert [float(x[0]) for x in found] == pytest.approx([float(x[0]) for x in expected], abs=1e-4)
+
+
+def test_automatic_choices_are_kept(launch, monkeypatch):
+    assert launch("run", "--steps=4", "--amp=auto") == 0
+    first = torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["amp"]
+    monkeypatch.setattr(train, "choose_amp", lambda _device: ("fp16", "another machine"))
+    assert launch("run", "--amp=auto") == 0
+    assert torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["amp"] == first != "fp16"
+    assert f"Amp: {first} (as in the run so far)" in log_text(Path("run"))
+
+
+def test_resume_never_keeps_the_old_run(launch):
+    assert launch("run", "--steps=4") == 0
+    before = Path("run/checkpoints/last.pt").read_bytes()
+    assert launch("run", "--steps=4", "--resume=never", "--seed=2") == 0
+    assert Path("run/earlier-1/checkpoints/last.pt").read_bytes() == before
+    assert Path("run/checkpoints/last.pt").read_bytes() != before
+    assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2", "4"]
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_no_run_is_overwritten_by_a_fresh_one(launch, resume):
+    """Also what is left of it: here, as in a clone that has no checkpoints."""
+    assert launch("run", "--steps=4") == 0
+    train.shutil.rmtree("run/checkpoints")
+    if resume == "never":
+        Path("run/config.json").unlink()
+        Path("run/results.json").unlink()
+    kept = Path("run/samples/samples.txt").read_bytes()
+    assert launch("run", "--steps=2", f"--resume={resume}") == 0
+    assert Path("run/earlier-1/samples/samples.txt").read_bytes() == kept
+    assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2"]
+
+
+def test_resume_from_a_path_into_another_directory(launch):
+    assert launch("one", "--steps=4") == 0
+    assert launch("two", "--resume", "one/checkpoints/last.pt") == 0
+    assert [row[0] for row in rows(Path("two"), "step")] == ["6", "8"]
+    assert [row[0] for row in rows(Path("one"), "step")] == ["1", "2", "4"]
+    assert Path("two/checkpoints/best.pt").exists(), "its own best: the other run keeps the one it had"
+    again = ("--resume", "one/checkpoints/last.pt", "--steps=12")
+    assert launch("two", *again) == 0, "the same command goes on with the run it began"
+    assert [row[0] for row in rows(Path("two"), "step")] == ["6", "8", "10", "12"]
+
+
+def test_a_shortened_csv_is_cut_at_a_line_and_said(launch):
+    assert launch("run", "--steps=4", "--decay_steps=8") == 0
+    csv_file = Path("run/logs/train_metrics.csv")
+    csv_file.write_bytes(csv_file.read_bytes()[:-20])
+    assert launch("run", "--decay_steps=8") == 0
+    assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2", "6", "8"]
+
+
+def test_damaged_json_of_a_run_stops_nobody(launch):
+    assert launch("run", "--steps=4") == 0
+    Path("run/config.json").write_text('{"launches": 5}', encoding="utf-8")
+    Path("run/results.json").write_text("[", encoding="utf-8")
+    assert launch("run") == 0
+    Path("run/config.json").write_text('{"config": []}', encoding="utf-8")
+    assert launch("run", "--resume=elsewhere/last.pt") == 2
+    assert launch("run", "--steps=10") == 0
+    assert len(json.loads(Path("run/config.json").read_text(encoding="utf-8"))["launches"]) == 1
+
+
+def test_a_best_of_another_window_is_not_compared(launch):
+    assert launch("run", "--lr=1e-6", "--target_window=1", "--steps=4") == 0
+    assert launch("run", "--lr=1e-6", "--target_window=4", "--steps=8") == 0
+    results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
+    assert results["best_step"] == 8 and results["best_loss"] == results["window_loss"]
+
+
+def test_a_csv_with_other_line_ends_is_cut_at_a_line_and_said(launch):
+    """Excel, an editor or git may rewrite them."""
+    assert launch("run", "--steps=4", "--decay_steps=8") == 0
+    csv_file = Path("run/logs/train_metrics.csv")
+    csv_file.write_bytes(csv_file.read_bytes().replace(b"\n", b"\r\n"))
+    assert launch("run", "--decay_steps=8") == 0
+    assert "train_metrics.csv is not as the run left it" in log_text(Path("run"))
+    assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2", "6", "8"]
+
+
+def test_a_foreign_checkpoint_empties_no_directory(launch):
+    for name in ("one", "two"):
+        assert launch(name, "--steps=4") == 0
+    train.shutil.rmtree("two/checkpoints")
+    kept = Path("two/samples/samples.txt").read_bytes()
+    assert launch("two", "--resume", "one/checkpoints/last.pt") == 0
+    assert Path("two/earlier-1/samples/samples.txt").read_bytes() == kept
+
+
+def test_a_missing_best_is_made_again(launch):
+    assert launch("run", "--steps=6", "--lr=1e-8", "--min_lr=0") == 0
+    Path("run/checkpoints/best.pt").unlink()
+    assert launch("run", "--steps=9", "--lr=1e-8", "--min_lr=0") == 0
+    results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
+    assert train.load_checkpoint(Path("run/checkpoints/best.pt"))["step"] == results["best_step"] == 9
+    assert "best.pt is missing" in log_text(Path("run"))
+
+
+def test_resume_never_does_not_promise_that_it_continues(launch, break_off, capsys):
+    break_off([3])
+    assert launch("run", "--resume=never") == 130
+    assert "the same command without --resume never continues" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("killed_after", ["logs", "samples", "config.json", "results.json", "checkpoints"])
+def test_moving_a_run_aside_loses_nothing_when_it_is_killed(launch, monkeypatch, killed_after):
+    assert launch("run", "--steps=4") == 0
+    before = sorted(
+        path.read_bytes() for path in Path("run").rglob("*.*") if path.is_file() and "run." not in path.name
+    )
+    rename = Path.rename
+
+    def dying(path, target):
+        answer = rename(path, target)
+        if path.name == killed_after:
+            raise KeyboardInterrupt
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dying)
+        assert launch("run", "--steps=4", "--resume=never") == 130
+    launch("run", "--steps=4")
+    after = [path.read_bytes() for path in Path("run").rglob("*.*") if path.is_file()]
+    assert all(content in after for content in before if not content.startswith(b"{"))

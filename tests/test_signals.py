@@ -1,0 +1,130 @@
+"""Ctrl-C and SIGTERM finish the step, save, and say how to continue; a second one leaves at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS
+
+import train
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows delivers no POSIX signals")
+ANNOUNCEMENT = "Finishing this step, then saving. Ctrl-C once more breaks off without saving."
+
+MAIN = f"sys.path.insert(0, {str(ROOT)!r}); import train; sys.exit(train.main(sys.argv[1:]))"
+SLOW_SIXTH_STEP = f"""
+import pathlib, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+update = train.Trainer.update
+def slow(trainer):
+    if trainer.progress.step == 5:
+        pathlib.Path("asleep").touch()
+        time.sleep(30)
+    return update(trainer)
+train.Trainer.update = slow
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def start(tmp_path, text_file):
+    """Start a run and wait until its CSV has so many rows, or until it has made the file `sign`."""
+
+    def run(*program: str, steps: int, rows: int = 0, sign: str = "") -> subprocess.Popen:
+        flags = [*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", f"--steps={steps}", "--log_every=1"]
+        process = subprocess.Popen(
+            [sys.executable, *program, *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        file, deadline = tmp_path / (sign or "run/logs/train_metrics.csv"), time.monotonic() + 60
+        while time.monotonic() < deadline and not (
+            file.exists() and file.read_bytes().count(b"\n") >= (rows and rows + 1)
+        ):
+            time.sleep(0.05)
+        return process
+
+    return run
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_finishes_the_step_saves_and_says_how_to_continue(start, tmp_path, number, code):
+    process = start(str(ROOT / "train.py"), steps=100_000, rows=3)
+    process.send_signal(number)
+    process.send_signal(number)  # as `timeout` does: not a second wish
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert err.strip() == ANNOUNCEMENT
+    step = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)["step"]
+    assert f"after step {step}; the same command continues." in out
+    assert json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "interrupted"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_leaves_at_once(start, tmp_path, number):
+    process = start("-c", SLOW_SIXTH_STEP, steps=8, sign="asleep")
+    process.send_signal(number)
+    time.sleep(1.3)
+    assert process.poll() is None
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and err.strip() == ANNOUNCEMENT
+    assert "Broken off without saving; the same command continues from the last checkpoint" in out
+    assert train.load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 4
+
+
+def test_in_the_middle_of_a_save_the_old_checkpoint_stays(launch, monkeypatch):
+    assert launch("run", "--steps=4") == 0
+    before = Path("run/checkpoints/last.pt").read_bytes()
+    save = torch.save
+
+    def interrupted(checkpoint: dict, file) -> None:
+        if "optimizer" not in checkpoint:
+            return save(checkpoint, file)
+        file.write(before[:1_000_000])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    assert launch("run", "--steps=8") == 130
+    assert Path("run/checkpoints/last.pt").read_bytes() == before
+    assert not list(Path("run").rglob("*.tmp"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
+def test_a_terminal_that_is_gone_keeps_no_run_from_saving(start, tmp_path, number, code):
+    program = f"import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 2); os.dup2(2, 1); {MAIN}"
+    process = start("-c", program, steps=100_000, rows=5)
+    process.send_signal(number)
+    assert process.wait(60) == code
+    assert train.load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] >= 5
+
+
+def test_nohup_keeps_the_run_at_work(tmp_path, text_file):
+    flags = [*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", "--steps=60"]
+    command = ["nohup", sys.executable, ROOT / "train.py", *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        process.send_signal(signal.SIGHUP) if (tmp_path / "run/logs").exists() else None
+        time.sleep(0.2)
+    assert process.returncode == 0
+
+
+def test_a_run_interrupted_before_its_first_step_leaves_no_trace_in_the_way(launch, monkeypatch):
+    """Again and again: nothing is moved aside."""
+    enter = train.Interruption.__enter__
+
+    def at_once(interruption):
+        enter(interruption)
+        interruption.signal = signal.SIGTERM
+        return interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Interruption, "__enter__", at_once)
+        assert [launch("run") for _ in range(3)] == [143] * 3
+    assert launch("run") == 0 and not list(Path("run").glob("earlier-*"))
