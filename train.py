@@ -20,6 +20,7 @@ References:
 """
 
 import argparse
+import ctypes
 import errno
 import hashlib
 import importlib.util
@@ -41,7 +42,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, BinaryIO, Literal, get_type_hints
 
 import numpy as np
@@ -113,11 +116,14 @@ class Config:
     steps: Annotated[int, Between(1, 10**9)] = 10_000
     """optimizer updates at most"""
     batch_size: Annotated[int, Between(1, 65_536)] = 8
-    """slices in one micro-batch; when memory runs out, the run goes on with smaller ones"""
+    """slices in one micro-batch"""
     seq_len: Annotated[int, Between(1, 65_536)] = 256
     """tokens in one slice"""
     grad_accum: Annotated[int, Between(1, 65_536)] = 1
     """micro-batches in one step"""
+    micro_batch: Annotated[int | None, Between(1, 65_536)] = None
+    """slices in one forward and backward pass, whatever the step consists of; None: batch_size, fewer on a CPU or
+    when memory runs out"""
     lr: Annotated[float, Between(1e-12, 10)] = 3e-4
     """peak learning rate"""
     min_lr: Annotated[float | None, Between(0, 10)] = None
@@ -128,8 +134,10 @@ class Config:
     """step at which the cosine ends; None: steps"""
 
     # optimizer
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW, decoupled weight decay on matrices and embeddings only"""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for the matrices of the blocks, AdamW for all else; adamw: AdamW for all"""
+    embd_lr: Annotated[float | None, Between(1e-12, 10)] = None
+    """peak learning rate of the embeddings; None: lr"""
     weight_decay: Annotated[float, Between(0, 10)] = 0.1
     """decay of matrices and embeddings, times the learning rate, each step"""
     beta1: Annotated[float, Between(0, 0.999999)] = 0.9
@@ -201,6 +209,7 @@ class Config:
             decay_steps=decay_steps,
             warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
             min_lr=self.lr / 10 if self.min_lr is None else self.min_lr,
+            embd_lr=self.lr if self.embd_lr is None else self.embd_lr,
         )
 
     def out_of_range(self) -> list[str]:
@@ -226,6 +235,11 @@ class Config:
         if self.tokens_per_step > 2**26:
             found.append(
                 f"--batch_size x --grad_accum x --seq_len = {self.tokens_per_step:,} tokens per step exceeds {2**26:,}"
+            )
+        if self.micro_batch is not None and (self.batch_size * self.grad_accum) % self.micro_batch:
+            found.append(
+                f"--micro_batch {self.micro_batch} does not divide --batch_size x --grad_accum = "
+                f"{self.batch_size * self.grad_accum}"
             )
         if self.warmup_steps > self.decay_steps:
             found.append(f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}")
@@ -301,7 +315,7 @@ VOCABULARY_SHA256 = {  # as tiktoken checks them, tiktoken_ext/openai_public.py
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 
-# Philox streams: (seed, step) draws the slices of a step, the others stand above every step.
+# Philox streams: (seed, pass) orders the slices of a pass, the others stand above every pass and step.
 DROPOUT_STREAM, SAMPLES_STREAM, EVALUATION_STREAM = 2**61, 2**62, 2**63
 
 
@@ -414,10 +428,23 @@ def take_slices(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> torch.T
     return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
 
 
-def draw_slices(tokens: np.ndarray, config: Config, stream: int, count: int) -> torch.Tensor:
-    """`count` random slices of the corpus, every valid start equally likely, (count, T + 1) int64."""
-    n_starts = len(tokens) - config.seq_len
-    return take_slices(tokens, slice_starts(config.seed, stream, count, n_starts), config.seq_len)
+@lru_cache(maxsize=2)  # a step may span two passes
+def pass_starts(seed: int, number: int, n_starts: int, seq_len: int) -> np.ndarray:
+    """Starts, int64, of the slices of one pass: every seq_len-th of a ring of all starts, from a random one on,
+    in random order. So each start stays equally likely, and a pass leaves no token out."""
+    words = random_words(seed, number, 1 + math.ceil(n_starts / seq_len))
+    return (int(words[0] % np.uint64(n_starts)) + np.argsort(words[1:], kind="stable") * seq_len) % n_starts
+
+
+def covering_starts(seed: int, first: int, count: int, n_starts: int, seq_len: int) -> np.ndarray:
+    """Starts of the run's slices number `first`, … `first + count - 1`, pass after pass."""
+    per_pass = math.ceil(n_starts / seq_len)
+    numbers = np.arange(first, first + count)
+    parts = [
+        pass_starts(seed, number, n_starts, seq_len)[numbers[numbers // per_pass == number] % per_pass]
+        for number in range(first // per_pass, (first + count - 1) // per_pass + 1)
+    ]
+    return np.concatenate(parts)
 
 
 def loss_floor(tokens: np.ndarray, seq_len: int) -> float:
@@ -469,6 +496,22 @@ def smallest_seq_len(tokens: np.ndarray, target_loss: float, longest: int) -> in
 # ---------------------------------------------------------------------------------------------
 
 
+class Linear(nn.Linear):
+    """x W' + b, (…, in_features) -> (…, out_features)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear; for a few rows in fp32 on a CPU oneDNN's, which reads the weight twice as fast as the usual BLAS."""
+    few_rows = x.device.type == "cpu" and x.numel() <= 16 * x.shape[-1] and not torch.is_grad_enabled()
+    if few_rows and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        with suppress(AttributeError):  # a PyTorch built without oneDNN
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and those before it: (B, T, C) -> (B, T, C)."""
 
@@ -476,17 +519,63 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, past: "Past | None" = None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        if past is None:
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        else:
+            y = past.attention(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    """softmax(q k' / sqrt(head_dim)) v, each position seeing itself and those before it; all (B, n_head, T, head_dim).
+
+    PyTorch's fused kernel, but on a CPU, where its backward pass takes four times as long as the formula, the
+    formula, while its (T, T) scores take no more memory than the MLP's hidden layer.
+    """
+    T, head_dim = q.shape[-2:]
+    if q.device.type != "cpu" or 4 * head_dim < T:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    return attention(q, k, v, torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), dropout)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, unseen: torch.Tensor, dropout: float = 0.0
+) -> torch.Tensor:
+    """The formula itself; `unseen` (..., queries, keys) is true where a query must not look."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, queries, keys)
+    weights = scores.masked_fill(unseen, -math.inf).softmax(-1, dtype=torch.float32).to(v.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+@dataclass
+class Past:
+    """Keys and values of the tokens that one attention layer has seen, slot p holding position p."""
+
+    slots: int
+    length: int = 0  # slots in use
+    positions: torch.Tensor | None = None  # (B, T) int64, of the present tokens
+    unseen: torch.Tensor | None = None  # (B, 1, T, length), true where a slot lies behind a position
+    keys: torch.Tensor | None = None  # (B, n_head, slots, head_dim)
+    values: torch.Tensor | None = None
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Store k and v, and let q see every slot up to its own position: (B, n_head, T, head_dim) each."""
+        if self.keys is None:
+            B, n_head, _, head_dim = k.shape
+            self.keys, self.values = (k.new_zeros(B, n_head, self.slots, head_dim) for _ in range(2))
+        batch = torch.arange(len(k), device=k.device)[:, None]
+        self.keys[batch, :, self.positions] = k.transpose(1, 2)
+        self.values[batch, :, self.positions] = v.transpose(1, 2)
+        keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return attention(q, keys, values, self.unseen)
 
 
 class MLP(nn.Module):
@@ -495,8 +584,8 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.gelu(self.c_fc(x), approximate="tanh")
@@ -513,8 +602,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: torch.Tensor, past: Past | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -542,26 +631,73 @@ class GPT(nn.Module):
                 scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(parameter, std=config.init_std * scale, generator=generator)
 
-    def features(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, T) int64 token ids to (B, T, C) normalised hidden states; T is at most block_size."""
+    def features(self, tokens: torch.Tensor, pasts: list[Past] | None = None) -> torch.Tensor:
+        """(B, T) int64 token ids to (B, T, C) normalised hidden states; T is at most block_size.
+
+        With one `Past` for each block, the tokens stand at its positions and see what it holds.
+        """
         T = tokens.shape[1]
         assert self.block_size >= T, f"{T} tokens exceed block_size {self.block_size}"
-        x = self.wte(tokens) + self.wpe(torch.arange(T, device=tokens.device))
+        x = self.wte(tokens) + self.wpe(pasts[0].positions if pasts else torch.arange(T, device=tokens.device))
         x = F.dropout(x, self.dropout, self.training)
-        for block in self.h:
-            x = block(x)
+        for block, past in zip(self.h, pasts or [None] * len(self.h), strict=True):
+            x = block(x, past)
         return self.ln_f(x)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Hidden states (…, C) to scores of the next token (…, V)."""
-        return F.linear(features, self.wte.weight)
+        return linear(features, self.wte.weight)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, V) for token ids (B, T); with targets (B, T), their mean loss, a scalar in nats."""
-        logits = self.logits(self.features(tokens))
+        features = self.features(tokens)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return self.logits(features)
+        return HeadLoss.apply(features.flatten(0, 1), self.wte.weight, targets.flatten())
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of the head's logits, whose gradient is formed at once, so that they need not be kept.
+
+    Features (N, C), weight (V, C) and targets (N,) to a scalar in nats, N = B * T. The logits live `ROWS` rows at a
+    time and in the precision of the products; softmax and sums are in fp32.
+    """
+
+    ROWS = 1024  # as many as keep the products fast; 100 MB in bf16
+    BLOCK = 128  # rows whose softmax in fp32 stays in a CPU's caches
+
+    @staticmethod
+    def forward(ctx, features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        kind, N = features.device.type, len(features)
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            features, weight = features.to(dtype), weight.to(dtype)
+        V = len(weight)
+        weight = F.pad(weight, (0, 0, 0, -V % 64))  # odd widths slow the products down
+        loss = torch.zeros((), device=features.device)
+        d_features, d_weight = torch.empty_like(features), None
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, N, HeadLoss.ROWS):
+                rows = slice(start, start + HeadLoss.ROWS)
+                logits = F.linear(features[rows], weight)  # (ROWS, V and the padding)
+                blocks = zip(
+                    logits[:, :V].split(HeadLoss.BLOCK), targets[rows, None].split(HeadLoss.BLOCK), strict=True
+                )
+                for block, target in blocks:
+                    log_p = F.log_softmax(block, -1, dtype=torch.float32)
+                    loss -= log_p.gather(1, target).sum()
+                    block.copy_(log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32)))
+                d_features[rows] = logits @ weight  # the gradient by now; that of the padding is zero
+                part = (logits.T @ features[rows])[:V]
+                d_weight = part.float() if d_weight is None else d_weight.add_(part)
+        ctx.save_for_backward(d_features, d_weight)
+        return loss / N
+
+    @staticmethod
+    def backward(ctx, d_loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        d_features, d_weight = ctx.saved_tensors
+        scale = d_loss / len(d_features)
+        return d_features.mul_(scale), d_weight.mul_(scale), None
 
 
 @contextmanager
@@ -581,23 +717,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and embeddings decay; biases and LayerNorms do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+def build_optimizers(model: GPT, config: Config) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, and with --optimizer muon Muon for the matrices of the blocks; each parameter is in one group.
+
+    A group's `lr_scale` is its learning rate relative to --lr. Biases and LayerNorms do not decay.
+    """
+    matrices = [p for p in model.h.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    embeddings = [model.wte.weight, model.wpe.weight]
+    groups = [
+        {"params": embeddings, "weight_decay": config.weight_decay, "lr_scale": config.embd_lr / config.lr},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-
-
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`, as one fused kernel where PyTorch has one."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+    of_matrices = {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0}
+    optimizers = {}
+    if config.optimizer == "muon":
+        # Updates as large as AdamW's, so that one learning rate suits both (Liu et al. 2025, arXiv 2502.16982).
+        optimizers["muon"] = torch.optim.Muon([of_matrices], lr=config.lr, adjust_lr_fn="match_rms_adamw")
+    else:
+        groups.append(of_matrices)
+    optimizers["adamw"] = torch.optim.AdamW(
+        groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         fused=torch.device(config.device).type in ("cuda", "cpu", "mps"),
     )
+    return optimizers
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -677,6 +822,21 @@ def choose_compile(config: Config) -> tuple[str, str]:
     return "on", "a compiler is here and the run is long enough to repay it"
 
 
+def choose_micro_batch(config: Config) -> tuple[int, str]:
+    """How many slices to work on at once, and why."""
+    tokens = 2048 if config.device == "cpu" else math.inf
+    if config.batch_size * config.seq_len <= tokens:
+        return config.batch_size, "--batch_size"
+    fitting = [n for n in divisors(config) if n * config.seq_len <= tokens]
+    return max(fitting, default=1), f"a CPU gains nothing from more than {tokens:,} tokens at once"
+
+
+def divisors(config: Config) -> list[int]:
+    """The sizes into which a step's slices can be cut evenly, ascending."""
+    global_batch = config.batch_size * config.grad_accum
+    return [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+
+
 def choose_runtime(config: Config, previous: Config | None) -> tuple[Config, dict[str, str]]:
     """Replace `auto` by what the run so far used, else by what suits this machine; say why.
 
@@ -704,6 +864,10 @@ def choose_runtime(config: Config, previous: Config | None) -> tuple[Config, dic
     decide("amp", lambda: choose_amp(config.device), lambda _: same_device)
     decide("compile", lambda: choose_compile(config), lambda _: same_device)
     decide("threads", lambda: (torch.get_num_threads(), "PyTorch's choice"), lambda _: same_device)
+    same_shape = same_device and all(
+        getattr(config, name) == getattr(previous, name) for name in ("batch_size", "grad_accum", "seq_len")
+    )
+    decide("micro_batch", lambda: choose_micro_batch(config), lambda _: same_shape)
     return config, reasons
 
 
@@ -741,7 +905,7 @@ METRICS = {  # column of the CSV: number format
     "grad_norm": ".6f",
     "val_loss": ".8f",  # empty: there is no validation split yet
 }
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 @dataclass
@@ -967,20 +1131,28 @@ class RunDir:
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Try to write; the run goes on when the disk refuses, and says so once for each cause."""
+        """Try to write; the run goes on when the disk refuses."""
         try:
             yield
-            self.refused.pop(what, None)
         except OSError as error:
-            known = error.errno in self.refused.values()
-            self.refused[what] = error.errno
-            if not known:
-                with suppress(OSError):
-                    error = f"{error} ({gigabytes(self.free_bytes())} free)"
-                log.error(
-                    "Could not write %s: %s. Training goes on, and all that cannot be written is tried again; no file "
-                    "is left half written.", what, error
-                )  # fmt: skip
+            self.report(what, error)
+        else:
+            self.report(what, None)
+
+    def report(self, what: str, error: OSError | None) -> None:
+        """Note whether something was written, and log what was not, once for each cause."""
+        if error is None:
+            self.refused.pop(what, None)
+            return
+        known = error.errno in self.refused.values()
+        self.refused[what] = error.errno
+        if not known:
+            with suppress(OSError):
+                error = f"{error} ({gigabytes(self.free_bytes())} free)"
+            log.error(
+                "Could not write %s: %s. Training goes on, and all that cannot be written is tried again; no file "
+                "is left half written.", what, error
+            )  # fmt: skip
 
     def missing(self) -> str:
         """What could not be written to the end, but for the plot, which `update_readme.py` draws as well."""
@@ -992,7 +1164,7 @@ class RunDir:
         with self.attempt(f"lines of {path}"):
             self.flush(path)
 
-    def flush(self, path: Path, to_disk: bool = False) -> None:
+    def flush(self, path: Path) -> None:
         """Write the lines that wait. Raises OSError, and then none of them is in the file."""
         self.check_owner()
         data = self.unwritten.get(path, "").encode("utf-8", "replace")
@@ -1002,19 +1174,26 @@ class RunDir:
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             self.unwritten[path] = ""
-            if to_disk:
-                os.fsync(file.fileno())
 
     def growth(self) -> dict[str, dict]:
-        """For a checkpoint: the lengths of metrics and samples on disk, in bytes, and the lines not yet there."""
+        """For a checkpoint: the lengths of metrics and samples, in bytes, and the lines not yet there.
+
+        Raises OSError.
+        """
         files = (self.metrics_csv, self.samples_txt)
         for path in files:
             with suppress(OSError):  # another program may hold it: its lines wait in the checkpoint
-                self.flush(path, to_disk=True)
+                self.flush(path)
         return {
             "offsets": {path.name: path.stat().st_size for path in files},
             "unwritten": {path.name: self.unwritten.get(path, "") for path in files},
         }
+
+    def secure(self) -> None:
+        """Bring metrics and samples from the system's memory to the disk. Raises OSError."""
+        for path in (self.metrics_csv, self.samples_txt):
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
 
     def append_metrics(self, row: dict[str, float | None]) -> None:
         """Add one CSV row; None is an empty field."""
@@ -1036,17 +1215,90 @@ class RunDir:
             file.write((json.dumps(finite, indent=2, ensure_ascii=False) + "\n").encode())
 
     def draw_plot(self) -> None:
-        """Refresh loss_curve.png. A plot that fails is reported and costs the run nothing else."""
-        with self.attempt("the plot"):
-            try:
-                from update_readme import draw_loss_curve
+        """Refresh loss_curve.png. Raises OSError whatever the reason: a plot must not cost the run anything else."""
+        try:
+            from update_readme import draw_loss_curve
 
-                self.check_owner()
-                draw_loss_curve(self.root)
-            except OSError:
-                raise
-            except Exception as error:
-                log.warning("The plot was not drawn: %s: %s", type(error).__name__, error)
+            self.check_owner()
+            draw_loss_curve(self.root)
+        except Exception as error:
+            raise error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to write, and what to do when it is written."""
+
+    name: str
+    write: Callable[[], None]  # raises OSError
+    done: Callable[[], None] = lambda: None
+
+
+class Writer:
+    """Works through tasks on a thread of its own while training goes on, one list of them at a time.
+
+    The thread only writes; logging and bookkeeping are left to `collect`, so that nothing needs a lock.
+    """
+
+    def __init__(self, run: "RunDir"):
+        self.run = run
+        self._tasks: list[Task] = []
+        self._errors: list[BaseException | None] = []
+        self._thread: Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a task is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, tasks: list[Task]) -> None:
+        """Begin with these, after any earlier ones."""
+        self.finish()
+        self._tasks, self._errors = tasks, []
+        self._thread = Thread(target=self._work, daemon=True)  # a second Ctrl-C does not wait for it
+        self._thread.start()
+
+    def _work(self) -> None:
+        for task in self._tasks:
+            try:
+                task.write()
+                self._errors.append(None)
+            except BaseException as error:
+                self._errors.append(error)
+
+    def collect(self) -> None:
+        """Report what became of the tasks, once all are done. Raises what is no OSError."""
+        if self._thread is None or self.busy:
+            return
+        self._thread = None
+        for task, error in zip(self._tasks, self._errors, strict=True):
+            with self.run.attempt(task.name):
+                if error is not None:
+                    raise error
+                task.done()
+
+    def finish(self) -> None:
+        """Wait for the tasks under way, and report."""
+        if self._thread is not None:
+            self._thread.join()
+        self.collect()
+
+
+class Snapshot:
+    """A copy of tensors in memory that is allocated once, page-locked where they lie on a GPU."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, values: object, path: str = "") -> object:
+        """The same nested dictionaries with the copies in them; those from a GPU are still to come (see `Trainer`)."""
+        if isinstance(values, dict):
+            return {key: self.take(value, f"{path}/{key}") for key, value in values.items()}
+        if not isinstance(values, torch.Tensor):
+            return values
+        if path not in self.buffers:
+            self.buffers[path] = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+        return self.buffers[path].copy_(values, non_blocking=values.is_cuda)
 
 
 class LogFile(logging.Handler):
@@ -1208,47 +1460,77 @@ def decode_escapes(text: str) -> str:
 
 def generate(
     model: GPT,
-    prompts: torch.Tensor,
+    prompts: list[list[int]],
     max_new_tokens: int,
     *,
     context: int,
     temperature: float,
     top_k: int,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """Continue prompts (B, T) to (B, T + max_new_tokens), seeing at most the last `context` tokens.
+    generators: list[torch.Generator],
+    on_tokens: Callable[[list[int]], None] = lambda tokens: None,
+) -> list[list[int]]:
+    """Continue every prompt by max_new_tokens; `on_tokens` is told the new token of each as they come.
 
-    `context` is the longest slice the model was trained on: positions beyond it are untrained.
-    Temperature 0 takes the likeliest token; top_k 0 samples among all. Random numbers come from
-    `generator` (a CPU generator: the same text on every device, to rounding).
+    `context` is the longest slice the model was trained on: positions beyond it are untrained, so each token
+    depends on the `context` tokens before it. Prompts may differ in length, and none depends on another: each
+    has a (CPU) generator of its own. Temperature 0 takes the likeliest token; top_k 0 samples among all.
     """
-    tokens = prompts
+    rows = [list(prompt) for prompt in prompts]
+    pasts = [Past(context) for _ in model.h]
     with evaluating(model):
         for _ in range(max_new_tokens):
-            features = model.features(tokens[:, -context:])
-            logits = model.logits(features[:, -1]).float().cpu().nan_to_num()  # (B, V)
-            if temperature == 0:
-                chosen = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                logits = logits - logits.max(-1, keepdim=True).values  # or a tiny temperature would overflow
-                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            tokens = torch.cat([tokens, chosen.to(tokens.device)], dim=1)
-    return tokens
+            logits = model.logits(last_features(model, rows, context, pasts)).float().cpu().nan_to_num()  # (B, V)
+            chosen = [choose(scores, temperature, top_k, g) for scores, g in zip(logits, generators, strict=True)]
+            for row, token in zip(rows, chosen, strict=True):
+                row.append(token)
+            on_tokens(chosen)
+    return rows
 
 
-def corpus_loss(model: GPT, tokens: np.ndarray, config: Config, n_slices: int, micro_batch: int) -> tuple[float, float]:
+def last_features(model: GPT, rows: list[list[int]], context: int, pasts: list[Past]) -> torch.Tensor:
+    """Hidden states (B, C) of the last token of each row, which sees the `context` - 1 tokens before it.
+
+    Up to the context they are taken from the pasts. Beyond it every token would stand at a new position each
+    time, so all of them are computed again.
+    """
+    longest = max(map(len, rows))
+    if longest > context:
+        pasts = None
+    new = [row[-1:] if pasts and pasts[0].keys is not None else row[-context:] for row in rows]
+    width, device = max(map(len, new)), model.wte.weight.device
+    tokens = torch.tensor([part + [0] * (width - len(part)) for part in new], device=device)  # nothing sees the zeros
+    first = torch.tensor([len(row) - len(part) for row, part in zip(rows, new, strict=True)], device=device)
+    if pasts:
+        positions = first[:, None] + torch.arange(width, device=device)
+        unseen = torch.arange(longest, device=device) > positions[:, None, :, None]
+        for past in pasts:
+            past.length, past.positions, past.unseen = longest, positions, unseen
+    features = model.features(tokens, pasts)
+    return features[range(len(rows)), [len(part) - 1 for part in new]]
+
+
+def choose(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """A token by its logits (V,)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -math.inf)
+    probabilities = ((logits - logits.max()) / temperature).softmax(-1)  # or a tiny temperature would overflow
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def corpus_loss(model: GPT, tokens: np.ndarray, config: Config, n_slices: int) -> tuple[float, float]:
     """Mean loss over random slices drawn for this alone, and its standard error, in nats per token."""
-    slices = draw_slices(tokens, config, EVALUATION_STREAM, n_slices)
+    starts = slice_starts(config.seed, EVALUATION_STREAM, n_slices, len(tokens) - config.seq_len)
+    slices = take_slices(tokens, starts, config.seq_len)
     losses = []
     with evaluating(model), autocast(config):
-        for chunk in slices.split(micro_batch):
+        for chunk in slices.split(config.micro_batch):
             chunk = chunk.to(config.device)
-            logits, targets = model(chunk[:, :-1]), chunk[:, 1:]  # (B, T, V) and (B, T)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            losses.append(loss.view_as(targets).mean(1).cpu())
+            features, targets = model.features(chunk[:, :-1]).flatten(0, 1), chunk[:, 1:].flatten()
+            parts = zip(features.split(HeadLoss.BLOCK), targets.split(HeadLoss.BLOCK), strict=True)
+            loss = torch.cat([F.cross_entropy(model.logits(f).float(), t, reduction="none") for f, t in parts])
+            losses.append(loss.view(len(chunk), -1).mean(1).cpu())
     losses = torch.cat(losses).double()
     return losses.mean().item(), (losses.std() / math.sqrt(n_slices)).item()
 
@@ -1302,12 +1584,14 @@ class Trainer:
         self.corpus = corpus
         self.device = torch.device(config.device)
         self.model = GPT(config).to(self.device)
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.progress = Progress()
-        self.micro_batch = config.batch_size  # slices in one forward and backward pass; fewer when memory runs out
         self.saved_step = 0
-        self.best_weights: dict[str, torch.Tensor] | None = None  # not yet on disk
+        self.best: dict | None = None  # what best.pt is to hold, while it is not on disk
+        self.snapshot, self.best_snapshots = Snapshot(), (Snapshot(), Snapshot())  # one best may be under way
+        self.best_under_way: Snapshot | None = None
+        self.copying = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.forward: nn.Module = self.model
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -1317,21 +1601,23 @@ class Trainer:
         """Take over a checkpoint's state, and its tensors out of it, so that they are not held twice."""
         config, saved = self.config, checkpoint["config"]
         self.model.load_state_dict(checkpoint.pop("model"))
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": checkpoint.pop("optimizer")["state"], "param_groups": groups})
-        for parameter, state in self.optimizer.state.items():
-            for name, value in state.items():
-                if value.dim() and value.shape != parameter.shape:
-                    raise ValueError(f"{name} of shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
-                state[name] = value.contiguous()  # fused kernels trust shapes and strides
+        states = checkpoint.pop("optimizer")
+        if states.keys() != self.optimizers.keys():
+            raise ValueError(
+                f"it has the state of {' and '.join(states)}, --optimizer {config.optimizer} needs another"
+            )
+        for name, optimizer in self.optimizers.items():
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": states.pop(name), "param_groups": groups})
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    if value.dim() and value.shape != parameter.shape:
+                        raise ValueError(f"{key} of shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+                    state[key] = value.contiguous()  # fused kernels trust shapes and strides
         if self.scaler.is_enabled() and checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.progress = replace(Progress(**checkpoint["progress"]), skipped_in_a_row=0)
         self.saved_step = self.progress.step if checkpoint["own"] else 0
-        if (saved["batch_size"], saved["grad_accum"]) == (config.batch_size, config.grad_accum):
-            self.micro_batch = checkpoint.get("micro_batch", config.batch_size)
-            if not 1 <= self.micro_batch <= config.batch_size:
-                raise ValueError(f"micro_batch {self.micro_batch}")
         if saved["target_window"] != config.target_window or not checkpoint["own"]:
             # A window of another size does not compare, and another run's best.pt stayed there.
             self.progress.best_loss, self.progress.best_step = math.inf, 0
@@ -1346,7 +1632,7 @@ class Trainer:
         self.forward = torch.compile(self.model, dynamic=False)
         try:
             step = self.progress.step + 1
-            self.accumulate(step, self.slices(step)[: self.micro_batch])
+            self.accumulate(step, self.slices(step)[: self.config.micro_batch])
             log.info("Compiled in %.0f s", time.perf_counter() - started)
         except Exception as error:  # Inductor, Triton and C++ compilers fail in many ways
             if is_out_of_memory(error):
@@ -1355,12 +1641,14 @@ class Trainer:
             log.warning("torch.compile failed, going on without: %s: %s", type(error).__name__, reason)
             self.config, self.forward = replace(self.config, compile="off"), self.model
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
 
     def slices(self, step: int) -> torch.Tensor:
         """The global batch of one step, on the device, (batch_size * grad_accum, T + 1)."""
-        c = self.config
-        slices = draw_slices(self.corpus.tokens, c, step, c.batch_size * c.grad_accum)
+        c, tokens = self.config, self.corpus.tokens
+        global_batch = c.batch_size * c.grad_accum
+        starts = covering_starts(c.seed, (step - 1) * global_batch, global_batch, len(tokens) - c.seq_len, c.seq_len)
+        slices = take_slices(tokens, starts, c.seq_len)
         if self.device.type == "cuda":
             return slices.pin_memory().to(self.device, non_blocking=True)
         return slices.to(self.device)
@@ -1371,21 +1659,21 @@ class Trainer:
         When memory runs out, the micro-batch shrinks to the next smaller divisor of the global batch:
         the same slices, and to rounding the same gradients.
         """
-        global_batch = self.config.batch_size * self.config.grad_accum
         while True:
+            micro_batch = self.config.micro_batch
             try:
-                return self._accumulate(step, slices.split(self.micro_batch))
+                return self._accumulate(step, slices.split(micro_batch))
             except (RuntimeError, MemoryError) as error:
-                if self.micro_batch == 1 or not is_out_of_memory(error):
+                if micro_batch == 1 or not is_out_of_memory(error):
                     raise
             # Here and not in the handler, whose traceback keeps the tensors of the failed pass alive.
-            self.optimizer.zero_grad(set_to_none=True)
-            smaller = max(n for n in range(1, self.micro_batch) if global_batch % n == 0)
+            self.model.zero_grad(set_to_none=True)
+            smaller = max(n for n in divisors(self.config) if n < micro_batch)
             log.warning(
-                f"Out of memory with {self.micro_batch} slices in a micro-batch; from step {step} on with {smaller}: "
+                f"Out of memory with {micro_batch} slices in a micro-batch; from step {step} on with {smaller}: "
                 "the same slices and, but for rounding and dropout, the same results"
             )
-            self.micro_batch = smaller
+            self.config = replace(self.config, micro_batch=smaller)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -1409,18 +1697,22 @@ class Trainer:
         """
         config, step = self.config, self.progress.step + 1
         loss = self.accumulate(step, self.slices(step))
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad or math.inf)
         loss, grad_norm = torch.stack([loss, norm]).tolist()  # the one host read
 
         lr = learning_rate(step, config)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if self.copying is not None:
+            torch.cuda.current_stream().wait_stream(self.copying)  # a snapshot of the weights may be under way
         if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["lr_scale"]
+                optimizer.step()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self._count(step, loss, finite)
         return loss, grad_norm, lr
 
@@ -1441,7 +1733,7 @@ class Trainer:
             )
 
     def keep_best(self, at_end: bool = False) -> None:
-        """Copy the weights aside when window_loss is the lowest so far; `save` writes them.
+        """Copy the weights aside when window_loss is the lowest so far; `checkpoint` writes them.
 
         A run that ends before its first window is full has the mean of what there is; a full window
         does not compare with that, and replaces it.
@@ -1452,7 +1744,17 @@ class Trainer:
             window_loss = statistics.fmean(p.recent_losses)
         if window_loss is not None and (window_loss < p.best_loss or not full_windows_before):
             p.best_loss, p.best_step = window_loss, p.step
-            self.best_weights = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
+            free = next(snapshot for snapshot in self.best_snapshots if snapshot is not self.best_under_way)
+            self.best = {"step": p.step, "loss": p.best_loss, "snapshot": free}
+            self.best["model"] = self.copy(free, self.model.state_dict())
+
+    def copy(self, snapshot: Snapshot, values: dict) -> dict:
+        """A snapshot of tensors; on a GPU it is taken beside the next forward and backward pass, which only read."""
+        if self.copying is None:
+            return snapshot.take(values)
+        self.copying.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.copying):
+            return snapshot.take(values)
 
     def description(self) -> dict:
         """What every checkpoint says about itself."""
@@ -1463,37 +1765,57 @@ class Trainer:
             "trained_context": self.progress.trained_context,
             "corpus_sha256": self.corpus.sha256,
             "corpus_tokens": len(self.corpus.tokens),
-            "micro_batch": self.micro_batch,
         }
 
-    def save_best(self, run: RunDir) -> None:
-        """Write a best that is not on disk yet."""
-        if self.best_weights is not None:
-            run.check_owner()
-            best = {"step": self.progress.best_step, "loss": self.progress.best_loss, "model": self.best_weights}
-            write_checkpoint(run.best, self.description() | best)
-            log.info("New best loss %.6f -> saved: %s", self.progress.best_loss, run.best)
-            self.best_weights = None
+    def checkpoint(self, run: RunDir) -> Task:
+        """A snapshot of everything resume needs, to be written as last.pt, after a best that is not on disk yet:
+        last.pt never speaks of a best that is not there. Raises OSError."""
+        best, step, description = self.best, self.progress.step, self.description()
+        run.make()
+        state = {
+            "step": step,
+            "model": self.model.state_dict(),
+            # The flags say the rest.
+            "optimizer": {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            **run.growth(),
+        }
+        state = self.copy(self.snapshot, state)
+        self.best_under_way = best and best["snapshot"]
 
-    def save(self, run: RunDir) -> None:
-        """Write the best, then last.pt, which so never speaks of a best that is not there.
+        def write() -> None:
+            try:
+                if self.copying is not None:
+                    self.copying.synchronize()
+                run.secure()
+                if best is not None:
+                    self.write_best(run, best, description)
+                write_checkpoint(run.last, description | state, previous=run.prev)
+            finally:
+                self.best_under_way = None
 
-        What cannot be written is reported, and tried again at the next save.
-        """
-        with run.attempt(f"{run.last} of {gigabytes(12 * self.config.n_params)}"):
-            run.make()
-            self.save_best(run)
-            state = {
-                "step": self.progress.step,
-                "model": self.model.state_dict(),
-                "optimizer": {"state": self.optimizer.state_dict()["state"]},  # the flags say the rest
-                "scaler": self.scaler.state_dict(),
-                "progress": asdict(self.progress),
-                **run.growth(),
-            }
-            write_checkpoint(run.last, self.description() | state, previous=run.prev)
+        def done() -> None:
+            self.report_best(run, best)
             log.info("Saved checkpoint: %s", run.last)
-            self.saved_step = self.progress.step
+            self.saved_step = step
+
+        return Task(self.checkpoint_name(run), write, done)
+
+    def checkpoint_name(self, run: RunDir) -> str:
+        """How a message calls it."""
+        return f"{run.last} of {gigabytes(12 * self.config.n_params)}"
+
+    def write_best(self, run: RunDir, best: dict, description: dict) -> None:
+        """Write best.pt. Raises OSError."""
+        write_checkpoint(run.best, description | {name: best[name] for name in ("step", "loss", "model")})
+
+    def report_best(self, run: RunDir, best: dict | None) -> None:
+        """Log a best that is on disk now."""
+        if best is not None:
+            log.info("New best loss %.6f -> saved: %s", best["loss"], run.best)
+        if self.best is best:
+            self.best = None
 
     def sample(self, run: RunDir, tokenizer: tiktoken.Encoding) -> None:
         """Continue the prompt num_prompts times and append the texts to samples.txt."""
@@ -1501,19 +1823,20 @@ class Trainer:
         if c.num_prompts == 0:
             return
         prompt = decode_escapes(c.prompt) or tokenizer.decode(self.corpus.tokens[:16].tolist())
-        tokens = torch.tensor([tokenizer.encode_ordinary(prompt)] * c.num_prompts, device=self.device)
-        generator = torch.Generator().manual_seed(int(random_words(c.seed, SAMPLES_STREAM + p.step, 1)[0]))
-        with autocast(c):
+        prompts = [tokenizer.encode_ordinary(prompt)] * c.num_prompts
+        seeds = random_words(c.seed, SAMPLES_STREAM + p.step, c.num_prompts)
+        # A CPU reads weights of fp16 faster than those of bf16, and they are no less exact.
+        with autocast(replace(c, amp="fp16") if (c.device, c.amp) == ("cpu", "bf16") else c):
             outputs = generate(
                 self.model,
-                tokens,
+                prompts,
                 c.max_new_tokens,
                 context=p.trained_context,
                 temperature=c.temperature,
                 top_k=c.top_k,
-                generator=generator,
+                generators=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
             )
-        run.append_samples(p.step, prompt, [tokenizer.decode(output) for output in outputs.tolist()])
+        run.append_samples(p.step, prompt, [tokenizer.decode(output) for output in outputs])
         p.sampled_step = p.step
 
 
@@ -1529,11 +1852,26 @@ def stuck_hint(progress: Progress, config: Config) -> str | None:
     )
 
 
-def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: Callable[[str], None]) -> str:
+def train(
+    trainer: Trainer,
+    run: RunDir,
+    writer: Writer,
+    tokenizer: tiktoken.Encoding,
+    publication: Callable[[str], list[Task]],
+) -> str:
     """Run steps until the target, the last step or a signal; returns 'target', 'steps' or a signal's name.
 
-    `publish(stop_reason)` rewrites results.json and the plot.
+    `publication(stop_reason)` rewrites results.json and the plot.
     """
+
+    def save() -> None:
+        try:
+            task = trainer.checkpoint(run)
+        except OSError as error:
+            run.report(trainer.checkpoint_name(run), error)
+        else:
+            writer.start([task, *publication("running")])
+
     config, p = trainer.config, trainer.progress
     first_step, elapsed_before, line_tokens = p.step + 1, p.elapsed_sec, p.tokens
     started = line_time = time.perf_counter()
@@ -1542,9 +1880,12 @@ def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: 
     bar = tqdm(total=config.steps, initial=p.step, unit="step", dynamic_ncols=True, disable=quiet)
     with Interruption() as interruption, logging_redirect_tqdm([log]), bar:
         while not (stop := p.stop_reason(config)):
+            writer.collect()
             if interruption.signal is not None:
+                writer.finish()
                 if p.step != trainer.saved_step:
-                    trainer.save(run)
+                    save()
+                    writer.finish()
                 return signal.Signals(interruption.signal).name
             loss, grad_norm, lr = trainer.update()
             step, window_loss, stop = p.step, p.window_loss(config), p.stop_reason(config)
@@ -1578,9 +1919,8 @@ def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: 
             if step % config.sample_every == 0:
                 trainer.sample(run, tokenizer)
             save_due = save_due or step % config.save_every == 0
-            if save_due and not p.skipped_in_a_row:
-                trainer.save(run)
-                publish("running")
+            if save_due and not p.skipped_in_a_row and not writer.busy:
+                save()
                 save_due = False
 
         if stop == "target":
@@ -1590,7 +1930,8 @@ def train(trainer: Trainer, run: RunDir, tokenizer: tiktoken.Encoding, publish: 
         trainer.keep_best(at_end=True)
         if p.step != p.sampled_step:
             trainer.sample(run, tokenizer)
-        trainer.save(run)
+        save()
+        writer.finish()
     return stop
 
 
@@ -1749,7 +2090,7 @@ def measure_corpus_loss(trainer: Trainer) -> tuple[float, float, int]:
     c, p = trainer.config, trainer.progress
     n_slices = min(1024, max(64, p.tokens // c.seq_len // 10))
     log.info(f"Measuring the corpus loss on {n_slices:,} random slices ...")
-    mean, standard_error = corpus_loss(trainer.model, trainer.corpus.tokens, c, n_slices, trainer.micro_batch)
+    mean, standard_error = corpus_loss(trainer.model, trainer.corpus.tokens, c, n_slices)
     log.info(
         f"Corpus loss {mean:.6f} +- {standard_error:.6f} (mean and standard error of {n_slices} random slices), "
         f"perplexity {perplexity(mean):.4f}"
@@ -1779,8 +2120,6 @@ def log_resumption(setup: Setup, trainer: Trainer) -> None:
     """Say where the run goes on, and which flags differ from those of the checkpoint."""
     config, saved = setup.config, setup.checkpoint["config"]
     log.info("Resuming from step %d (%s)", trainer.progress.step, setup.resumed_from)
-    if trainer.micro_batch != config.batch_size:
-        log.info("Micro-batch: %d slices (as in the run so far)", trainer.micro_batch)
     changes = [
         f"--{name} {saved[name]!r} -> {value!r}"
         for name, value in config.as_dict().items()
@@ -1812,6 +2151,7 @@ def build_trainer(setup: Setup) -> Trainer:
 def configure_torch(config: Config) -> None:
     """Threads, TF32, and the same bits in every run where that is asked for or costs nothing."""
     torch.set_num_threads(config.threads)
+    keep_freed_memory()
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
     if config.device == "cpu" or config.deterministic:
@@ -1820,22 +2160,38 @@ def configure_torch(config: Config) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory: each step allocates the same blocks again, and the system takes longer to hand
+    out fresh pages than the CPU to compute on them. Elsewhere nothing happens."""
+    with suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own, to be unmapped when freed
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
 def run_training(setup: Setup, trainer: Trainer) -> int:
     """Train, measure, and leave every file of the run whole. Returns the exit code."""
     config, run, checkpoint = setup.config, setup.run, setup.checkpoint
     first_step = 1 if checkpoint is None else checkpoint["step"] + 1
     record = launch_record(setup, first_step)
     floor = loss_floor(setup.corpus.tokens, config.seq_len)
+    writer = Writer(run)
 
     def write_config() -> None:
-        chosen = {"config": trainer.config.as_dict(), "micro_batch": trainer.micro_batch}
-        run.write_json(run.config_json, record | chosen)
+        run.write_json(run.config_json, record | {"config": trainer.config.as_dict()})
+
+    def publication(stop_reason: str, measured: tuple[float, float, int] | None = None) -> list[Task]:
+        outcome = results(trainer, stop_reason, floor, measured)
+
+        def write() -> None:
+            write_config()
+            run.write_json(run.results_json, outcome)
+
+        return [Task("config.json and results.json", write), Task("the plot", run.draw_plot)]
 
     def publish(stop_reason: str, measured: tuple[float, float, int] | None = None) -> None:
-        with run.attempt("config.json and results.json"):
-            write_config()
-            run.write_json(run.results_json, results(trainer, stop_reason, floor, measured))
-        run.draw_plot()
+        writer.start(publication(stop_reason, measured))
+        writer.finish()
 
     def finish(code: int, *answers: str) -> int:
         if missing := run.missing():
@@ -1860,7 +2216,7 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
         trainer.compile()
         if trainer.config.compile != config.compile:
             setup.reasons["compile"] = "torch.compile failed, see the log"
-        stop_reason = train(trainer, run, setup.tokenizer, publish)
+        stop_reason = train(trainer, run, writer, setup.tokenizer, publication)
         if stop_reason in ("target", "steps"):
             publish(stop_reason, measure_corpus_loss(trainer))
             return finish(0, f"See {run.loss_curve} and {run.samples_txt}", "Training complete.")
@@ -1869,14 +2225,18 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
         answer = f"Interrupted by {stop_reason} after step {trainer.progress.step}; {config.same_command} continues."
         return finish(143 if stop_reason in ("SIGTERM", "SIGHUP") else 130, answer)
     except TrainingFailed as failure:
-        with run.attempt("best.pt"):
-            trainer.save_best(run)
+        writer.finish()
+        if (best := trainer.best) is not None:
+            with run.attempt("best.pt"):
+                trainer.write_best(run, best, trainer.description())
+                trainer.report_best(run, best)
         step = trainer.saved_step
         if step:
             publish("failed")
         good = f"the last good checkpoint is {run.last}, of step {step}" if step else "there is no checkpoint yet"
         log.error("Training failed: %s; %s", failure, good)
     except (RuntimeError, MemoryError) as error:
+        writer.finish()
         if not is_out_of_memory(error):
             raise
         log.error("Out of memory: choose a smaller --seq_len or --preset, or fewer --num_prompts. (%s)", error)

@@ -1,0 +1,28 @@
+"""What every benchmark ends with: a table on the terminal and a JSON record with the circumstances."""
+
+import json
+import sys
+from datetime import date
+from pathlib import Path
+
+import pandas as pd
+
+import train
+
+
+def write_record(path: Path | None, program: str, rows: list[dict], options: dict) -> None:
+    """Print the rows as a table; write them with date, commit, command, versions and hardware, if a path is given."""
+    print(pd.DataFrame(rows).to_string(index=False))
+    if path is None:
+        return
+    device, _ = train.choose_device()
+    record = {
+        "date": date.today().isoformat(),
+        "commit": train.git_commit(),
+        "command": " ".join(["python", f"benchmarks/{Path(program).name}", *sys.argv[1:]]),
+        **train.environment(train.Config(device=device)),
+        "options": options,
+        "rows": rows,
+    }
+    with train.replacing(path) as file:
+        file.write((json.dumps(record, indent=1, default=str) + "\n").encode())
