@@ -115,16 +115,16 @@ class Config:
     # batch and schedule
     steps: Annotated[int, Between(1, 10**9)] = 10_000
     """optimizer updates at most"""
-    batch_size: Annotated[int, Between(1, 65_536)] = 8
+    batch_size: Annotated[int, Between(1, 65_536)] = 16
     """slices in one micro-batch"""
-    seq_len: Annotated[int, Between(1, 65_536)] = 256
+    seq_len: Annotated[int, Between(1, 65_536)] = 128
     """tokens in one slice"""
     grad_accum: Annotated[int, Between(1, 65_536)] = 1
     """micro-batches in one step"""
     micro_batch: Annotated[int | None, Between(1, 65_536)] = None
     """slices in one forward and backward pass, whatever the step consists of; None: batch_size, fewer on a CPU or
     when memory runs out"""
-    lr: Annotated[float, Between(1e-12, 10)] = 3e-4
+    lr: Annotated[float, Between(1e-12, 10)] = 3e-3
     """peak learning rate"""
     min_lr: Annotated[float | None, Between(0, 10)] = None
     """learning rate at decay_steps and after; None: a tenth of lr"""
@@ -136,8 +136,6 @@ class Config:
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the matrices of the blocks, AdamW for all else; adamw: AdamW for all"""
-    embd_lr: Annotated[float | None, Between(1e-12, 10)] = None
-    """peak learning rate of the embeddings; None: lr"""
     weight_decay: Annotated[float, Between(0, 10)] = 0.1
     """decay of matrices and embeddings, times the learning rate, each step"""
     beta1: Annotated[float, Between(0, 0.999999)] = 0.9
@@ -209,7 +207,6 @@ class Config:
             decay_steps=decay_steps,
             warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
             min_lr=self.lr / 10 if self.min_lr is None else self.min_lr,
-            embd_lr=self.lr if self.embd_lr is None else self.embd_lr,
         )
 
     def out_of_range(self) -> list[str]:
@@ -271,11 +268,11 @@ PRESETS: dict[str, dict] = {
         batch_size=4, steps=600, decay_steps=450, lr=4e-3, init_std=0.07, log_every=10, save_every=200,
         sample_every=200, num_prompts=1, temperature=0.0, max_new_tokens=120,
     ),
-    "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512),
-    "gpt2": dict(),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+    "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512, decay_steps=2400),
+    "gpt2": dict(decay_steps=2400),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, decay_steps=2400),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, decay_steps=2400),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, decay_steps=2400),
 }  # fmt: skip
 
 
@@ -290,8 +287,11 @@ def parse_config(argv: list[str]) -> Config:
             raise ValueError(f"{argument!a} is not UTF-8")
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", default="gpt2")
-    preset = first_look.parse_known_args(argv)[0].preset
-    defaults = Config(**PRESETS.get(preset, {}))
+    first_look.add_argument("--steps")
+    asked = first_look.parse_known_args(argv)[0]
+    defaults = Config(**PRESETS.get(asked.preset, {}))
+    if asked.steps is not None:
+        defaults = replace(defaults, decay_steps=None)  # the preset's belongs to the preset's steps
     config = tyro.cli(
         Config,
         args=argv,
@@ -720,24 +720,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def build_optimizers(model: GPT, config: Config) -> dict[str, torch.optim.Optimizer]:
     """AdamW, and with --optimizer muon Muon for the matrices of the blocks; each parameter is in one group.
 
-    A group's `lr_scale` is its learning rate relative to --lr. Biases and LayerNorms do not decay.
+    Biases and LayerNorms do not decay.
     """
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    embeddings = [model.wte.weight, model.wpe.weight]
-    groups = [
-        {"params": embeddings, "weight_decay": config.weight_decay, "lr_scale": config.embd_lr / config.lr},
-        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
-    of_matrices = {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0}
+    others = [model.wte.weight, model.wpe.weight]
     optimizers = {}
     if config.optimizer == "muon":
-        # Updates as large as AdamW's, so that one learning rate suits both (Liu et al. 2025, arXiv 2502.16982).
-        optimizers["muon"] = torch.optim.Muon([of_matrices], lr=config.lr, adjust_lr_fn="match_rms_adamw")
+        optimizers["muon"] = torch.optim.Muon(
+            matrices,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",  # updates as large as AdamW's: one rate for both (arXiv 2502.16982)
+        )
     else:
-        groups.append(of_matrices)
+        others += matrices
+    vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizers["adamw"] = torch.optim.AdamW(
-        groups,
+        [{"params": others, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         fused=torch.device(config.device).type in ("cuda", "cpu", "mps"),
@@ -1081,7 +1080,8 @@ class RunDir:
             raise FileExistsError(f"{self.root} was taken over by another train.py (pid {owner})")
 
     def move_aside(self) -> Path:
-        """Move the files of an earlier run into the first free earlier-1, earlier-2, …; delete nothing."""
+        """Move the files of an earlier run into the first free earlier-1, earlier-2, …; delete none of them."""
+        self.clean()
         number = 1
         while (target := self.root / f"earlier-{number}").exists():
             number += 1
@@ -1092,12 +1092,15 @@ class RunDir:
                 (self.root / name).rename(target / name)
         return target
 
-    def restore(self, growth: dict[str, dict]) -> None:
-        """Remove what a kill left half written, and bring metrics and samples to where a checkpoint found them
-        (its `growth`; none: to their beginning)."""
-        offsets, unwritten = growth.get("offsets", {}), growth.get("unwritten", {})
+    def clean(self) -> None:
+        """Remove what a kill left half written."""
         for path in self.files:
             temporary(path).unlink(missing_ok=True)
+
+    def restore(self, growth: dict[str, dict]) -> None:
+        """Bring metrics and samples to where a checkpoint found them (its `growth`; none: to their beginning)."""
+        offsets, unwritten = growth.get("offsets", {}), growth.get("unwritten", {})
+        self.clean()
         for path in (self.metrics_csv, self.samples_txt):
             data, end = path.read_bytes(), offsets.get(path.name, 0)
             kept = data[:end]
@@ -1144,7 +1147,7 @@ class RunDir:
         if error is None:
             self.refused.pop(what, None)
             return
-        known = error.errno in self.refused.values()
+        known = error.errno in self.refused.values() or (error.errno is None and self.refused)  # None: what follows
         self.refused[what] = error.errno
         if not known:
             with suppress(OSError):
@@ -1190,9 +1193,9 @@ class RunDir:
         }
 
     def secure(self) -> None:
-        """Bring metrics and samples from the system's memory to the disk. Raises OSError."""
+        """Bring metrics and samples, as far as they can be written, from the system's memory to the disk."""
         for path in (self.metrics_csv, self.samples_txt):
-            with open(path, "r+b") as file:
+            with suppress(OSError), open(path, "r+b") as file:  # as in `growth`
                 os.fsync(file.fileno())
 
     def append_metrics(self, row: dict[str, float | None]) -> None:
@@ -1614,6 +1617,9 @@ class Trainer:
                     if value.dim() and value.shape != parameter.shape:
                         raise ValueError(f"{key} of shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
                     state[key] = value.contiguous()  # fused kernels trust shapes and strides
+            held = sum(len(group["params"]) for group in optimizer.param_groups)
+            if len(optimizer.state) < held and checkpoint["progress"]["skipped_steps"] < checkpoint["step"]:
+                raise ValueError(f"{name} has the state of {len(optimizer.state)} tensors, not {held}")
         if self.scaler.is_enabled() and checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.progress = replace(Progress(**checkpoint["progress"]), skipped_in_a_row=0)
@@ -1709,7 +1715,7 @@ class Trainer:
         if finite:
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * group["lr_scale"]
+                    group["lr"] = lr
                 optimizer.step()
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)

@@ -4,9 +4,9 @@
 
 Every recipe is a change to a base recipe that trains a GPT-2 of 4 layers and width 256 on the first tenth of the
 corpus for --tokens tokens, its learning rate decaying to zero at the end. Reported per recipe: the tokens at which
-the target was reached, and window loss and corpus loss at the end. The vocabulary is cut down to the tokens that occur, which
-leaves the task as it is and makes a run five times cheaper. Runs that the record holds already are not repeated;
-several of these programs may work on one record in turn, each with its own --recipes.
+the target was reached, and window loss and corpus loss at the end. The vocabulary is cut down to the tokens that
+occur, which leaves the task as it is and makes a run five times cheaper. Runs that the record holds already are not
+repeated.
 """
 
 import json
@@ -41,7 +41,6 @@ RECIPES = {
     "4 x 128": dict(batch_size=4),
     "16 x 128": dict(batch_size=16),
     "32 x 128": dict(batch_size=32),
-    "embd_lr 2e-2": dict(embd_lr=2e-2),
     "init_std 0.05": dict(init_std=0.05),
     "weight_decay 0": dict(weight_decay=0.0),
     "beta2 0.98": dict(beta2=0.98),

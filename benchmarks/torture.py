@@ -246,7 +246,12 @@ def differences(whole: Path, killed: Path) -> dict[str, object]:
         answer[f"step of {name} differs"] = first["step"] != second["step"]
         if name == "last.pt":
             states = [
-                {f"{i}.{key}": value for i, state in c["optimizer"]["state"].items() for key, value in state.items()}
+                {
+                    f"{name}.{i}.{key}": value
+                    for name, parameters in c["optimizer"].items()
+                    for i, state in parameters.items()
+                    for key, value in state.items()
+                }
                 for c in (first, second)
             ]
             answer["optimizer tensors that differ"] = differing(*states)

@@ -29,8 +29,9 @@ TINY_FLAGS = [
 def config() -> train.Config:
     """A model small enough for a test, everything decided, fp32 on the CPU."""
     return replace(
-        train.Config(**TINY_MODEL), steps=8, device="cpu", amp="off", compile="off", threads=2, target_window=3
-    ).resolved()
+        train.Config(**TINY_MODEL), steps=8, device="cpu", amp="off", compile="off", threads=2, target_window=3,
+        optimizer="adamw", micro_batch=TINY_MODEL["batch_size"],
+    ).resolved()  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +111,18 @@ def without_timing(path: Path) -> dict:
     if "progress" in checkpoint:
         del checkpoint["progress"]["elapsed_sec"]
     return checkpoint
+
+
+@pytest.fixture
+def prompt_disk(monkeypatch):
+    """As if each checkpoint were on disk before the next step: what then lies there does not depend on timing."""
+    start = train.Writer.start
+
+    def start_and_finish(writer: train.Writer, tasks: list[train.Task]) -> None:
+        start(writer, tasks)
+        writer.finish()
+
+    monkeypatch.setattr(train.Writer, "start", start_and_finish)
 
 
 @pytest.fixture

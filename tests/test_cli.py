@@ -87,7 +87,7 @@ def test_results_and_config_say_what_happened(launch, text_file):
     assert config["seed"] == 1337 and config["versions"]["torch"] == torch.__version__
     assert config["corpus"]["sha256"] == train.hashlib.sha256(text_file.read_bytes()).hexdigest()
     assert config["config"]["compile"] == "off" and config["config"]["warmup_steps"] == 0
-    assert set(config["reasons"]) == {"device", "amp", "compile", "threads"}
+    assert set(config["reasons"]) == {"device", "amp", "compile", "threads", "micro_batch"}
 
 
 def test_checkpoints_describe_themselves(launch, config):

@@ -112,7 +112,7 @@ def test_a_disk_that_fills_up_and_is_cleared(small_disk, at_step, launch):
     assert_same_run(Path("whole"), disk / "run")
 
 
-def test_a_disk_that_stays_full(small_disk, at_step, launch):
+def test_a_disk_that_stays_full(small_disk, at_step, launch, prompt_disk):
     """The run ends with exit code 1 and the old checkpoint; with room again, the same command goes on from there."""
     disk = small_disk(90, "tmpfs")
     filler = disk / "filler"
@@ -143,8 +143,7 @@ def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
     assert process.returncode == 1 and "Traceback" not in output
     assert output.count("Could not write") == 1 and "these could not be written" in output
     step = train.load_checkpoint(disk / "run/checkpoints/last.pt")["step"]
-    assert 4 <= step < 150 and step % 4 == 0
-    assert train.load_checkpoint(prev)["step"] == step - 4
+    assert 4 <= train.load_checkpoint(prev)["step"] < step < 150
 
 
 def test_a_directory_that_is_removed_during_the_run(at_step, launch):
@@ -165,7 +164,7 @@ def test_the_place_of_a_directory_is_not_made_again(at_step, launch):
     assert not Path("mounted").exists()
 
 
-def test_a_csv_that_another_program_keeps(at_step, launch):
+def test_a_csv_that_another_program_keeps(at_step, launch, prompt_disk):
     """As Excel does under Windows: checkpoints go on, and its rows wait, in the checkpoint too."""
     metrics, aside = Path("run/logs/train_metrics.csv"), Path("run/logs/open in Excel")
 

@@ -180,8 +180,10 @@ def crafted(path: Path, **changes: object) -> None:
     {"progress__recent_losses": None}, {"step": "4"}, {"step": [4]}, {"corpus_tokens": "x"}, {"model": 3},
     {"config__input_file": 5}, {"config__device": "foo"}, {"config__threads": 0}, {"config__batch_size": None},
     {"config__n_layer": "2"}, {"model__extra": torch.zeros(2)}, {"model__ln_f.bias": torch.zeros(2)},
-    {"micro_batch": 0}, {"micro_batch": "4"}, {"optimizer": {}}, {"optimizer__state": 7},
-    {"optimizer__state__0__exp_avg": torch.ones(3)}, {"optimizer__state__99": {"exp_avg": torch.ones(3)}},
+    {"config__micro_batch": 0}, {"config__micro_batch": "4"}, {"config__micro_batch": 7},
+    {"optimizer": {}}, {"optimizer": 3}, {"optimizer__muon": 7}, {"optimizer__adamw": {}},
+    {"optimizer__muon__0__momentum_buffer": torch.ones(3)}, {"optimizer__adamw__0__exp_avg": torch.ones(3)},
+    {"optimizer__adamw__99": {"exp_avg": torch.ones(3)}},
 ], ids=str)  # fmt: skip
 def test_contents_that_do_not_fit_are_refused(run, capsys, changes):
     """Some of these would make a fused kernel write outside its memory."""
@@ -198,8 +200,8 @@ def test_contents_that_do_not_fit_are_refused(run, capsys, changes):
 
 def test_a_moment_that_is_one_number_repeated_is_made_whole(run):
     last = run / "checkpoints/last.pt"
-    shape = torch.load(last, weights_only=True)["optimizer"]["state"][0]["exp_avg"].shape
-    crafted(last, optimizer__state__0__exp_avg=torch.zeros(1).expand(shape))
+    shape = torch.load(last, weights_only=True)["optimizer"]["adamw"][0]["exp_avg"].shape
+    crafted(last, optimizer__adamw__0__exp_avg=torch.zeros(1).expand(shape))
     assert train.main(FLAGS) == 0
 
 

@@ -18,7 +18,9 @@ def test_torture(tmp_path):
     tally = torture.torture(arguments, trainer, startup_sec, write_sec)
     assert tally.kills == 8 and tally.resumed >= 4 and tally.inside_a_write >= 1
     assert tally.checkpoints_lost == tally.lost_runs == 0, tally.complaints
-    assert tally.steps_repeated_at_most <= arguments.save_every
+    assert tally.steps_repeated_at_most <= 2 * arguments.save_every, (
+        "those since the save, and those during its writing"
+    )
     assert not any(torture.differences(tmp_path / "whole", tmp_path / "killed").values())
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 

@@ -21,8 +21,11 @@ def limited(trainer, step, slices):
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     if step == trainer.saved_step + 1:
-        resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
-    return accumulate(trainer, step, slices)
+        resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+    try:
+        return accumulate(trainer, step, slices)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 train.Trainer.accumulate = limited
 sys.exit(train.main(sys.argv[1:]))
 """
@@ -36,14 +39,14 @@ def test_the_next_smaller_divisor_is_taken_recorded_and_kept(launch, tmp_path, t
         return subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
 
     assert launch("whole", *FLAGS) == 0
-    result = limited(300, "--steps=4", "--decay_steps=8", "--warmup_steps=0")
+    result = limited(330, "--steps=4", "--decay_steps=8", "--warmup_steps=0")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Out of memory with 48 slices in a micro-batch; from step 1 on with 24: the same" in result.stdout
-    assert json.loads(Path("run/config.json").read_text(encoding="utf-8"))["micro_batch"] == 24
-    assert torch.load("run/checkpoints/last.pt", weights_only=True)["micro_batch"] == 24
-    result = limited(300)
+    assert json.loads(Path("run/config.json").read_text(encoding="utf-8"))["config"]["micro_batch"] == 24
+    assert torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["micro_batch"] == 24
+    result = limited(330)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "Micro-batch: 24 slices (as in the run so far)" in result.stdout
+    assert "Micro_batch: 24 (as in the run so far)" in result.stdout
     assert "Out of memory" not in result.stdout, "resuming takes no more memory than the run did"
     expected, found = rows(Path("whole"), "loss"), rows(Path("run"), "loss")
     assert [float(x[0]) for x in found] == pytest.approx([float(x[0]) for x in expected], abs=1e-4)
@@ -52,12 +55,27 @@ def test_the_next_smaller_divisor_is_taken_recorded_and_kept(launch, tmp_path, t
 def test_other_flags_overrule_what_the_run_settled_on(launch):
     assert launch("run", "--batch_size=4", "--steps=4") == 0
     path = Path("run/checkpoints/last.pt")
-    torch.save(train.load_checkpoint(path) | {"micro_batch": 2}, path)
-    assert launch("run", "--batch_size=4", "--steps=6") == 0
-    assert torch.load(path, weights_only=True)["micro_batch"] == 2
-    assert launch("run", "--batch_size=2", "--grad_accum=2", "--steps=8") == 0
-    assert launch("run", "--batch_size=4", "--steps=10") == 0
-    assert torch.load(path, weights_only=True)["micro_batch"] == 4
+    checkpoint = train.load_checkpoint(path)
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"micro_batch": 2}}, path)
+
+    def micro_batch(*flags: str) -> int:
+        assert launch("run", *flags) == 0
+        return torch.load(path, weights_only=True)["config"]["micro_batch"]
+
+    assert micro_batch("--batch_size=4", "--steps=6") == 2
+    assert micro_batch("--batch_size=2", "--grad_accum=2", "--steps=8") == 2
+    assert micro_batch("--batch_size=4", "--steps=10") == 4
+    assert micro_batch("--batch_size=4", "--steps=12", "--micro_batch=1") == 1
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "grad_accum", "seq_len", "expected"),
+    [(8, 1, 256, 8), (8, 2, 128, 8), (8, 1, 1024, 2), (6, 1, 1024, 2), (5, 1, 1024, 1), (1, 8, 4096, 1)],
+)
+def test_a_cpu_works_on_2048_tokens_at_once(batch_size, grad_accum, seq_len, expected):
+    config = train.Config(batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len, block_size=4096, device="cpu")
+    assert train.choose_micro_batch(config)[0] == expected
+    assert train.choose_micro_batch(train.replace(config, device="cuda")) == (batch_size, "--batch_size")
 
 
 def test_when_one_slice_is_too_much_it_is_one_line_with_a_remedy(launch, monkeypatch):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
@@ -150,32 +151,123 @@ def test_dropout_acts_in_training_only(config):
         assert torch.equal(model(tokens), model(tokens))
 
 
-def test_generation_sees_the_trained_context_only(config):
-    """Greedy text equals the plain loop that crops to the last `context` tokens."""
+def greedy(model: train.GPT, prompts: list[list[int]], new_tokens: int, context: int) -> list[list[int]]:
+    generators = [torch.Generator() for _ in prompts]
+    return train.generate(
+        model, prompts, new_tokens, context=context, temperature=0.0, top_k=0, generators=generators
+    )  # fmt: skip
+
+
+def without_cache(model: train.GPT, prompt: list[int], new_tokens: int, context: int) -> list[int]:
+    """The plain loop: the last `context` tokens, computed anew each time."""
+    tokens = torch.tensor([prompt])
+    with train.evaluating(model):
+        for _ in range(new_tokens):
+            tokens = torch.cat([tokens, model(tokens[:, -context:])[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return tokens[0].tolist()
+
+
+@pytest.mark.parametrize(("length", "context"), [(5, 16), (5, 8), (5, 5), (12, 8), (1, 16), (16, 16)])
+def test_generation_with_a_cache_equals_generation_without(config, length, context):
+    """Also where text grows beyond the context, or the prompt already is longer."""
     model = randomised(config)
-    prompt = torch.arange(5)[None]
-    arguments = dict(temperature=0.0, top_k=0, generator=torch.Generator())
-    generated = train.generate(model, prompt, 20, context=8, **arguments)
-    expected = prompt
-    model.eval()
-    for _ in range(20):
-        with torch.no_grad():
-            logits = model(expected[:, -8:])
-        expected = torch.cat([expected, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(generated, expected)
-    assert not torch.equal(generated, train.generate(model, prompt, 20, context=4, **arguments))
+    prompt = list(range(100, 100 + length))
+    expected = without_cache(model, prompt, 20, context)
+    assert greedy(model, [prompt], 20, context) == [expected]
+    assert len(set(expected[length:])) > 3, "text that could not differ proves nothing"
+    if context == 8:
+        assert without_cache(model, prompt, 20, 4) != expected
+
+
+def test_prompts_of_different_lengths_share_a_batch_and_nothing_else(config):
+    model = randomised(config)
+    prompts = [[7], list(range(50, 61)), [9, 8, 7, 6], list(range(20))]
+    assert greedy(model, prompts, 12, 16) == [without_cache(model, prompt, 12, 16) for prompt in prompts]
+
+    def drawn(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return train.generate(model, prompts, 12, context=16, temperature=1.0, top_k=9, generators=generators)
+
+    together = drawn(prompts, [1, 2, 3, 4])
+    assert together == [drawn([prompt], [seed])[0] for prompt, seed in zip(prompts, [1, 2, 3, 4], strict=True)]
+
+
+def test_new_tokens_are_told_as_they_come(config):
+    told = []
+    prompts, generators = [[1, 2], [3]], [torch.Generator(), torch.Generator()]
+    options = dict(context=16, temperature=0.0, top_k=0, generators=generators)
+    rows = train.generate(randomised(config), prompts, 6, **options, on_tokens=told.append)
+    assert [list(new) for new in zip(*told, strict=True)] == [rows[0][2:], rows[1][1:]]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 130, 2100])
+def test_the_head_loss_is_cross_entropy_and_so_is_its_gradient(rows):
+    """One row, a part of a block, more than a block, more than a chunk; a vocabulary no multiple of 64."""
+    torch.manual_seed(0)
+    features, weight = torch.randn(rows, 24), torch.randn(389, 24) * 0.3
+    targets = torch.randint(0, 389, (rows,))
+    found = [features.clone().requires_grad_(), weight.clone().requires_grad_()]
+    expected = [features.clone().requires_grad_(), weight.clone().requires_grad_()]
+    loss = train.HeadLoss.apply(*found, targets)
+    reference = F.cross_entropy(F.linear(*expected), targets)
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
+    (3 * loss).backward()
+    (3 * reference).backward()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_head_loss_in_half_precision_keeps_its_sums_in_fp32(dtype):
+    torch.manual_seed(0)
+    features, weight, targets = torch.randn(512, 64), torch.randn(1000, 64) * 0.1, torch.randint(0, 1000, (512,))
+    found = [features.clone().requires_grad_(), weight.clone().requires_grad_()]
+    expected = [features.double().requires_grad_(), weight.double().requires_grad_()]
+    with torch.autocast("cpu", dtype):
+        loss = train.HeadLoss.apply(*found, targets)
+    reference = F.cross_entropy(F.linear(*expected), targets)
+    loss.backward()
+    reference.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(reference.item(), abs=1e-3)
+    for one, other in zip(found, expected, strict=True):
+        error = (one.grad - other.grad).norm() / other.grad.norm()
+        assert error < (0.01 if dtype == torch.bfloat16 else 0.002)
+
+
+@pytest.mark.parametrize("T", [1, 7, 64, 256, 257])
+def test_causal_attention_equals_the_fused_kernel(T):
+    """Up to 4 * head_dim positions by the formula, beyond by PyTorch's kernel: values and gradients."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, T, 64, requires_grad=True) for _ in range(3)]
+    others = [x.detach().clone().requires_grad_() for x in inputs]
+    found = train.causal_attention(*inputs, 0.0)
+    expected = F.scaled_dot_product_attention(*others, is_causal=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for one, other in zip(inputs, others, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 17])
+def test_linear_is_linear_with_few_rows_too(rows):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, 96), torch.randn(200, 96), torch.randn(200)
+    with torch.no_grad():
+        torch.testing.assert_close(train.linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(train.linear(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-4)
 
 
 def test_top_k_and_temperature(config):
     model = randomised(config)
-    prompt = torch.zeros(400, 1, dtype=torch.long)
 
     def drawn(**arguments) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(5)
-        return train.generate(model, prompt, 1, context=16, generator=generator, **arguments)[:, 1]
+        generators = [torch.Generator().manual_seed(seed) for seed in range(400)]
+        rows = train.generate(model, [[0]] * 400, 1, context=16, generators=generators, **arguments)
+        return torch.tensor(rows)[:, 1]
 
     with torch.no_grad():
-        likeliest = model.eval()(prompt[:1])[0, -1].topk(3).indices
+        likeliest = model.eval()(torch.tensor([[0]]))[0, -1].topk(3).indices
     assert set(drawn(temperature=1.0, top_k=3).tolist()) == set(likeliest.tolist())
     assert set(drawn(temperature=0.0, top_k=0).tolist()) == {likeliest[0].item()}
     assert len(set(drawn(temperature=1.0, top_k=0).tolist())) > 20

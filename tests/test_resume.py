@@ -47,7 +47,7 @@ def break_off(monkeypatch):
     ],
     ids=" ".join,
 )
-def test_broken_off_anywhere_and_started_again(launch, break_off, flags, optimizer):
+def test_broken_off_anywhere_and_started_again(launch, prompt_disk, break_off, flags, optimizer):
     flags = [f"--optimizer={optimizer}", *flags, "--lr=0.01", "--steps=10", "--save_every=3", "--target_window=2"]
     assert launch("whole", *flags) == 0
     break_off([1, 3, 4, 5, 8, 10])
@@ -62,7 +62,7 @@ def test_broken_off_anywhere_and_started_again(launch, break_off, flags, optimiz
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_on_cuda_in_deterministic_mode(launch, break_off, amp):
+def test_on_cuda_in_deterministic_mode(launch, prompt_disk, break_off, amp):
     flags = ["--device=cuda", f"--amp={amp}", "--deterministic", "--lr=0.01", "--save_every=3", "--dropout=0.1"]
     assert launch("whole", *flags) == 0
     break_off([3, 5])
@@ -101,7 +101,7 @@ def leaves(tree) -> list:
     return [leaf for branch in tree for leaf in leaves(branch)] if isinstance(tree, list) else [tree]
 
 
-def test_resuming_cuts_rows_and_samples_behind_the_checkpoint(launch):
+def test_resuming_cuts_rows_and_samples_behind_the_checkpoint(launch, prompt_disk):
     """As after a kill at step 8 that left the checkpoint of step 4."""
     flags = ["--decay_steps=8", "--warmup_steps=2"]
     assert launch("whole", *flags) == 0

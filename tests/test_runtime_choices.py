@@ -42,9 +42,9 @@ def test_without_an_nvidia_card_there_is_no_hint(monkeypatch, tmp_path):
 
 
 def test_every_automatic_choice_has_a_value_and_a_reason(config):
-    asked = replace(config, device="auto", amp="auto", compile="auto", threads=None)
+    asked = replace(config, device="auto", amp="auto", compile="auto", threads=None, micro_batch=None)
     chosen, reasons = train.choose_runtime(asked, None)
-    assert set(reasons) == {"device", "amp", "compile", "threads"} and all(reasons.values())
+    assert set(reasons) == {"device", "amp", "compile", "threads", "micro_batch"} and all(reasons.values())
     assert chosen.device in ("cuda", "mps", "cpu") and chosen.amp in ("off", "bf16", "fp16")
     assert chosen.compile in ("on", "off") and chosen.threads >= 1
 

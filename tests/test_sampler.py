@@ -15,28 +15,58 @@ def test_every_start_is_equally_likely():
     assert ((counts - 4000) ** 2 / 4000).sum() < 95
 
 
+def test_every_start_of_the_covering_slices_is_equally_likely():
+    """Over seeds: 20 starts, slices of 6, so that the ring does not divide evenly (19 degrees of freedom)."""
+    for first in (0, 3, 4):
+        starts = [train.covering_starts(seed, first, 1, 20, 6)[0] for seed in range(10_000)]
+        assert ((np.bincount(starts, minlength=20) - 500) ** 2 / 500).sum() < 51
+
+
+def test_a_pass_leaves_no_token_out_and_takes_none_twice_but_at_its_seam():
+    n_starts, T = 1000, 30
+    per_pass = 34  # 1000 / 30, rounded up
+    for number in (0, 1, 7):
+        starts = train.covering_starts(5, number * per_pass, per_pass, n_starts, T)
+        covered = np.bincount(np.concatenate([(start + np.arange(T)) % n_starts for start in starts]))
+        assert len(covered) == n_starts and covered.min() == 1 and covered.max() == 2
+        assert (covered == 2).sum() == per_pass * T - n_starts
+        assert (np.diff(starts) != T).mean() > 0.8, "in random order"
+    assert not np.array_equal(train.pass_starts(5, 0, n_starts, T), train.pass_starts(5, 1, n_starts, T))
+    assert not np.array_equal(train.pass_starts(5, 0, n_starts, T), train.pass_starts(6, 0, n_starts, T))
+
+
+def test_slices_do_not_depend_on_how_they_are_asked_for():
+    """Step by step, a step over the seam of two passes, all at once: the same."""
+    whole = train.covering_starts(3, 0, 60, 100, 7)
+    for size in (1, 4, 9, 60):
+        parts = [train.covering_starts(3, first, min(size, 60 - first), 100, 7) for first in range(0, 60, size)]
+        assert np.array_equal(np.concatenate(parts), whole)
+    assert whole.dtype == np.int64 and whole.min() >= 0 and whole.max() <= 99
+
+
 def test_first_and_last_start_are_drawn(config):
-    tokens = np.arange(20, dtype=np.uint16)
-    slices = train.draw_slices(tokens, config, stream=1, count=200)  # T = 16: starts 0, 1, 2, 3
+    """20 tokens, T = 16: starts 0, 1, 2, 3."""
+    starts = train.covering_starts(1, 0, 200, 4, 16)
+    slices = train.take_slices(np.arange(20, dtype=np.uint16), starts, 16)
     assert set(slices[:, 0].tolist()) == {0, 1, 2, 3}
     assert slices.max() == 19
     assert (slices.diff(dim=1) == 1).all()
 
 
-def test_a_corpus_of_one_slice_has_one_start(config):
-    slices = train.draw_slices(np.arange(17, dtype=np.uint16), config, stream=1, count=5)
-    assert (slices == slices[0]).all() and slices[0, 0] == 0
+def test_a_corpus_of_one_slice_has_one_start():
+    assert set(train.covering_starts(1, 0, 5, 1, 16)) == {0}
 
 
 def test_a_batch_depends_on_seed_and_step_alone(config):
     tokens = np.arange(1000, dtype=np.uint16)
+    corpus = train.Corpus(tokens, "", len(tokens))
+    trainer, other = (train.Trainer(replace(config, seed=seed), corpus, None) for seed in (1, 2))
     np.random.seed(0)
-    first = train.draw_slices(tokens, config, stream=3, count=8)
+    first = trainer.slices(3)
     np.random.seed(1)
-    train.draw_slices(tokens, config, stream=9, count=8)
-    assert first.equal(train.draw_slices(tokens, config, stream=3, count=8))
-    assert not first.equal(train.draw_slices(tokens, config, stream=4, count=8))
-    assert not first.equal(train.draw_slices(tokens, replace(config, seed=0), stream=3, count=8))
+    trainer.slices(9)
+    assert first.equal(trainer.slices(3))
+    assert not first.equal(trainer.slices(4)) and not first.equal(other.slices(3))
 
 
 def test_the_cut_into_micro_batches_changes_no_slice(config):

@@ -19,7 +19,9 @@ def corpus() -> train.Corpus:
 def gradients(trainer: train.Trainer) -> dict[str, torch.Tensor]:
     """What the optimizer is given in the first step, clipped."""
     seen = {}
-    trainer.optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+    trainer.optimizers["adamw"].step = lambda: seen.update(
+        {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+    )
     trainer.update()
     return seen
 
@@ -48,7 +50,9 @@ def test_the_loss_is_the_mean_over_the_global_batch_before_the_update(config, co
 def test_grad_norm_is_that_before_clipping(config, corpus):
     trainer = train.Trainer(replace(config, clip_grad=0.01), corpus, None)
     clipped = {}
-    trainer.optimizer.step = lambda: clipped.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+    trainer.optimizers["adamw"].step = lambda: clipped.update(
+        {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+    )
     _, grad_norm, _ = trainer.update()
     unclipped = gradients(train.Trainer(replace(config, clip_grad=0.0), corpus, None))
 
@@ -59,24 +63,48 @@ def test_grad_norm_is_that_before_clipping(config, corpus):
     assert norm(clipped) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_optimizer_groups_cover_each_parameter_once(config):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_groups_cover_each_parameter_once(config, optimizer):
     model = train.GPT(config)
-    decayed, plain = train.parameter_groups(model, 0.1)
-    ids = [id(p) for group in (decayed, plain) for p in group["params"]]
-    assert sorted(ids) == sorted(id(p) for p in model.parameters())
-    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+    config = replace(config, optimizer=optimizer, weight_decay=0.1)
+    groups = [g for one in train.build_optimizers(model, config).values() for g in one.param_groups]
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
-    assert all(names[id(p)].endswith(".bias") or "ln_" in names[id(p)] for p in plain["params"])
-    assert all("ln_" not in names[id(p)] for p in decayed["params"])
+    for group in groups:
+        for name in (names[id(p)] for p in group["params"]):
+            vector = name.endswith(".bias") or "ln_" in name
+            assert group["weight_decay"] == (0 if vector else 0.1), name
 
 
-def test_weight_decay_shrinks_matrices_only(config, corpus):
-    """With zero gradients AdamW moves a weight by -lr * decay * weight and nothing else."""
-    trainer = train.Trainer(replace(config, lr=0.1, weight_decay=0.5), corpus, None)
+def test_muon_has_the_matrices_of_the_blocks(config):
+    model = train.GPT(config)
+    optimizers = train.build_optimizers(model, replace(config, optimizer="muon"))
+    held = {id(p) for p in optimizers["muon"].param_groups[0]["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in held}
+    kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names == {f"h.{i}.{kind}.weight" for i in range(config.n_layer) for kind in kinds}
+
+
+def test_a_muon_step_is_orthogonal_and_as_large_as_an_adamw_step(config, corpus):
+    """Its singular values lie in Muon's range around one, scaled so that the update's RMS is 0.2 lr."""
+    trainer = train.Trainer(replace(config, optimizer="muon", lr=0.1, weight_decay=0.0, clip_grad=0), corpus, None)
+    before = trainer.model.h[0].mlp.c_fc.weight.detach().clone()
+    _, _, lr = trainer.update()
+    update = (before - trainer.model.h[0].mlp.c_fc.weight.detach()) / lr
+    singular = torch.linalg.svdvals(update) / (0.2 * max(update.shape) ** 0.5)
+    assert singular.max() < 1.25 and 0.6 < singular.median() < 1.25
+    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_shrinks_matrices_only(config, corpus, optimizer):
+    """With zero gradients a weight moves by -lr * decay * weight and nothing else."""
+    trainer = train.Trainer(replace(config, optimizer=optimizer, lr=0.1, weight_decay=0.5), corpus, None)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     for parameter in trainer.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    trainer.optimizer.step()
+    for one in trainer.optimizers.values():
+        one.step()
     for name, parameter in trainer.model.named_parameters():
         factor = 0.95 if parameter.dim() >= 2 else 1.0
         torch.testing.assert_close(parameter, before[name] * factor, msg=name)
@@ -108,7 +136,8 @@ def test_the_rate_moves_once_per_step_whatever_the_accumulation(config, corpus):
     for grad_accum in (1, 4):
         trainer = train.Trainer(replace(config, grad_accum=grad_accum, warmup_steps=2, lr=1e-3), corpus, None)
         seen.append([trainer.update()[2] for _ in range(4)])
-        assert trainer.optimizer.param_groups[0]["lr"] == seen[-1][-1]
+        for optimizer in trainer.optimizers.values():
+            assert optimizer.param_groups[0]["lr"] == seen[-1][-1]
     assert seen[0] == seen[1] == [train.learning_rate(step, trainer.config) for step in (1, 2, 3, 4)]
 
 
@@ -123,7 +152,7 @@ def test_mixed_precision_follows_fp32(config, corpus, amp):
         assert half_loss == pytest.approx(loss, abs=0.1)
     assert found.progress.skipped_steps <= 2
     assert all(p.dtype == torch.float32 for p in found.model.parameters())
-    assert found.progress.loss < 10.6
+    assert found.progress.loss < 10.7
 
 
 def test_an_fp16_overflow_skips_the_step_and_halves_the_scale(config, corpus):
@@ -131,12 +160,12 @@ def test_an_fp16_overflow_skips_the_step_and_halves_the_scale(config, corpus):
     trainer.update()
     trainer.scaler.update(2.0**40)  # any gradient overflows
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    moments = {k: v["exp_avg"].clone() for k, v in trainer.optimizer.state_dict()["state"].items()}
+    moments = {k: v["exp_avg"].clone() for k, v in trainer.optimizers["adamw"].state_dict()["state"].items()}
     trainer.update()
     assert trainer.progress.skipped_steps == 1 and trainer.progress.step == 2
     assert trainer.scaler.get_scale() == 2.0**39
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
-    after = trainer.optimizer.state_dict()["state"]
+    after = trainer.optimizers["adamw"].state_dict()["state"]
     assert all(torch.equal(after[k]["exp_avg"], v) for k, v in moments.items())
 
 
@@ -185,15 +214,16 @@ def test_best_is_the_lowest_window_with_the_weights_after_its_step(config, corpu
     trainer.progress.recent_losses = [99.0] * 3
     trainer.keep_best(at_end=True)
     assert (trainer.progress.best_loss, trainer.progress.best_step) == (best_loss, 6)
-    assert all(torch.equal(trainer.best_weights[name], value) for name, value in weights.items())
+    assert all(torch.equal(trainer.best["model"][name], value) for name, value in weights.items())
 
 
 def test_corpus_loss_is_the_mean_over_slices_with_its_standard_error(config, corpus):
     model = train.GPT(config)
-    slices = train.draw_slices(corpus.tokens, config, train.EVALUATION_STREAM, 7)
+    starts = train.slice_starts(config.seed, train.EVALUATION_STREAM, 7, len(corpus.tokens) - config.seq_len)
+    slices = train.take_slices(corpus.tokens, starts, config.seq_len)
     with torch.no_grad():
         each = torch.stack([model(s[None, :-1], s[None, 1:]) for s in slices]).double()
-    mean, error = train.corpus_loss(model, corpus.tokens, config, 7, 2)
+    mean, error = train.corpus_loss(model, corpus.tokens, config, 7)
     assert mean == pytest.approx(each.mean().item(), abs=1e-5)
     assert error == pytest.approx(each.std().item() / 7**0.5, rel=1e-2)
 
