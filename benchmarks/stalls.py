@@ -1,0 +1,104 @@
+"""What saving costs a GPT-2 124M run: steps alone, with saves in the background, and with saves that are waited for.
+
+    python benchmarks/stalls.py --record stalls.json
+
+One trainer in one process; rounds of steps take turns: without a save, with one save (last.pt and a new best.pt,
+results.json and the plot, as train.py makes them) in the background, and with the same save waited for. What a save
+costs is the difference to the round without; its share is that of a run with train.py's own --save_every.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
+from benchmarks.record import write_record
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    record: Path | None = None
+    """JSON file to write"""
+    preset: str = "gpt2"
+    batch_size: int = 8
+    optimizer: str = "adamw"
+    steps: int = 8
+    """steps in a round"""
+    rounds: int = 5
+    """of each kind"""
+    input_file: Path = Path("data/input.txt")
+    work: Path | None = None
+    """folder of the run, on the disk to measure; None: a temporary one"""
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        flags = [f"--{name}={getattr(options, name)}" for name in ("preset", "batch_size", "optimizer", "input_file")]
+        config = train.parse_config([*flags, f"--out_dir={folder}/run"])
+        config, _ = train.choose_runtime(config, None)
+        train.configure_torch(config)
+        corpus, run = train.load_corpus(config, train.load_tokenizer()), train.RunDir(config.out_dir)
+        trainer, writer = train.Trainer(config, corpus, None), train.Writer(run)
+        seconds: dict[str, list[float]] = {"none": [], "background": [], "waited for": []}
+        with run.locked():
+            run.claim()
+            run.make()
+            trainer.compile()
+            for number in tqdm(range(options.rounds + 1), desc="rounds"):
+                for kind, found in seconds.items():
+                    started = time.perf_counter()
+                    one_round(trainer, run, writer, options.steps, kind)
+                    if number:  # the first allocates the buffers
+                        found.append(time.perf_counter() - started)
+                    writer.finish()
+        held = sum(
+            b.numel() * b.element_size()
+            for s in (trainer.snapshot, *trainer.best_snapshots)
+            for b in s.buffers.values()
+        )
+    step = statistics.median(seconds["none"]) / options.steps
+    rows = []
+    for kind in ("background", "waited for"):
+        costs = [other - alone for other, alone in zip(seconds[kind], seconds["none"], strict=True)]
+        cost = statistics.median(costs)
+        rows.append({
+            "saves": kind, "n": options.rounds, "step_sec": round(step, 3), "cost_of_a_save_sec": round(cost, 2),
+            "least": round(min(costs), 2), "most": round(max(costs), 2), "save_every": config.save_every,
+            "share_of_wall_clock_percent": round(100 * cost / (config.save_every * step), 3),
+            "buffers_gb": round(held / 1e9, 2),
+        })  # fmt: skip
+    write_record(options.record, __file__, rows, asdict(options))
+
+
+def one_round(trainer: train.Trainer, run: train.RunDir, writer: train.Writer, steps: int, kind: str) -> None:
+    """Some steps, with a save after the first."""
+    for number in range(steps):
+        loss, grad_norm, lr = trainer.update()
+        p = trainer.progress
+        values = (p.step, loss, lr, 0.0, 0.0, p.tokens, None, grad_norm, None)
+        run.append_metrics(dict(zip(train.METRICS, values, strict=True)))
+        writer.collect()
+        if number or kind == "none":
+            continue
+        p.best_loss = train.math.inf  # a best at every chance
+        trainer.keep_best(at_end=True)
+        write_results = partial(run.write_json, run.results_json, train.results(trainer, "running", 0.0, None))
+        plot = train.Task("the plot", run.draw_plot)
+        writer.start([trainer.checkpoint(run), train.Task("results.json", write_results), plot])
+        if kind == "waited for":
+            writer.finish()
+
+
+if __name__ == "__main__":
+    main()
