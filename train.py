@@ -811,11 +811,13 @@ def choose_compile(config: Config) -> tuple[str, str]:
         return "off", "Triton is not installed (Windows: pip install triton-windows)"
     if kind == "cuda" and config.deterministic:
         return "off", "--deterministic: Triton may tune its kernels otherwise in the next run"
-    if kind == "cpu":
-        return "off", "on a CPU it gains next to nothing"
+    compiler = os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")
+    if kind == "cpu" and shutil.which(compiler) is None:
+        return "off", f"no C++ compiler ({compiler}) was found"
     if config.n_embd < 512:
         return "off", "a model this narrow gains too little"
-    if config.steps * config.tokens_per_step < 2_000_000:
+    # On a CPU it gains a few percent: half a minute of compiling against half an hour of training.
+    if config.steps * config.tokens_per_step * config.n_params < 2e14:
         return "off", "the run is too short to repay the compilation"
     return "on", "a compiler is here and the run is long enough to repay it"
 

@@ -3,7 +3,7 @@
     python benchmarks/generation.py --record generation.json --nanogpt ../nanoGPT
 
 Random weights of the initialisation; greedy; one prompt of 16 tokens; the programs take turns in one process.
-nanoGPT, which computes the whole context anew for every token, is given fewer rounds.
+nanoGPT, which computes the whole context anew for every token, is given two rounds, as is Hugging Face in fp16.
 """
 
 import statistics
@@ -81,14 +81,16 @@ def main() -> None:
 
     precisions = ["off", "bf16", "fp16"]
     rates: dict[tuple[str, str], list[float]] = {(n, p): [] for n in programs for p in precisions}
+    rates.pop(("nanoGPT", "fp16"), None)
     for number in tqdm(range(options.rounds + 1), desc="rounds"):
         for (name, precision), found in rates.items():
-            if name == "nanoGPT" and number > 2:
+            slow = name == "nanoGPT" or (name, precision) == ("Hugging Face, cached", "fp16")
+            if slow and number not in (1, 2):
                 continue
             rate = timed(programs[name], precision)
             if number:  # the first is warm-up
                 found.append(rate)
-    fastest = {name: max(statistics.median(rates[name, p]) for p in precisions) for name in programs}
+    fastest = {name: max(statistics.median(found) for (n, _), found in rates.items() if n == name) for name in programs}
     rows = []
     for (name, precision), found in rates.items():
         same = statistics.median(rates["train.py", precision])
