@@ -65,7 +65,7 @@ def test_every_numeric_flag_has_a_range():
         (["--seq_len=17"], "--seq_len 17 exceeds --block_size 16"),
         (["--n_head=3"], "--n_embd 32 is not divisible by --n_head 3"),
         (["--warmup_steps=9"], "--warmup_steps 9 exceeds --decay_steps 8"),
-        (["--min_lr=1"], "--min_lr 1.0 exceeds --lr 0.0003"),
+        (["--min_lr=1"], "--min_lr 1.0 exceeds --lr 0.003"),
         (["--device=tpu"], "--device tpu is none of auto, cpu"),
         (["--device=cuda:99"], "--device cuda:99"),
         (["--device=mps"] if not train.torch.backends.mps.is_available() else ["--device=x"], "--device"),

@@ -1,0 +1,88 @@
+"""Training does not wait for the disk, and what is written is the state of the step it is said to be of."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import log_text
+
+import train
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(launch, monkeypatch):
+    """And one save at a time: those that fall due meanwhile come when it is done."""
+    write, update, spans, steps = train.write_checkpoint, train.Trainer.update, [], []
+
+    def slow(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
+        began = len(steps)
+        time.sleep(0.3)
+        write(path, checkpoint, previous)
+        spans.append((path.name, checkpoint["step"], began, len(steps)))
+
+    monkeypatch.setattr(train, "write_checkpoint", slow)
+    monkeypatch.setattr(train.Trainer, "update", lambda trainer: (steps.append(1), update(trainer))[1])
+    assert launch("run", "--steps=60", "--save_every=5", "--num_prompts=0") == 0
+    first = next(span for span in spans if span[0] == "last.pt")
+    assert first[1] == 5 and first[3] > first[2], "steps went by while it was written"
+    saved = [step for name, step, _, _ in spans if name == "last.pt"]
+    assert saved == sorted(set(saved)) and saved[-1] == 60 and len(saved) < 12
+    assert train.load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 60
+    assert train.load_checkpoint(Path("run/checkpoints/prev.pt"))["step"] == saved[-2]
+
+
+def test_a_checkpoint_holds_its_own_step_however_late_it_is_written(launch, monkeypatch):
+    """The same bits as one that was written at once, though the weights have moved on since."""
+    assert launch("at_once", "--steps=4") == 0
+    write = train.write_checkpoint
+
+    def late(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
+        time.sleep(0.5)
+        write(path, checkpoint, previous)
+        if path.name == "last.pt" and checkpoint["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "write_checkpoint", late)
+    assert launch("late", "--steps=5000", "--decay_steps=4", "--warmup_steps=0") == 130
+    expected, found = (train.load_checkpoint(Path(run) / "checkpoints/last.pt") for run in ("at_once", "late"))
+    assert found["step"] == 4 and all(torch.equal(found["model"][key], x) for key, x in expected["model"].items())
+
+
+def test_last_is_not_written_before_its_best(launch, monkeypatch):
+    """A best that the disk refuses keeps last.pt back; both come at the next save."""
+    write, refusals, order = train.write_checkpoint, [], []
+
+    def refusing(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
+        if path.name == "best.pt" and not refusals:
+            refusals.append(path)
+            raise OSError(28, "No space left on device", str(path))
+        order.append((path.name, checkpoint["step"]))
+        write(path, checkpoint, previous)
+
+    monkeypatch.setattr(train, "write_checkpoint", refusing)
+    assert launch("run", "--steps=9", "--save_every=3") == 0
+    assert order[0][0] == "best.pt" and order[1][0] == "last.pt" and order[1][1] > 3
+    assert log_text(Path("run")).count("Could not write") == 1
+
+
+def test_snapshots_are_copies_in_memory_allocated_once():
+    snapshot = train.Snapshot()
+    values = {"model": {"a": torch.ones(3), "b": torch.zeros(2, 2)}, "step": 7, "list": [1, 2]}
+    first = snapshot.take(values)
+    addresses = [tensor.data_ptr() for tensor in first["model"].values()]
+    values["model"]["a"].fill_(5)
+    assert first["model"]["a"].tolist() == [1, 1, 1] and first["step"] == 7 and first["list"] == [1, 2]
+    second = snapshot.take(values)
+    assert [tensor.data_ptr() for tensor in second["model"].values()] == addresses
+    assert second["model"]["a"].tolist() == [5, 5, 5]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_a_snapshot_is_that_of_its_step(launch):
+    assert launch("run", "--device=cuda", "--steps=4") == 0
+    assert launch("longer", "--device=cuda", "--steps=8", "--decay_steps=4", "--warmup_steps=0") == 0
+    short, longer = (
+        train.load_checkpoint(Path(name)) for name in ("run/checkpoints/last.pt", "longer/checkpoints/prev.pt")
+    )
+    assert longer["step"] == 4
+    torch.testing.assert_close(short["model"], longer["model"])
