@@ -16,6 +16,8 @@ References:
   released code, github.com/openai/gpt-2 (src/model.py)
 - Hugging Face Transformers, GPT2LMHeadModel: the same weights give the same logits
 - Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (AdamW), arXiv 1711.05101
+- Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (PyTorch's torch.optim.Muon)
+- Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989 (loss and gradient of the head in chunks, in one function)
 - Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox)
 """
 
