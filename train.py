@@ -1874,6 +1874,7 @@ def train(
     """
 
     def save() -> None:
+        writer.finish()  # its buffers are about to be overwritten
         try:
             task = trainer.checkpoint(run)
         except OSError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import log_text
+from conftest import log_text, unequal
 
 import train
 
@@ -28,7 +28,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(launch, monkeypatch):
     saved = [step for name, step, _, _ in spans if name == "last.pt"]
     assert saved == sorted(set(saved)) and saved[-1] == 60 and len(saved) < 12
     assert train.load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 60
-    assert train.load_checkpoint(Path("run/checkpoints/prev.pt"))["step"] == saved[-2]
+    prev = train.load_checkpoint(Path("run/checkpoints/prev.pt"))
+    assert prev["step"] == saved[-2]
+    assert launch("short", f"--steps={prev['step']}", "--decay_steps=60", "--warmup_steps=6", "--num_prompts=0") == 0
+    expected = train.load_checkpoint(Path("short/checkpoints/last.pt"))
+    assert unequal(expected["model"], prev["model"]) == [], "the last save did not reach into the one before"
 
 
 def test_a_checkpoint_holds_its_own_step_however_late_it_is_written(launch, monkeypatch):
