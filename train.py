@@ -184,8 +184,13 @@ class Config:
     """divides the logits before sampling; 0: always the likeliest token"""
 
     @property
+    def global_batch(self) -> int:
+        """Slices in one step."""
+        return self.batch_size * self.grad_accum
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.batch_size * self.grad_accum * self.seq_len
+        return self.global_batch * self.seq_len
 
     @property
     def n_params(self) -> int:
@@ -235,10 +240,9 @@ class Config:
             found.append(
                 f"--batch_size x --grad_accum x --seq_len = {self.tokens_per_step:,} tokens per step exceeds {2**26:,}"
             )
-        if self.micro_batch is not None and (self.batch_size * self.grad_accum) % self.micro_batch:
+        if self.micro_batch is not None and self.global_batch % self.micro_batch:
             found.append(
-                f"--micro_batch {self.micro_batch} does not divide --batch_size x --grad_accum = "
-                f"{self.batch_size * self.grad_accum}"
+                f"--micro_batch {self.micro_batch} does not divide --batch_size x --grad_accum = {self.global_batch}"
             )
         if self.warmup_steps > self.decay_steps:
             found.append(f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}")
@@ -666,7 +670,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     ROWS = 1024  # as many as keep the products fast; 100 MB in bf16
-    BLOCK = 128  # rows whose softmax in fp32 stays in a CPU's caches
+    BLOCK = 128  # rows whose softmax in fp32 stays in a CPU's caches; a GPU takes all at once
 
     @staticmethod
     def forward(ctx, features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -682,10 +686,9 @@ class HeadLoss(torch.autograd.Function):
             for start in range(0, N, HeadLoss.ROWS):
                 rows = slice(start, start + HeadLoss.ROWS)
                 logits = F.linear(features[rows], weight)  # (ROWS, V and the padding)
-                blocks = zip(
-                    logits[:, :V].split(HeadLoss.BLOCK), targets[rows, None].split(HeadLoss.BLOCK), strict=True
-                )
-                for block, target in blocks:
+                height = HeadLoss.BLOCK if kind == "cpu" else HeadLoss.ROWS
+                blocks = logits[:, :V].split(height), targets[rows, None].split(height)
+                for block, target in zip(*blocks, strict=True):
                     log_p = F.log_softmax(block, -1, dtype=torch.float32)
                     loss -= log_p.gather(1, target).sum()
                     block.copy_(log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32)))
@@ -826,17 +829,15 @@ def choose_compile(config: Config) -> tuple[str, str]:
 
 def choose_micro_batch(config: Config) -> tuple[int, str]:
     """How many slices to work on at once, and why."""
-    tokens = 2048 if config.device == "cpu" else math.inf
-    if config.batch_size * config.seq_len <= tokens:
+    enough = max(1, 2048 // config.seq_len)
+    if config.device != "cpu" or config.batch_size <= enough:
         return config.batch_size, "--batch_size"
-    fitting = [n for n in divisors(config) if n * config.seq_len <= tokens]
-    return max(fitting, default=1), f"a CPU gains nothing from more than {tokens:,} tokens at once"
+    return largest_divisor(config.global_batch, enough), "a CPU gains nothing from more than 2,048 tokens at once"
 
 
-def divisors(config: Config) -> list[int]:
-    """The sizes into which a step's slices can be cut evenly, ascending."""
-    global_batch = config.batch_size * config.grad_accum
-    return [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+def largest_divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is no larger than `at_most`."""
+    return next(n for n in range(min(number, at_most), 0, -1) if number % n == 0)
 
 
 def choose_runtime(config: Config, previous: Config | None) -> tuple[Config, dict[str, str]]:
@@ -877,19 +878,6 @@ def autocast(config: Config) -> torch.autocast:
     """The context in which matrix products run in the chosen precision."""
     dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
     return torch.autocast(torch.device(config.device).type, dtype, enabled=config.amp != "off")
-
-
-def estimated_tokens_per_sec(config: Config) -> float:
-    """A guess from the speed of one matrix product: 6 FLOPs per parameter and token, at 40 % of that speed."""
-    dtype = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.amp]
-    a = torch.randn(1024, config.n_embd).to(config.device, dtype)
-    b = torch.randn(config.n_embd, 4 * config.n_embd).to(config.device, dtype)
-    a @ b
-    start, repeats = time.perf_counter(), 10
-    for _ in range(repeats):
-        a @ b
-    flops = 2 * a.shape[0] * b.numel() * repeats / (time.perf_counter() - start)
-    return 0.4 * flops / (6 * config.n_params)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1655,8 +1643,8 @@ class Trainer:
     def slices(self, step: int) -> torch.Tensor:
         """The global batch of one step, on the device, (batch_size * grad_accum, T + 1)."""
         c, tokens = self.config, self.corpus.tokens
-        global_batch = c.batch_size * c.grad_accum
-        starts = covering_starts(c.seed, (step - 1) * global_batch, global_batch, len(tokens) - c.seq_len, c.seq_len)
+        first = (step - 1) * c.global_batch
+        starts = covering_starts(c.seed, first, c.global_batch, len(tokens) - c.seq_len, c.seq_len)
         slices = take_slices(tokens, starts, c.seq_len)
         if self.device.type == "cuda":
             return slices.pin_memory().to(self.device, non_blocking=True)
@@ -1677,7 +1665,7 @@ class Trainer:
                     raise
             # Here and not in the handler, whose traceback keeps the tensors of the failed pass alive.
             self.model.zero_grad(set_to_none=True)
-            smaller = max(n for n in divisors(self.config) if n < micro_batch)
+            smaller = largest_divisor(self.config.global_batch, micro_batch - 1)
             log.warning(
                 f"Out of memory with {micro_batch} slices in a micro-batch; from step {step} on with {smaller}: "
                 "the same slices and, but for rounding and dropout, the same results"
@@ -1861,6 +1849,48 @@ def stuck_hint(progress: Progress, config: Config) -> str | None:
     )
 
 
+class StepReport:
+    """What is told of the steps: a bar on a terminal; a line and a CSV row every log_every steps; the ETA."""
+
+    def __init__(self, trainer: Trainer, run: RunDir, bar: tqdm):
+        self.trainer, self.run, self.bar = trainer, run, bar
+        self.first_step, self.line_tokens = trainer.progress.step + 1, trainer.progress.tokens
+        self.elapsed_before = trainer.progress.elapsed_sec
+        self.started = self.line_time = time.perf_counter()
+        self.hinted = False
+
+    def step(self, loss: float, grad_norm: float, lr: float) -> None:
+        """Tell of the step that was just done."""
+        config, p, now = self.trainer.config, self.trainer.progress, time.perf_counter()
+        p.elapsed_sec = self.elapsed_before + now - self.started
+        tokens_per_sec = (p.tokens - self.line_tokens) / (now - self.line_time)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_sec:,.0f} tok/s", refresh=False)
+        self.bar.update()
+        if p.skipped_in_a_row:
+            log.warning(f"step {p.step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
+        if p.step == 1 or p.step % config.log_every == 0 or p.stop_reason(config):
+            self.line_time, self.line_tokens = now, p.tokens
+            self.line(loss, grad_norm, lr, tokens_per_sec)
+        if p.step == self.first_step + 9:
+            remaining = timedelta(seconds=round((config.steps - p.step) * (now - self.started) / 10))
+            log.info(f"ETA {remaining} to step {config.steps}, sooner if the target is reached")
+
+    def line(self, loss: float, grad_norm: float, lr: float, tokens_per_sec: float) -> None:
+        """Add the line and the row."""
+        config, p = self.trainer.config, self.trainer.progress
+        window_loss = p.window_loss(config)
+        values = (p.step, loss, lr, tokens_per_sec, p.elapsed_sec, p.tokens, window_loss, grad_norm, None)
+        self.run.append_metrics(dict(zip(METRICS, values, strict=True)))
+        window = "" if window_loss is None else f" | window_loss {window_loss:.6f}"
+        log.info(
+            f"step {p.step}/{config.steps} | loss {loss:.6f} | lr {lr:.2e} | tok/s {tokens_per_sec:.1f}{window} "
+            f"| grad_norm {grad_norm:.3f}"
+        )
+        if not self.hinted and (hint := stuck_hint(p, config)):
+            log.warning(hint)
+            self.hinted = True
+
+
 def train(
     trainer: Trainer,
     run: RunDir,
@@ -1883,13 +1913,12 @@ def train(
             writer.start([task, *publication("running")])
 
     config, p = trainer.config, trainer.progress
-    first_step, elapsed_before, line_tokens = p.step + 1, p.elapsed_sec, p.tokens
-    started = line_time = time.perf_counter()
     quiet = True if sys.stderr is None else None  # None: a bar on a terminal only
-    hinted = save_due = False
     bar = tqdm(total=config.steps, initial=p.step, unit="step", dynamic_ncols=True, disable=quiet)
+    save_due = False
     with Interruption() as interruption, logging_redirect_tqdm([log]), bar:
-        while not (stop := p.stop_reason(config)):
+        report = StepReport(trainer, run, bar)
+        while not p.stop_reason(config):
             writer.collect()
             if interruption.signal is not None:
                 writer.finish()
@@ -1897,42 +1926,19 @@ def train(
                     save()
                     writer.finish()
                 return signal.Signals(interruption.signal).name
-            loss, grad_norm, lr = trainer.update()
-            step, window_loss, stop = p.step, p.window_loss(config), p.stop_reason(config)
-            now = time.perf_counter()
-            p.elapsed_sec = elapsed_before + now - started
-            tokens_per_sec = (p.tokens - line_tokens) / (now - line_time)
-            bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_sec:,.0f} tok/s", refresh=False)
-            bar.update()
-
-            if p.skipped_in_a_row:
-                log.warning(f"step {step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
-            if step == 1 or step % config.log_every == 0 or stop:
-                line_time, line_tokens = now, p.tokens
-                values = (step, loss, lr, tokens_per_sec, p.elapsed_sec, p.tokens, window_loss, grad_norm, None)
-                run.append_metrics(dict(zip(METRICS, values, strict=True)))
-                window = "" if window_loss is None else f" | window_loss {window_loss:.6f}"
-                log.info(
-                    f"step {step}/{config.steps} | loss {loss:.6f} | lr {lr:.2e} | tok/s {tokens_per_sec:.1f}"
-                    f"{window} | grad_norm {grad_norm:.3f}"
-                )
-                if not hinted and (hint := stuck_hint(p, config)):
-                    log.warning(hint)
-                    hinted = True
-            if step == first_step + 9:
-                remaining = timedelta(seconds=round((config.steps - step) * (now - started) / 10))
-                log.info(f"ETA {remaining} to step {config.steps}, sooner if the target is reached")
-            if stop:
+            report.step(*trainer.update())
+            if p.stop_reason(config):
                 break
-            if step % config.target_window == 0:
+            if p.step % config.target_window == 0:
                 trainer.keep_best()
-            if step % config.sample_every == 0:
+            if p.step % config.sample_every == 0:
                 trainer.sample(run, tokenizer)
-            save_due = save_due or step % config.save_every == 0
+            save_due = save_due or p.step % config.save_every == 0
             if save_due and not p.skipped_in_a_row and not writer.busy:
                 save()
                 save_due = False
 
+        stop = p.stop_reason(config)
         if stop == "target":
             log.info(f"Target reached: loss {p.window_loss(config):.6f} <= {config.target_loss}. Stopping.")
         elif config.target_loss:
@@ -1980,49 +1986,46 @@ def environment(config: Config) -> dict[str, dict]:
     return {"versions": versions, "hardware": hardware}
 
 
-def log_plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, progress: Progress) -> None:
-    """Say before the first step what will happen, and warn of what cannot."""
+def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, progress: Progress) -> list[str]:
+    """What will happen, to be said before the first step."""
     c, n_tokens = config, len(corpus.tokens)
     planned = progress.tokens + (c.steps - progress.step) * c.tokens_per_step
     part = f"the first {n_tokens:,} of {corpus.text_tokens:,}" if n_tokens < corpus.text_tokens else f"{n_tokens:,}"
-    log.info(
+    target = f"target {c.target_loss:g} as the mean of {c.target_window} steps" if c.target_loss else "no target"
+    return [
         f"Model: GPT-2, {c.n_params:,} parameters ({c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
-        f"{c.block_size} positions, vocabulary {VOCAB_SIZE})"
-    )
-    log.info(f"Corpus: {c.input_file.as_posix()}, {part} tokens, sha256 {corpus.sha256[:16]}")
-    log.info(
+        f"{c.block_size} positions, vocabulary {VOCAB_SIZE})",
+        f"Corpus: {c.input_file.as_posix()}, {part} tokens, sha256 {corpus.sha256[:16]}",
         f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
-        f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps"
-    )
-    log.info(
+        f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps",
         f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after "
-        f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}"
-    )
-    log.info(
+        f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}",
         f"Loss: ln V = {math.log(VOCAB_SIZE):.3f} at the start; floor of this corpus at seq_len {c.seq_len}: "
-        f"{floor:.4f}; "
-        + (f"target {c.target_loss:g} as the mean of {c.target_window} steps" if c.target_loss else "no target")
-    )
-    for name, reason in reasons.items():
-        log.info(f"{name.capitalize()}: {getattr(c, name)} ({reason})")
+        f"{floor:.4f}; {target}",
+        *(f"{name.capitalize()}: {getattr(c, name)} ({reason})" for name, reason in reasons.items()),
+    ]
+
+
+def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
+    """What the plan cannot reach or will not do well, to be warned of."""
+    c, found = config, []
     if 0 < c.target_loss < floor:
         enough = smallest_seq_len(corpus.tokens, c.target_loss, c.block_size)
         way = f"--seq_len {enough} is the smallest that can" if enough else f"nor at any --seq_len up to {c.block_size}"
-        log.warning(
+        found.append(
             f"--target_loss {c.target_loss:g} is below the floor {floor:.4f}: no model can reach it at --seq_len "
             f"{c.seq_len}; {way}"
         )
     if c.device == "cpu" and c.amp == "fp16":
-        log.warning("--amp fp16 is very slow on a CPU: bf16 or off is faster")
+        found.append("--amp fp16 is very slow on a CPU: bf16 or off is faster")
     if c.device == "cpu" and (hint := cpu_only_hint()):
-        log.warning(hint)
+        found.append(hint)
     if c.device == "cpu" and c.n_params > 100e6:
-        rate = estimated_tokens_per_sec(c)
-        duration = timedelta(seconds=round((c.steps - progress.step) * c.tokens_per_step / rate))
-        log.warning(
-            f"{c.n_params / 1e6:.0f}M parameters on a CPU are slow: about {rate:,.0f} tok/s, {duration} for all "
-            "steps; --preset demo trains in minutes, --preset small in hours"
+        found.append(
+            f"{c.n_params / 1e6:.0f}M parameters on a CPU take days (the ETA comes after ten steps); "
+            "--preset demo trains in seconds, --preset small in hours"
         )
+    return found
 
 
 @dataclass(frozen=True)
@@ -2179,70 +2182,78 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-def run_training(setup: Setup, trainer: Trainer) -> int:
-    """Train, measure, and leave every file of the run whole. Returns the exit code."""
-    config, run, checkpoint = setup.config, setup.run, setup.checkpoint
-    first_step = 1 if checkpoint is None else checkpoint["step"] + 1
-    record = launch_record(setup, first_step)
-    floor = loss_floor(setup.corpus.tokens, config.seq_len)
-    writer = Writer(run)
+class Report:
+    """config.json, results.json and the plot of a run, as they stand at a save or at its end."""
 
-    def write_config() -> None:
-        run.write_json(run.config_json, record | {"config": trainer.config.as_dict()})
+    def __init__(self, setup: Setup, trainer: Trainer):
+        self.run, self.trainer, self.reasons = setup.run, trainer, setup.reasons
+        self.floor = loss_floor(setup.corpus.tokens, setup.config.seq_len)
+        first_step = 1 if setup.checkpoint is None else setup.checkpoint["step"] + 1
+        self.launch = launch_record(setup, first_step)
 
-    def publication(stop_reason: str, measured: tuple[float, float, int] | None = None) -> list[Task]:
-        outcome = results(trainer, stop_reason, floor, measured)
+    def write_config(self) -> None:
+        """Raises OSError."""
+        self.run.write_json(self.run.config_json, self.launch | {"config": self.trainer.config.as_dict()})
+
+    def tasks(self, stop_reason: str, measured: tuple[float, float, int] | None = None) -> list[Task]:
+        """All of it, to be written; `measured` as in `results`."""
+        outcome = results(self.trainer, stop_reason, self.floor, measured)
 
         def write() -> None:
-            write_config()
-            run.write_json(run.results_json, outcome)
+            self.write_config()
+            self.run.write_json(self.run.results_json, outcome)
 
-        return [Task("config.json and results.json", write), Task("the plot", run.draw_plot)]
+        return [Task("config.json and results.json", write), Task("the plot", self.run.draw_plot)]
 
-    def publish(stop_reason: str, measured: tuple[float, float, int] | None = None) -> None:
-        writer.start(publication(stop_reason, measured))
+
+def begin(setup: Setup, trainer: Trainer, report: Report) -> None:
+    """Say what will happen, and compile."""
+    config, run, progress = setup.config, setup.run, trainer.progress
+    for line in plan(config, setup.corpus, setup.reasons, report.floor, progress):
+        log.info(line)
+    for line in forebodings(config, setup.corpus, report.floor):
+        log.warning(line)
+    if setup.checkpoint is not None:
+        log_resumption(setup, trainer)
+    if progress.best_step and not run.best.exists():
+        log.warning("%s is missing: the best from here on will be written there", run.best)
+        progress.best_loss, progress.best_step = math.inf, 0
+    trainer.compile()
+    if trainer.config.compile != config.compile:
+        setup.reasons["compile"] = "torch.compile failed, see the log"
+
+
+def run_training(setup: Setup, trainer: Trainer) -> int:
+    """Train, measure, and leave every file of the run whole. Returns the exit code."""
+    run, writer, report = setup.run, Writer(setup.run), Report(setup, trainer)
+    report.write_config()
+    try:
+        configure_torch(setup.config)
+        begin(setup, trainer, report)
+        stop_reason = train(trainer, run, writer, setup.tokenizer, report.tasks)
+        if interrupted := stop_reason not in ("target", "steps"):
+            tasks = report.tasks("interrupted") if trainer.saved_step else []
+        else:
+            tasks = report.tasks(stop_reason, measure_corpus_loss(trainer))
+        writer.start(tasks)
         writer.finish()
-
-    def finish(code: int, *answers: str) -> int:
+        again = setup.config.same_command
         if missing := run.missing():
             log.error(
-                "At the end, step %d, these could not be written: %s; %s goes on from step %d",
-                trainer.progress.step, missing, config.same_command, trainer.saved_step
-            )  # fmt: skip
+                f"At the end, step {trainer.progress.step}, these could not be written: {missing}; {again} goes on "
+                f"from step {trainer.saved_step}"
+            )
             return 1
-        for answer in answers:
-            log.info(answer)
-        return code
-
-    write_config()
-    try:
-        configure_torch(config)
-        log_plan(config, setup.corpus, setup.reasons, floor, trainer.progress)
-        if checkpoint is not None:
-            log_resumption(setup, trainer)
-        if trainer.progress.best_step and not run.best.exists():
-            log.warning("%s is missing: the best from here on will be written there", run.best)
-            trainer.progress.best_loss, trainer.progress.best_step = math.inf, 0
-        trainer.compile()
-        if trainer.config.compile != config.compile:
-            setup.reasons["compile"] = "torch.compile failed, see the log"
-        stop_reason = train(trainer, run, writer, setup.tokenizer, publication)
-        if stop_reason in ("target", "steps"):
-            publish(stop_reason, measure_corpus_loss(trainer))
-            return finish(0, f"See {run.loss_curve} and {run.samples_txt}", "Training complete.")
-        if trainer.saved_step:
-            publish("interrupted")
-        answer = f"Interrupted by {stop_reason} after step {trainer.progress.step}; {config.same_command} continues."
-        return finish(143 if stop_reason in ("SIGTERM", "SIGHUP") else 130, answer)
+        if interrupted:
+            log.info(f"Interrupted by {stop_reason} after step {trainer.progress.step}; {again} continues.")
+            return 143 if stop_reason in ("SIGTERM", "SIGHUP") else 130
+        log.info("See %s and %s", run.loss_curve, run.samples_txt)
+        log.info("Training complete.")
+        return 0
     except TrainingFailed as failure:
         writer.finish()
-        if (best := trainer.best) is not None:
-            with run.attempt("best.pt"):
-                trainer.write_best(run, best, trainer.description())
-                trainer.report_best(run, best)
+        rescue(trainer, run, writer, report)
         step = trainer.saved_step
-        if step:
-            publish("failed")
         good = f"the last good checkpoint is {run.last}, of step {step}" if step else "there is no checkpoint yet"
         log.error("Training failed: %s; %s", failure, good)
     except (RuntimeError, MemoryError) as error:
@@ -2251,6 +2262,17 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
             raise
         log.error("Out of memory: choose a smaller --seq_len or --preset, or fewer --num_prompts. (%s)", error)
     return 1
+
+
+def rescue(trainer: Trainer, run: RunDir, writer: Writer, report: Report) -> None:
+    """Of a run that failed: write the best that is not on disk yet, and its results."""
+    if (best := trainer.best) is not None:
+        with run.attempt("best.pt"):
+            trainer.write_best(run, best, trainer.description())
+            trainer.report_best(run, best)
+    if trainer.saved_step:
+        writer.start(report.tasks("failed"))
+        writer.finish()
 
 
 def finished(setup: Setup) -> str | None:

@@ -85,13 +85,14 @@ def test_compilation_has_to_pay(config, monkeypatch, tmp_path, flags, answer, re
     assert train.choose_compile(config) == ("off", f"no C++ compiler ({tmp_path / 'missing'}) was found")
 
 
-def test_the_124m_preset_on_a_cpu_says_how_slow_it_will_be(config, caplog, monkeypatch):
-    monkeypatch.setattr(train.log, "propagate", True)
+def test_the_124m_preset_on_a_cpu_is_warned_of(config):
     corpus = train.Corpus(train.np.arange(2000, dtype=train.np.uint16), "made up", 2000)
-    gpt2 = replace(train.Config().resolved(), device="cpu", amp="off", compile="off", threads=2)
-    train.log_plan(gpt2, corpus, {}, 0.01, train.Progress())
-    (warning,) = {record.message for record in caplog.records if record.levelname == "WARNING"}
-    assert re.search(
-        r"124M parameters on a CPU are slow: about [\d,]+ tok/s, ([\d,]+ days?, )?[\d:]+ for all steps", warning
-    )
-    assert "--preset demo" in warning
+    gpt2 = replace(train.Config(target_loss=0).resolved(), device="cpu", amp="off", compile="off", threads=2)
+    (warning,) = train.forebodings(gpt2, corpus, 0.01)
+    assert warning.startswith("124M parameters on a CPU take days") and "--preset demo" in warning
+    assert train.forebodings(replace(gpt2, n_layer=4), corpus, 0.01) == []
+
+
+@pytest.mark.parametrize(("number", "at_most", "answer"), [(64, 5, 4), (64, 64, 64), (7, 6, 1), (12, 100, 12)])
+def test_the_micro_batch_divides_the_global_batch(number, at_most, answer):
+    assert train.largest_divisor(number, at_most) == answer
