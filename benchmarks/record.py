@@ -10,9 +10,12 @@ import pandas as pd
 import train
 
 
-def write_record(path: Path | None, program: str, rows: list[dict], options: dict) -> None:
-    """Print the rows as a table; write them with date, commit, command, versions and hardware, if a path is given."""
-    print(pd.DataFrame(rows).to_string(index=False))
+def write_record(
+    path: Path | None, program: str, rows: list[dict], options: dict, hidden: tuple[str, ...] = ()
+) -> None:
+    """Print the rows as a table, but for hidden columns; write them with date, commit, command, versions and hardware,
+    if a path is given."""
+    print(pd.DataFrame(rows).drop(columns=list(hidden)).to_string(index=False), flush=True)
     if path is None:
         return
     device, _ = train.choose_device()

@@ -2,8 +2,7 @@
 
     python benchmarks/scaling.py --record scaling.json --plot scaling.png
 
-Every point is a process of its own that trains with train.py's default flags but for the shape (AdamW); a step's time
-is the median of its rounds.
+Every point is a process of its own that trains uncompiled with AdamW; a step's time is the median of its rounds.
 """
 
 import statistics
@@ -47,7 +46,7 @@ def main() -> None:
                 preset=preset, batch_size=batch_size, seq_len=seq_len, grad_accum=1, rounds=options.rounds,
                 input_file=options.input_file,
             )  # fmt: skip
-            seen[shape] = throughput.measure(one, ["train.py"])["train.py"]
+            seen[shape] = throughput.measure(one, ["train.py, eager"])["train.py, eager"]
         seconds = seen[shape]["seconds"]
         rows.append({
             "varied": varied, "preset": preset, "batch_size": batch_size, "seq_len": seq_len,

@@ -12,7 +12,7 @@ repeated.
 import json
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
+from benchmarks.record import write_record
 
 BASE = dict(
     n_layer=4, n_head=4, n_embd=256, block_size=1024, seq_len=128, batch_size=8, init_std=0.02, target_window=20,
@@ -41,6 +42,8 @@ RECIPES = {
     "4 x 128": dict(batch_size=4),
     "16 x 128": dict(batch_size=16),
     "32 x 128": dict(batch_size=32),
+    "4, then 8, then 16 x 128": dict(growth=[4, 8, 16]),
+    "8, then 16, then 32 x 128": dict(growth=[8, 16, 32]),
     "init_std 0.05": dict(init_std=0.05),
     "weight_decay 0": dict(weight_decay=0.0),
     "beta2 0.98": dict(beta2=0.98),
@@ -70,31 +73,40 @@ class Options:
 
 
 def run(recipe: dict, seed: int, options: Options, corpus: train.Corpus, name: str) -> dict:
-    """Train one recipe for the whole budget. Returns its row of the record."""
+    """Train one recipe for the whole budget. Returns its row of the record.
+
+    A batch that grows does so after equal parts of the tokens, rate and slices going on from there.
+    """
     flags = BASE | recipe
-    slices = flags.pop("slices", "covering")
-    steps = options.tokens // (flags["batch_size"] * flags.get("grad_accum", 1) * flags["seq_len"])
-    flags = dict(steps=steps, seed=seed, device="cpu", amp="bf16", compile="off", threads=options.threads) | flags
-    config = train.Config(**flags).resolved()
+    slices, sizes = flags.pop("slices", "covering"), flags.pop("growth", [flags["batch_size"]])
+    flags = dict(seed=seed, device="cpu", amp="bf16", compile="off", threads=options.threads) | flags
     if slices == "independent":
         train.covering_starts = lambda seed, first, count, n, _T: train.slice_starts(seed, first, count, n)
-    config, _ = train.choose_runtime(config, None)
-    train.configure_torch(config)
-    trainer = train.Trainer(config, corpus, None)
-    reached, curve, started = None, [], time.perf_counter()
-    for step in tqdm(range(1, steps + 1), desc=f"{name} seed {seed}", disable=None):
-        trainer.update()
-        window_loss = trainer.progress.window_loss(config)
-        if reached is None and window_loss is not None and window_loss <= config.target_loss:
-            reached = trainer.progress.tokens
-        if step % max(1, steps // 20) == 0 and window_loss is not None:
-            curve.append([trainer.progress.tokens, round(window_loss, 5)])
+    trainer, reached, curve, started = None, None, [], time.perf_counter()
+    bar = tqdm(total=options.tokens, unit="token", desc=f"{name} seed {seed}", disable=None)
+    for number, batch_size in enumerate(sizes, start=1):
+        steps = options.tokens // (batch_size * flags["seq_len"])
+        warmup_steps = flags["warmup_steps"] * sizes[0] // batch_size
+        config = train.Config(**flags | dict(steps=steps, batch_size=batch_size, warmup_steps=warmup_steps)).resolved()
+        config, _ = train.choose_runtime(config, None)
+        train.configure_torch(config)
+        trainer = trainer or train.Trainer(config, corpus, None)
+        trainer.config, p = config, trainer.progress
+        p.step = p.tokens // config.tokens_per_step  # in steps of this size
+        while p.step < steps * number // len(sizes):
+            trainer.update()
+            bar.update(config.tokens_per_step)
+            window_loss = p.window_loss(config)
+            if reached is None and window_loss is not None and window_loss <= config.target_loss:
+                reached = p.tokens
+            if p.step % max(1, steps // 20) == 0 and window_loss is not None:
+                curve.append([p.tokens, round(window_loss, 5)])
     corpus_loss, error = train.corpus_loss(trainer.model, corpus.tokens, config, 256)
     return {
         "recipe": name, "flags": recipe, "seed": seed, "budget": options.tokens, "tokens_to_target": reached,
         "window_loss": round(trainer.progress.window_loss(config), 5), "corpus_loss": round(corpus_loss, 5),
         "standard_error": round(error, 5), "curve": curve,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(time.perf_counter() - started, 1), "commit": train.git_commit(),
     }  # fmt: skip
 
 
@@ -111,18 +123,13 @@ def main() -> None:
             if recipe is None:
                 recipe = dict(change.split("=", 1) for change in text.split(","))
                 recipe = {flag: json.loads(value) if value[0].isdigit() else value for flag, value in recipe.items()}
-            rows = json.loads(options.record.read_text(encoding="utf-8")) if options.record.exists() else []
-            if any((r["recipe"], r["seed"], r["budget"]) == (text, seed, options.tokens) for r in rows):
+            known = train.read_json(options.record).get("rows", [])
+            if any((r["recipe"], r["seed"], r["budget"]) == (text, seed, options.tokens) for r in known):
                 continue
             train.covering_starts = shuffled
             row = run(recipe, seed, options, corpus, text)
-            rows = json.loads(options.record.read_text(encoding="utf-8")) if options.record.exists() else []
-            with train.replacing(options.record) as file:
-                file.write(json.dumps([*rows, row]).encode())
-            print(
-                f"{text} | {seed} | {[row[name] for name in ('tokens_to_target', 'window_loss', 'corpus_loss')]}",
-                flush=True,
-            )
+            rows = [*train.read_json(options.record).get("rows", []), row]
+            write_record(options.record, __file__, rows, asdict(options), hidden=("flags", "curve"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""Fill the tables of the README's speed section from the records of the other programs here.
+
+    python benchmarks/summary.py              # with --check nothing is written; exit 1 when a table is stale
+
+A table stands between <!--RECORD:NAME:START--> and <!--RECORD:NAME:END-->.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from update_readme import markdown_table, write_text
+
+RECORDS = ROOT / "benchmarks" / "records"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of the command line."""
+
+    readme: Path = ROOT / "README.md"
+    """Markdown file to fill"""
+    check: bool = False
+    """write nothing; exit 1 when a table is stale"""
+
+
+def record(name: str) -> dict:
+    """A JSON record."""
+    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def source(name: str) -> str:
+    """Where a table comes from and on what it was measured."""
+    found = record(name)
+    gpu, cpu = found["hardware"].get("gpu"), f"{found['hardware']['cores']} cores of an {found['hardware']['cpu']}"
+    return (
+        f"[{name}.json](benchmarks/records/{name}.json): {gpu or cpu}, PyTorch {found['versions']['torch']}, "
+        f"{found['date']}, commit {found['commit'][:7]}"
+    )
+
+
+def throughput(*names: str) -> str:
+    """Tokens per second, the ratio to train.py in the same rounds, and memory."""
+    rows, seen = [], set()
+    for row in (row for name in names for row in record(name)["rows"]):
+        if row["program"] in seen:
+            continue
+        seen.add(row["program"])
+        low, high = row["quartiles of that"]
+        ratio = "" if row["program"] == "train.py" else f"{row['train.py is faster by']:.2f} ({low:.2f} to {high:.2f})"
+        label = "matrix products alone, the ceiling" if row["program"] == "products" else row["program"]
+        cells = [label, f"{row['tokens_per_sec']:,.0f}", ratio, f"{row['peak_gb']:.1f}", str(row["n"])]
+        rows.append([f"**{cell}**" if label == "train.py" and cell else cell for cell in cells])
+    header = ["program", "tokens per second", "`train.py` is faster by (quartiles)", "peak memory, GB", "n"]
+    return "\n\n".join([markdown_table(header, rows), "; ".join(map(source, names))])
+
+
+def generation() -> str:
+    """Tokens per second of sampled text."""
+    rows = [
+        [
+            row["program"],
+            row["precision"],
+            f"{row['tokens_per_sec']:.1f} ({row['least']:.1f} to {row['most']:.1f})",
+            "" if row["program"] == "train.py" else f"{row['train.py is faster by']:.2f}",
+            "" if row["program"] == "train.py" else f"{row['fastest against fastest']:.2f}",
+            str(row["n"]),
+        ]
+        for row in record("generation")["rows"]
+    ]
+    header = [
+        "program",
+        "precision",
+        "tokens per second (range)",
+        "`train.py` is faster by",
+        "each at its fastest",
+        "n",
+    ]
+    return "\n\n".join([markdown_table(header, rows), source("generation")])
+
+
+def saves() -> str:
+    """What a save costs."""
+    rows = [
+        [
+            row["saves"],
+            f"{row['cost_of_a_save_sec']:.2f} ({row['least']:.2f} to {row['most']:.2f})",
+            f"{row['share_of_wall_clock_percent']:.2f} %",
+            f"{row['buffers_gb']:.2f}",
+            str(row["n"]),
+        ]
+        for row in record("stalls")["rows"]
+    ]
+    every = record("stalls")["rows"][0]["save_every"]
+    header = ["saves", "seconds each (range)", f"of the wall clock, one in {every} steps", "buffers, GB", "n"]
+    return "\n\n".join([markdown_table(header, rows), source("stalls")])
+
+
+def scaling() -> str:
+    """Step time and memory against the shape."""
+    rows = [
+        [
+            row["varied"],
+            row["preset"],
+            f"{row['batch_size']} × {row['seq_len']}",
+            f"{row['step_sec']:.2f} ({row['least']:.2f} to {row['most']:.2f})",
+            f"{row['tokens_per_sec']:,}",
+            f"{row['peak_gb']:.1f}",
+        ]
+        for row in record("scaling")["rows"]
+    ]
+    header = ["varied", "preset", "slices × tokens", "seconds a step (range)", "tokens per second", "peak memory, GB"]
+    return "\n\n".join([markdown_table(header, rows), source("scaling")])
+
+
+def ladder() -> str:
+    """Loss after equal tokens of every recipe that was run with several seeds, the best first."""
+    runs: dict[str, list[dict]] = {}
+    for row in record("tokens-to-target")["rows"]:
+        runs.setdefault(row["recipe"], []).append(row)
+    rows = []
+    for recipe, found in runs.items():
+        losses = [row["corpus_loss"] for row in found]
+        if len(losses) > 1:
+            spread = f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+            reached = sum(row["tokens_to_target"] is not None for row in found)
+            rows.append((statistics.fmean(losses), [recipe, spread, f"{reached} of {len(found)}", str(len(found))]))
+    header = ["recipe", "corpus loss (mean ± standard deviation)", "reached the target", "seeds"]
+    return "\n\n".join([markdown_table(header, [row for _, row in sorted(rows)]), source("tokens-to-target")])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "THROUGHPUT": lambda: throughput("throughput-8x128", "throughput-8x128-more"),
+    "LONG": lambda: throughput("throughput-8x1024"),
+    "GENERATION": generation,
+    "SAVES": saves,
+    "SCALING": scaling,
+    "LADDER": ladder,
+}
+
+
+def filled(text: str) -> str:
+    """The text with every table rewritten. Raises ValueError when one has no place."""
+    for name, table in TABLES.items():
+        start, end = (f"<!--RECORD:{name}:{side}-->" for side in ("START", "END"))
+        place = re.compile(f"{re.escape(start)}\n.*?{re.escape(end)}", re.DOTALL)
+        if len(place.findall(text)) != 1:
+            raise ValueError(f"{start} and {end} must stand in it once")
+        content = f"{start}\n{table()}\n{end}"
+        text = place.sub(lambda _, content=content: content, text)
+    return text
+
+
+def main() -> int:
+    options = tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    before = options.readme.read_text(encoding="utf-8")
+    after = filled(before)
+    if options.check:
+        print(f"{options.readme}: {'up to date' if before == after else 'stale'}")
+        return int(before != after)
+    write_text(options.readme, after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
