@@ -15,10 +15,10 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from update_readme import markdown_table, write_text
 
+ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "records"
 
 
@@ -110,14 +110,14 @@ def scaling() -> str:
         [
             row["varied"],
             row["preset"],
-            f"{row['batch_size']} × {row['seq_len']}",
+            f"{row['batch_size']} x {row['seq_len']}",
             f"{row['step_sec']:.2f} ({row['least']:.2f} to {row['most']:.2f})",
             f"{row['tokens_per_sec']:,}",
             f"{row['peak_gb']:.1f}",
         ]
         for row in record("scaling")["rows"]
     ]
-    header = ["varied", "preset", "slices × tokens", "seconds a step (range)", "tokens per second", "peak memory, GB"]
+    header = ["varied", "preset", "slices x tokens", "seconds a step (range)", "tokens per second", "peak memory, GB"]
     return "\n\n".join([markdown_table(header, rows), source("scaling")])
 
 
