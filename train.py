@@ -124,8 +124,8 @@ class Config:
     grad_accum: Annotated[int, Between(1, 65_536)] = 1
     """micro-batches in one step"""
     micro_batch: Annotated[int | None, Between(1, 65_536)] = None
-    """slices in one forward and backward pass, whatever the step consists of; None: batch_size, fewer on a CPU or
-    when memory runs out"""
+    """slices in one forward and backward pass, whatever the step consists of; None: batch_size, on a CPU what makes
+    2,048 tokens; fewer when memory runs out"""
     lr: Annotated[float, Between(1e-12, 10)] = 3e-3
     """peak learning rate"""
     min_lr: Annotated[float | None, Between(0, 10)] = None
@@ -829,10 +829,9 @@ def choose_compile(config: Config) -> tuple[str, str]:
 
 def choose_micro_batch(config: Config) -> tuple[int, str]:
     """How many slices to work on at once, and why."""
-    enough = max(1, 2048 // config.seq_len)
-    if config.device != "cpu" or config.batch_size <= enough:
+    if config.device != "cpu":
         return config.batch_size, "--batch_size"
-    return largest_divisor(config.global_batch, enough), "a CPU gains nothing from more than 2,048 tokens at once"
+    return largest_divisor(config.global_batch, max(1, 2048 // config.seq_len)), "a CPU likes 2,048 tokens at once"
 
 
 def largest_divisor(number: int, at_most: int) -> int:

@@ -66,7 +66,7 @@ def draw(rows: list[dict], path: Path) -> None:
     labels = {"seq_len": "seq_len", "micro-batch": "batch_size", "model": "preset"}
     for axis, (varied, column) in zip(figure.subplots(1, 3), labels.items(), strict=True):
         part = [row for row in rows if row["varied"] == varied]
-        names = [str(row[column]) for row in part]
+        names = [str(row[column]).replace("-", "\n") for row in part]
         axis.bar(names, [row["tokens_per_sec"] for row in part], color="#9ecae1", width=0.6)
         axis.set_ylabel("tokens per second")
         axis.set_xlabel(f"{varied} ({'1,024 tokens a step' if varied == 'seq_len' else '128 tokens a slice'})")
