@@ -86,8 +86,7 @@ def one_round(trainer: train.Trainer, run: train.RunDir, writer: train.Writer, s
     for number in range(steps):
         loss, grad_norm, lr = trainer.update()
         p = trainer.progress
-        values = (p.step, loss, lr, 0.0, 0.0, p.tokens, None, grad_norm, None)
-        run.append_metrics(dict(zip(train.METRICS, values, strict=True)))
+        run.append_metrics({"step": p.step, "loss": loss, "lr": lr, "tokens": p.tokens, "grad_norm": grad_norm})
         writer.collect()
         if number or kind == "none":
             continue

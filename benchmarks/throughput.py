@@ -74,7 +74,7 @@ def ours(options: Options, *flags: str) -> Step:
 
 def peer(options: Options, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable) -> Step:
     """The usual loop around a model: bf16 autocast, accumulation, clipping to 1, one optimizer step."""
-    corpus = train.load_corpus(train.Config(input_file=options.input_file).resolved(), train.load_tokenizer())
+    corpus = train.load_corpus(train.Config(input_file=(options.input_file,)).resolved(), train.load_tokenizer())
     count, T, device = options.batch_size * options.grad_accum, options.seq_len, next(model.parameters()).device
     step = 0
 

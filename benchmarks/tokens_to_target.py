@@ -79,7 +79,9 @@ def run(recipe: dict, seed: int, options: Options, corpus: train.Corpus, name: s
     """
     flags = BASE | recipe
     slices, sizes = flags.pop("slices", "covering"), flags.pop("growth", [flags["batch_size"]])
-    flags = dict(seed=seed, device="cpu", amp="bf16", compile="off", threads=options.threads) | flags
+    vocab_size = int(corpus.tokens.max()) + 1
+    flags = flags | dict(seed=seed, device="cpu", amp="bf16", compile="off", threads=options.threads)
+    flags["vocab_size"] = vocab_size
     if slices == "independent":
         train.covering_starts = lambda seed, first, count, n, _T: train.slice_starts(seed, first, count, n)
     trainer, reached, curve, started = None, None, [], time.perf_counter()
@@ -112,9 +114,8 @@ def run(recipe: dict, seed: int, options: Options, corpus: train.Corpus, name: s
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    whole = train.load_corpus(train.Config(input_file=options.input_file).resolved(), train.load_tokenizer())
-    occurring, tokens = np.unique(whole.tokens[: int(len(whole.tokens) * options.fraction)], return_inverse=True)
-    train.VOCAB_SIZE = len(occurring)
+    whole = train.load_corpus(train.Config(input_file=(options.input_file,)).resolved(), train.load_tokenizer())
+    _, tokens = np.unique(whole.tokens[: int(len(whole.tokens) * options.fraction)], return_inverse=True)
     corpus = replace(whole, tokens=tokens.astype(np.uint16))
     shuffled = train.covering_starts
     for seed in options.seeds:

@@ -85,3 +85,8 @@ def test_the_demo_reaches_its_target_and_fills_a_readme(tmp_path):
     for flags in ((), ("--check",)):
         assert run_script("--out_dir", run, *flags, cwd=tmp_path, script="update_readme.py").returncode == 0
     assert "| outcome | target reached |" in readme.read_text(encoding="utf-8")
+
+
+def test_the_speed_tables_are_those_of_the_records():
+    result = run_script("--check", cwd=ROOT, script="benchmarks/summary.py")
+    assert result.returncode == 0, result.stdout + result.stderr
