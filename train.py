@@ -47,7 +47,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from threading import Thread
-from typing import Annotated, BinaryIO, Literal, get_type_hints
+from typing import Annotated, BinaryIO, Literal, Protocol, get_type_hints
 
 import numpy as np
 import tiktoken
@@ -89,8 +89,14 @@ class Config:
     """named set of defaults; any other flag overrides it"""
 
     # corpus and run directory
-    input_file: Path = Path("data/input.txt")
-    """UTF-8 text to train on (pydoc_data.topics: the text that ships with Python)"""
+    input_file: tuple[Path, ...] = (Path("data/input.txt"),)
+    """UTF-8 texts to train on: files, folders of .txt files, globs (pydoc_data.topics: what ships with Python)"""
+    tokenizer: str = "gpt2"
+    """gpt2; bpe:N for N tokens learned from the text; or a tokenizer.json"""
+    vocab_size: tyro.conf.Suppress[Annotated[int, Between(2, 10**7)]] = VOCAB_SIZE
+    """the tokenizer's, found out when it is loaded"""
+    cache_dir: Path = Path("data/cache")
+    """where the token ids of large or several texts are kept between runs"""
     max_tokens: Annotated[int | None, Between(0, 10**12)] = None
     """train on the first so many tokens; 0: on all; None: on all, or 1,500 of the text that ships with Python"""
     out_dir: Path | None = None
@@ -153,6 +159,16 @@ class Config:
     target_window: Annotated[int, Between(1, 100_000)] = 20
     """step losses in window_loss; 1: stop on a single step"""
 
+    # validation
+    val_fraction: Annotated[float, Between(0, 0.5)] = 0.0
+    """part of the tokens, at their end, that is held out; 0: none"""
+    val_file: tuple[Path, ...] = ()
+    """texts to validate on instead"""
+    eval_every: Annotated[int, Between(1, 10**9)] = 250
+    """steps between measurements of the validation loss"""
+    patience: Annotated[int, Between(0, 10**6)] = 0
+    """stop after so many measurements in a row without a new lowest; 0: never"""
+
     # device
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
@@ -178,7 +194,7 @@ class Config:
     """samples drawn from the prompt each time; 0: none"""
     max_new_tokens: Annotated[int, Between(1, 65_536)] = 200
     """tokens added to the prompt"""
-    top_k: Annotated[int, Between(0, VOCAB_SIZE)] = 50
+    top_k: Annotated[int, Between(0, 10**6)] = 50
     """sample among the k likeliest tokens; 0: among all"""
     temperature: Annotated[float, Between(0, 100)] = 0.9
     """divides the logits before sampling; 0: always the likeliest token"""
@@ -197,7 +213,12 @@ class Config:
         """Parameters of the model, the tied head counted once."""
         C = self.n_embd
         block = 12 * C * C + 13 * C  # c_attn, c_proj, c_fc, c_proj with biases; two LayerNorms
-        return (VOCAB_SIZE + self.block_size) * C + self.n_layer * block + 2 * C
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation split, which then decides what is best."""
+        return bool(self.val_fraction or self.val_file)
 
     @property
     def same_command(self) -> str:
@@ -210,7 +231,9 @@ class Config:
         return replace(
             self,
             out_dir=Path("out") / self.preset if self.out_dir is None else self.out_dir,
-            max_tokens=(1500 if self.input_file == DEMO_CORPUS else 0) if self.max_tokens is None else self.max_tokens,
+            max_tokens=(1500 if self.input_file == (DEMO_CORPUS,) else 0)
+            if self.max_tokens is None
+            else self.max_tokens,
             decay_steps=decay_steps,
             warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
             min_lr=self.lr / 10 if self.min_lr is None else self.min_lr,
@@ -222,7 +245,9 @@ class Config:
             f"--{name} {value} is outside {limit.low:,} to {limit.high:,}"
             for name, hint in get_type_hints(Config, include_extras=True).items()
             for limit in getattr(hint, "__metadata__", ())
-            if (value := getattr(self, name)) is not None and not limit.low <= value <= limit.high
+            if isinstance(limit, Between)
+            and (value := getattr(self, name)) is not None
+            and not limit.low <= value <= limit.high
         ]
 
     def contradictions(self) -> list[str]:
@@ -248,29 +273,40 @@ class Config:
             found.append(f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}")
         if self.out_dir == Path():
             found.append("--out_dir is empty or the current folder: name a folder for the run")
+        if self.val_fraction and self.val_file:
+            found.append("--val_fraction and --val_file are two ways to validate: choose one")
+        if self.patience and not self.validates:
+            found.append(f"--patience {self.patience} needs a validation split: --val_fraction or --val_file")
+        if not self.input_file:
+            found.append("--input_file is empty: name a text")
+        if not re.fullmatch(r"gpt2|bpe:[1-9]\d{2,6}|.+\.json", self.tokenizer):
+            found.append(f"--tokenizer {self.tokenizer} is none of gpt2, bpe:N with N from 257 to 1,000,000, PATH.json")
         if self.min_lr > self.lr:
             found.append(f"--min_lr {self.min_lr} exceeds --lr {self.lr}")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             found.append(f"--device {self.device} is none of auto, cpu, cuda, cuda:N, mps")
         return found
 
-    def as_dict(self) -> dict[str, str | int | float | None]:
+    def as_dict(self) -> dict[str, str | int | float | list[str] | None]:
         """Plain values for JSON and checkpoints; paths with forward slashes."""
-        return {k: v.as_posix() if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        values = {k: v.as_posix() if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        return values | {name: [path.as_posix() for path in values[name]] for name in ("input_file", "val_file")}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
         """The inverse of `as_dict`; keys that are no flags are ignored, missing ones default."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        for name in ("input_file", "out_dir"):
+        for name in ("cache_dir", "out_dir"):
             if known.get(name) is not None:
                 known[name] = Path(known[name])
+        for name in known.keys() & {"input_file", "val_file"}:
+            known[name] = tuple(map(Path, known[name]))
         return cls(**known)
 
 
 PRESETS: dict[str, dict] = {
     "demo": dict(
-        input_file=DEMO_CORPUS, n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,
+        input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,
         batch_size=4, steps=600, decay_steps=450, lr=4e-3, init_std=0.07, log_every=10, save_every=200,
         sample_every=200, num_prompts=1, temperature=0.0, max_new_tokens=120,
     ),
@@ -324,14 +360,58 @@ VOCABULARY_SHA256 = {  # as tiktoken checks them, tiktoken_ext/openai_public.py
 # Philox streams: (seed, pass) orders the slices of a pass, the others stand above every pass and step.
 DROPOUT_STREAM, SAMPLES_STREAM, EVALUATION_STREAM = 2**61, 2**62, 2**63
 
+SMALL_TEXT = 2**24  # bytes of a file that is read and tokenised in memory, within a second or two
+EXACT_FLOOR = 2**22  # tokens of a corpus whose floor is computed from all of it
+GLOB = re.compile(r"[*?\[]")
+
+
+class Tokenizer(Protocol):
+    """What text becomes token ids with: tiktoken's `Encoding`, or tokens.py's `OwnVocabulary`."""
+
+    n_vocab: int
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a text, special tokens in it taken as plain text."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Their text."""
+
 
 @dataclass(frozen=True)
 class Corpus:
     """A tokenised text."""
 
-    tokens: np.ndarray  # (N,) uint16, read-only
+    tokens: np.ndarray  # (N,) uint16 or uint32, read-only, perhaps on disk
     sha256: str  # of the text's bytes
     text_tokens: int  # of the whole text, of which max_tokens may have left only the first
+    bytes_per_token: float = math.nan
+    vocabulary: str = ""  # content of the tokenizer.json, unless it is GPT-2's
+    val_tokens: np.ndarray | None = None  # (M,), held out
+    val_bytes_per_token: float = math.nan
+
+
+def choose_tokenizer(config: Config, checkpoint: dict | None) -> Tokenizer:
+    """GPT-2's, or the one that the run so far has, or learned from the text, or read from a file.
+
+    Raises OSError or ValueError.
+    """
+    if config.tokenizer == "gpt2":
+        return load_tokenizer()
+    import tokens
+
+    saved = {} if checkpoint is None else checkpoint["tokenizer"]
+    if saved.get("name") == config.tokenizer:
+        return tokens.OwnVocabulary(saved["content"], config.tokenizer)
+    if config.tokenizer.startswith("bpe:"):
+        content = tokens.train_vocabulary(list(config.input_file), int(config.tokenizer[4:]))
+    else:
+        content = read_text(Path(config.tokenizer), "--tokenizer")[0]
+    return tokens.OwnVocabulary(content, config.tokenizer)
+
+
+def identity(config: Config, tokenizer: Tokenizer) -> str:
+    """What tells tokenizers apart."""
+    return "gpt2" if config.tokenizer == "gpt2" else hashlib.sha256(tokenizer.content.encode()).hexdigest()
 
 
 def load_tokenizer() -> tiktoken.Encoding:
@@ -362,7 +442,7 @@ def load_tokenizer() -> tiktoken.Encoding:
     )
 
 
-def read_text(path: Path) -> tuple[str, str]:
+def read_text(path: Path, flag: str = "--input_file") -> tuple[str, str]:
     """Text of a UTF-8 file, line endings kept and a byte-order mark dropped, and its SHA-256.
 
     Raises OSError when there is no such file, ValueError when it is empty or not UTF-8.
@@ -375,10 +455,8 @@ def read_text(path: Path) -> tuple[str, str]:
         return text, hashlib.sha256(text.encode()).hexdigest()
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist: put your text there or name it with --input_file (--preset demo needs none)"
+            f"{path} does not exist: put your text there or name it with {flag} (--preset demo needs none)"
         )
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory: --input_file takes one text file")
     data = path.read_bytes()
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(
@@ -396,23 +474,53 @@ def read_text(path: Path) -> tuple[str, str]:
     return text, hashlib.sha256(data).hexdigest()
 
 
-def load_corpus(config: Config, tokenizer: tiktoken.Encoding) -> Corpus:
+def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
     """Read and tokenise the text; special-token text such as <|endoftext|> is plain text here.
 
     Raises OSError or ValueError (see `read_text`), also when the text is shorter than a slice.
     """
-    text, sha256 = read_text(config.input_file)
-    if re.search(r"\s{500000}", text):
-        raise ValueError(f"{config.input_file} has 500,000 white-space characters in a row: the tokenizer takes fewer")
-    whole = np.array(tokenizer.encode_ordinary(text), dtype=np.uint16)
-    tokens = whole[: config.max_tokens].copy() if config.max_tokens else whole
-    if len(tokens) < config.seq_len + 1:
-        raise ValueError(
-            f"{config.input_file} has {len(tokens):,} tokens, but a slice needs --seq_len + 1 = {config.seq_len + 1:,}:"
-            " use a longer text or a smaller --seq_len"
-        )
+    whole, sha256, n_bytes = read_tokens(config.input_file, config, tokenizer)
+    tokens = whole[: config.max_tokens] if config.max_tokens else whole
+    val_tokens, val_bytes_per_token = None, math.nan
+    if config.validates:
+        if config.val_file:
+            val_tokens = read_tokens(config.val_file, config, tokenizer)[0]
+        else:
+            n_train = len(tokens) - max(1, round(len(tokens) * config.val_fraction))
+            tokens, val_tokens = tokens[:n_train], tokens[n_train:]
+        start = val_tokens[: 10**6].tolist()
+        val_bytes_per_token = len(tokenizer.decode(start).encode()) / max(1, len(start))
+    splits = {names(config.input_file): tokens, "the validation split": val_tokens}
+    for name, part in splits.items():
+        if part is not None and len(part) < config.seq_len + 1:
+            raise ValueError(
+                f"{name} has {len(part):,} tokens, but a slice needs --seq_len + 1 = {config.seq_len + 1:,}: use a "
+                "longer text or a smaller --seq_len"
+            )
     tokens.flags.writeable = False
-    return Corpus(tokens, sha256, len(whole))
+    vocabulary = getattr(tokenizer, "content", "")
+    return Corpus(tokens, sha256, len(whole), n_bytes / len(whole), vocabulary, val_tokens, val_bytes_per_token)
+
+
+def read_tokens(inputs: tuple[Path, ...], config: Config, tokenizer: Tokenizer) -> tuple[np.ndarray, str, int]:
+    """Token ids of a text, its SHA-256 and its bytes: in memory for one small file, else by way of tokens.py."""
+    path = inputs[0]
+    one_file = len(inputs) == 1 and (path == DEMO_CORPUS or path.is_file() or not GLOB.search(path.name))
+    if one_file and not path.is_dir() and not (path.is_file() and path.stat().st_size > SMALL_TEXT):
+        text, sha256 = read_text(path)
+        if config.tokenizer == "gpt2" and not re.search(r"\s{100000}", text):
+            return np.array(tokenizer.encode_ordinary(text), dtype=np.uint16), sha256, len(text.encode())
+    if DEMO_CORPUS in inputs:
+        raise ValueError(f"{DEMO_CORPUS} goes with --tokenizer gpt2 and without other texts")
+    import tokens
+
+    found = tokens.load(list(inputs), tokenizer, identity(config, tokenizer), config.cache_dir, config.threads)
+    return found.tokens, found.sha256, found.n_bytes
+
+
+def names(inputs: tuple[Path, ...]) -> str:
+    """Texts as messages and files call them."""
+    return ", ".join(path.as_posix() for path in inputs)
 
 
 def random_words(seed: int, stream: int, count: int) -> np.ndarray:
@@ -459,17 +567,21 @@ def loss_floor(tokens: np.ndarray, seq_len: int) -> float:
     Even a perfect memoriser has to guess where in the corpus a slice begins. By the chain rule the
     conditional entropies of tokens 1 … T given those before them sum to H(whole slice) - H(first
     token), over the sampler's own starts. Equal slices are found by doubling, as in suffix sorting
-    (Karp, Miller & Rosenberg 1972).
+    (Karp, Miller & Rosenberg 1972). Of a corpus beyond `EXACT_FLOOR` the middle is looked at, as if
+    slices came back in the whole as often as they do there: an estimate.
     """
-    n_starts = len(tokens) - seq_len
-    grams = np.unique(tokens, return_inverse=True)[1].astype(np.int64)  # equal ids: equal grams
+    middle = max(0, len(tokens) - EXACT_FLOOR) // 2
+    part = tokens[middle : middle + EXACT_FLOOR]
+    n_starts = len(part) - seq_len
+    grams = np.unique(part, return_inverse=True)[1].astype(np.int64)  # equal ids: equal grams
     first, width = grams[:n_starts], 1
     while width < seq_len + 1:
         shift = min(width, seq_len + 1 - width)
         pairs = grams[:-shift] * (grams.max() + 1) + grams[shift:]
         grams = np.unique(pairs, return_inverse=True)[1]
         width += shift
-    return (_entropy(grams) - _entropy(first)) / seq_len
+    more_starts = math.log((len(tokens) - seq_len) / n_starts)  # 0 where the part is the whole
+    return (_entropy(grams) + more_starts - _entropy(first)) / seq_len
 
 
 def _entropy(ids: np.ndarray) -> float:
@@ -620,7 +732,7 @@ class GPT(nn.Module):
         super().__init__()
         self.block_size = config.block_size
         self.dropout = config.dropout
-        self.wte = nn.Embedding(VOCAB_SIZE, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
@@ -892,9 +1004,13 @@ METRICS = {  # column of the CSV: number format
     "tokens": "d",
     "window_loss": ".8f",
     "grad_norm": ".6f",
-    "val_loss": ".8f",  # empty: there is no validation split yet
+    "val_loss": ".8f",  # empty but at measurements
+    "val_perplexity": ".4f",
+    "bits_per_byte": ".6f",  # of window_loss
+    "val_bits_per_byte": ".6f",
 }
-CHECKPOINT_FORMAT = 2
+COMPLETE = ("target", "patience", "steps")  # reasons to stop that end a run; signals only interrupt it
+CHECKPOINT_FORMAT = 3
 
 
 @dataclass
@@ -912,6 +1028,9 @@ class Progress:
     skipped_in_a_row: int = 0
     trained_context: int = 0  # the longest seq_len trained
     sampled_step: int = 0  # at which text was last sampled
+    val_loss: float = math.inf  # of the latest measurement
+    val_step: int = 0  # of the latest measurement; 0: none yet
+    measured_in_vain: int = 0  # in a row, without a new lowest
 
     def window_loss(self, config: Config) -> float | None:
         """Mean of the last target_window step losses, None before there are so many."""
@@ -920,10 +1039,12 @@ class Progress:
         return statistics.fmean(self.recent_losses[-config.target_window :])
 
     def stop_reason(self, config: Config) -> str | None:
-        """'target' or 'steps' when the run is over, else None."""
+        """'target', 'patience' or 'steps' when the run is over, else None."""
         window_loss = self.window_loss(config)
         if config.target_loss > 0 and window_loss is not None and window_loss <= config.target_loss:
             return "target"
+        if 0 < config.patience <= self.measured_in_vain:
+            return "patience"
         return "steps" if self.step >= config.steps else None
 
 
@@ -987,6 +1108,7 @@ class RunDir:
         self.root = root
         self.config_json = root / "config.json"
         self.results_json = root / "results.json"
+        self.tokenizer_json = root / "tokenizer.json"  # of an own vocabulary
         self.train_log = root / "logs" / "train.log"
         self.metrics_csv = root / "logs" / "train_metrics.csv"
         self.loss_curve = root / "logs" / "loss_curve.png"
@@ -1077,7 +1199,7 @@ class RunDir:
             number += 1
         target.mkdir()
         # Checkpoints last: until they are gone, a start after a kill in here takes up the old run again.
-        for name in ("logs", "samples", "config.json", "results.json", "checkpoints"):
+        for name in ("logs", "samples", "config.json", "results.json", "tokenizer.json", "checkpoints"):
             if (self.root / name).exists():
                 (self.root / name).rename(target / name)
         return target
@@ -1189,8 +1311,8 @@ class RunDir:
                 os.fsync(file.fileno())
 
     def append_metrics(self, row: dict[str, float | None]) -> None:
-        """Add one CSV row; None is an empty field."""
-        cells = ("" if row[name] is None else format(row[name], form) for name, form in METRICS.items())
+        """Add one CSV row; what is missing or None is an empty field."""
+        cells = ("" if row.get(name) is None else format(row[name], form) for name, form in METRICS.items())
         self.append(self.metrics_csv, ",".join(cells) + "\n")
 
     def append_samples(self, step: int, prompt: str, outputs: list[str]) -> None:
@@ -1377,6 +1499,7 @@ def is_sound(checkpoint: object) -> bool:
             and not config.contradictions()
             and isinstance(checkpoint["model"], dict)
             and isinstance(checkpoint["corpus_sha256"], str)
+            and isinstance(checkpoint["tokenizer"]["content"], str)
             and all(isinstance(checkpoint[name], int) for name in ("corpus_tokens", "step"))
             and all(type(value) in (type(start[name]), float) for name, value in progress.items())
             and all(isinstance(loss, float) for loss in progress.get("recent_losses", []))
@@ -1426,18 +1549,19 @@ def check_same_run(path: Path, checkpoint: dict, config: Config, corpus: Corpus)
     if not {"optimizer", "scaler", "progress", "offsets"} <= checkpoint.keys():
         raise ValueError(f"{path} holds weights alone, without the optimizer: continue from last.pt or prev.pt")
     saved = checkpoint["config"]
-    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+    for name in ("tokenizer", "n_layer", "n_head", "n_embd", "block_size"):
         if saved.get(name) != getattr(config, name):
             raise ValueError(
                 f"{path} has --{name} {saved.get(name)} (--preset {saved.get('preset')}), not {getattr(config, name)}: "
                 f"{remedy}"
             )
     if checkpoint["corpus_sha256"] != corpus.sha256:
-        raise ValueError(f"{path} was trained on another text than {config.input_file}: {remedy}")
+        raise ValueError(f"{path} was trained on another text than {names(config.input_file)}: {remedy}")
     if checkpoint["corpus_tokens"] != len(corpus.tokens):
         raise ValueError(
-            f"{path} was trained on {checkpoint['corpus_tokens']:,} tokens of {config.input_file}, not "
-            f"{len(corpus.tokens):,}: set --max_tokens {saved.get('max_tokens')}, or {remedy}"
+            f"{path} was trained on {checkpoint['corpus_tokens']:,} tokens of {names(config.input_file)}, not "
+            f"{len(corpus.tokens):,}: set --max_tokens {saved.get('max_tokens')} --val_fraction "
+            f"{saved.get('val_fraction')}, or {remedy}"
         )
 
 
@@ -1515,7 +1639,19 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int, generator: torc
 def corpus_loss(model: GPT, tokens: np.ndarray, config: Config, n_slices: int) -> tuple[float, float]:
     """Mean loss over random slices drawn for this alone, and its standard error, in nats per token."""
     starts = slice_starts(config.seed, EVALUATION_STREAM, n_slices, len(tokens) - config.seq_len)
-    slices = take_slices(tokens, starts, config.seq_len)
+    losses = slice_losses(model, take_slices(tokens, starts, config.seq_len), config)
+    return losses.mean().item(), (losses.std() / math.sqrt(n_slices)).item()
+
+
+def validation_loss(model: GPT, tokens: np.ndarray, config: Config) -> float:
+    """Mean loss, nats per token, over the same slices every time: evenly spread, `VAL_TOKENS` at most."""
+    n_slices = max(1, min(VAL_TOKENS, len(tokens) - 1) // config.seq_len)
+    starts = np.linspace(0, len(tokens) - 1 - config.seq_len, n_slices).astype(np.int64)
+    return slice_losses(model, take_slices(tokens, starts, config.seq_len), config).mean().item()
+
+
+def slice_losses(model: GPT, slices: torch.Tensor, config: Config) -> torch.Tensor:
+    """Mean loss of each slice (n, T + 1), float64 (n,), nats per token."""
     losses = []
     with evaluating(model), autocast(config):
         for chunk in slices.split(config.micro_batch):
@@ -1524,8 +1660,12 @@ def corpus_loss(model: GPT, tokens: np.ndarray, config: Config, n_slices: int) -
             parts = zip(features.split(HeadLoss.BLOCK), targets.split(HeadLoss.BLOCK), strict=True)
             loss = torch.cat([F.cross_entropy(model.logits(f).float(), t, reduction="none") for f, t in parts])
             losses.append(loss.view(len(chunk), -1).mean(1).cpu())
-    losses = torch.cat(losses).double()
-    return losses.mean().item(), (losses.std() / math.sqrt(n_slices)).item()
+    return torch.cat(losses).double()
+
+
+def bits_per_byte(loss: float | None, bytes_per_token: float) -> float | None:
+    """Nats per token as bits per byte of text, which compare across vocabularies."""
+    return None if loss is None else loss / math.log(2) / bytes_per_token
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1533,6 +1673,7 @@ def corpus_loss(model: GPT, tokens: np.ndarray, config: Config, n_slices: int) -
 # ---------------------------------------------------------------------------------------------
 
 MAX_SKIPPED_IN_A_ROW = 20  # fp16 skips a few steps while it looks for its scale; 20 mean it is lost
+VAL_TOKENS = 2**15  # of the validation split that are measured
 STUCK_AFTER = 200  # steps after warm-up by which a healthy run is far below ln V
 
 
@@ -1614,9 +1755,10 @@ class Trainer:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.progress = replace(Progress(**checkpoint["progress"]), skipped_in_a_row=0)
         self.saved_step = self.progress.step if checkpoint["own"] else 0
-        if saved["target_window"] != config.target_window or not checkpoint["own"]:
-            # A window of another size does not compare, and another run's best.pt stayed there.
-            self.progress.best_loss, self.progress.best_step = math.inf, 0
+        measure = ("val_fraction", "val_file") if config.validates else ("target_window", "val_fraction", "val_file")
+        if any(saved[name] != config.as_dict()[name] for name in measure) or not checkpoint["own"]:
+            # What is measured otherwise does not compare, and another run's best.pt stayed there.
+            self.progress.best_loss, self.progress.best_step, self.progress.measured_in_vain = math.inf, 0, 0
 
     def compile(self) -> None:
         """Compile the forward pass if the config says so, proven on a micro-batch there and back; a
@@ -1728,8 +1870,19 @@ class Trainer:
                 "go on with a lower --lr, or with --amp bf16 or off"
             )
 
+    def evaluate(self) -> float:
+        """Measure the validation loss, and keep the weights if it is the lowest so far."""
+        p, lowest = self.progress, self.progress.best_loss
+        p.val_loss, p.val_step = validation_loss(self.model, self.corpus.val_tokens, self.config), p.step
+        if p.val_loss < lowest:
+            p.measured_in_vain = 0
+            self.keep(p.val_loss)
+        else:
+            p.measured_in_vain += 1
+        return p.val_loss
+
     def keep_best(self, at_end: bool = False) -> None:
-        """Copy the weights aside when window_loss is the lowest so far; `checkpoint` writes them.
+        """Keep the weights when window_loss is the lowest so far.
 
         A run that ends before its first window is full has the mean of what there is; a full window
         does not compare with that, and replaces it.
@@ -1739,10 +1892,15 @@ class Trainer:
         if window_loss is None and at_end and p.recent_losses:
             window_loss = statistics.fmean(p.recent_losses)
         if window_loss is not None and (window_loss < p.best_loss or not full_windows_before):
-            p.best_loss, p.best_step = window_loss, p.step
-            free = next(snapshot for snapshot in self.best_snapshots if snapshot is not self.best_under_way)
-            self.best = {"step": p.step, "loss": p.best_loss, "snapshot": free}
-            self.best["model"] = self.copy(free, self.model.state_dict())
+            self.keep(window_loss)
+
+    def keep(self, best_loss: float) -> None:
+        """Copy the weights aside, for `checkpoint` to write."""
+        p = self.progress
+        p.best_loss, p.best_step = best_loss, p.step
+        free = next(snapshot for snapshot in self.best_snapshots if snapshot is not self.best_under_way)
+        self.best = {"step": p.step, "loss": best_loss, "snapshot": free}
+        self.best["model"] = self.copy(free, self.model.state_dict())
 
     def copy(self, snapshot: Snapshot, values: dict) -> dict:
         """A snapshot of tensors; on a GPU it is taken beside the next forward and backward pass, which only read."""
@@ -1757,7 +1915,11 @@ class Trainer:
         return {
             "format": CHECKPOINT_FORMAT,
             "config": self.config.as_dict(),
-            "tokenizer": {"name": "gpt2", "n_vocab": VOCAB_SIZE},
+            "tokenizer": {
+                "name": self.config.tokenizer,
+                "n_vocab": self.config.vocab_size,
+                "content": self.corpus.vocabulary,
+            },
             "trained_context": self.progress.trained_context,
             "corpus_sha256": self.corpus.sha256,
             "corpus_tokens": len(self.corpus.tokens),
@@ -1813,7 +1975,7 @@ class Trainer:
         if self.best is best:
             self.best = None
 
-    def sample(self, run: RunDir, tokenizer: tiktoken.Encoding) -> None:
+    def sample(self, run: RunDir, tokenizer: Tokenizer) -> None:
         """Continue the prompt num_prompts times and append the texts to samples.txt."""
         c, p = self.config, self.progress
         if c.num_prompts == 0:
@@ -1838,7 +2000,7 @@ class Trainer:
 
 def stuck_hint(progress: Progress, config: Config) -> str | None:
     """What may be wrong when the loss is still that of guessing, long after warm-up; None when it is not."""
-    losses, ln_vocab = progress.recent_losses, math.log(VOCAB_SIZE)
+    losses, ln_vocab = progress.recent_losses, math.log(config.vocab_size)
     if progress.step < config.warmup_steps + STUCK_AFTER or not losses or statistics.fmean(losses) < ln_vocab - 0.3:
         return None
     return (
@@ -1858,8 +2020,8 @@ class StepReport:
         self.started = self.line_time = time.perf_counter()
         self.hinted = False
 
-    def step(self, loss: float, grad_norm: float, lr: float) -> None:
-        """Tell of the step that was just done."""
+    def step(self, loss: float, grad_norm: float, lr: float, val_loss: float | None) -> None:
+        """Tell of the step that was just done, and of the validation loss if it was measured."""
         config, p, now = self.trainer.config, self.trainer.progress, time.perf_counter()
         p.elapsed_sec = self.elapsed_before + now - self.started
         tokens_per_sec = (p.tokens - self.line_tokens) / (now - self.line_time)
@@ -1867,23 +2029,30 @@ class StepReport:
         self.bar.update()
         if p.skipped_in_a_row:
             log.warning(f"step {p.step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
-        if p.step == 1 or p.step % config.log_every == 0 or p.stop_reason(config):
+        if p.step == 1 or p.step % config.log_every == 0 or p.stop_reason(config) or val_loss is not None:
             self.line_time, self.line_tokens = now, p.tokens
-            self.line(loss, grad_norm, lr, tokens_per_sec)
+            self.line(loss, grad_norm, lr, tokens_per_sec, val_loss)
         if p.step == self.first_step + 9:
             remaining = timedelta(seconds=round((config.steps - p.step) * (now - self.started) / 10))
             log.info(f"ETA {remaining} to step {config.steps}, sooner if the target is reached")
 
-    def line(self, loss: float, grad_norm: float, lr: float, tokens_per_sec: float) -> None:
+    def line(self, loss: float, grad_norm: float, lr: float, tokens_per_sec: float, val_loss: float | None) -> None:
         """Add the line and the row."""
-        config, p = self.trainer.config, self.trainer.progress
+        config, p, corpus = self.trainer.config, self.trainer.progress, self.trainer.corpus
         window_loss = p.window_loss(config)
-        values = (p.step, loss, lr, tokens_per_sec, p.elapsed_sec, p.tokens, window_loss, grad_norm, None)
-        self.run.append_metrics(dict(zip(METRICS, values, strict=True)))
+        row = {"step": p.step, "loss": loss, "lr": lr, "tokens_per_sec": tokens_per_sec, "elapsed_sec": p.elapsed_sec}
+        row |= {"tokens": p.tokens, "window_loss": window_loss, "grad_norm": grad_norm}
+        row["bits_per_byte"] = bits_per_byte(window_loss, corpus.bytes_per_token)
         window = "" if window_loss is None else f" | window_loss {window_loss:.6f}"
+        validation = ""
+        if val_loss is not None:
+            row |= {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)}
+            row["val_bits_per_byte"] = bits_per_byte(val_loss, corpus.val_bytes_per_token)
+            validation = f" | val_loss {val_loss:.6f} | val_perplexity {perplexity(val_loss):.2f}"
+        self.run.append_metrics(row)
         log.info(
             f"step {p.step}/{config.steps} | loss {loss:.6f} | lr {lr:.2e} | tok/s {tokens_per_sec:.1f}{window} "
-            f"| grad_norm {grad_norm:.3f}"
+            f"| grad_norm {grad_norm:.3f}{validation}"
         )
         if not self.hinted and (hint := stuck_hint(p, config)):
             log.warning(hint)
@@ -1894,10 +2063,10 @@ def train(
     trainer: Trainer,
     run: RunDir,
     writer: Writer,
-    tokenizer: tiktoken.Encoding,
+    tokenizer: Tokenizer,
     publication: Callable[[str], list[Task]],
 ) -> str:
-    """Run steps until the target, the last step or a signal; returns 'target', 'steps' or a signal's name.
+    """Run steps until one of the `COMPLETE` reasons, which is returned, or a signal, whose name is.
 
     `publication(stop_reason)` rewrites results.json and the plot.
     """
@@ -1925,10 +2094,12 @@ def train(
                     save()
                     writer.finish()
                 return signal.Signals(interruption.signal).name
-            report.step(*trainer.update())
+            loss, grad_norm, lr = trainer.update()
+            due = config.validates and (p.step % config.eval_every == 0 or p.stop_reason(config))
+            report.step(loss, grad_norm, lr, trainer.evaluate() if due else None)
             if p.stop_reason(config):
                 break
-            if p.step % config.target_window == 0:
+            if p.step % config.target_window == 0 and not config.validates:
                 trainer.keep_best()
             if p.step % config.sample_every == 0:
                 trainer.sample(run, tokenizer)
@@ -1940,9 +2111,17 @@ def train(
         stop = p.stop_reason(config)
         if stop == "target":
             log.info(f"Target reached: loss {p.window_loss(config):.6f} <= {config.target_loss}. Stopping.")
+        elif stop == "patience":
+            log.info(f"No lower validation loss in {config.patience} measurements. Stopping.")
         elif config.target_loss:
             log.info(f"All {p.step} steps done; window_loss is still above the target {config.target_loss}.")
-        trainer.keep_best(at_end=True)
+        if not config.validates:
+            trainer.keep_best(at_end=True)
+        elif p.val_loss > 1.01 * p.best_loss:
+            log.info(
+                f"Validation loss was lowest at step {p.best_step} ({p.best_loss:.6f}) and is {p.val_loss:.6f} now: "
+                "from there on the model overfits, learning its text by heart; best.pt is of that step"
+            )
         if p.step != p.sampled_step:
             trainer.sample(run, tokenizer)
         save()
@@ -1993,14 +2172,16 @@ def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, 
     target = f"target {c.target_loss:g} as the mean of {c.target_window} steps" if c.target_loss else "no target"
     return [
         f"Model: GPT-2, {c.n_params:,} parameters ({c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
-        f"{c.block_size} positions, vocabulary {VOCAB_SIZE})",
-        f"Corpus: {c.input_file.as_posix()}, {part} tokens, sha256 {corpus.sha256[:16]}",
+        f"{c.block_size} positions, vocabulary {c.vocab_size})",
+        f"Corpus: {names(c.input_file)}, {part} tokens ({corpus.bytes_per_token:.3f} bytes each), "
+        f"sha256 {corpus.sha256[:16]}",
+        *([f"Validation: {len(corpus.val_tokens):,} tokens, never trained on"] if c.validates else []),
         f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
         f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps",
         f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after "
         f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}",
-        f"Loss: ln V = {math.log(VOCAB_SIZE):.3f} at the start; floor of this corpus at seq_len {c.seq_len}: "
-        f"{floor:.4f}; {target}",
+        f"Loss: ln V = {math.log(c.vocab_size):.3f} at the start; floor of this corpus at seq_len {c.seq_len}: "
+        f"{floor:.4f}{' (an estimate)' if n_tokens > EXACT_FLOOR else ''}; {target}",
         *(f"{name.capitalize()}: {getattr(c, name)} ({reason})" for name, reason in reasons.items()),
     ]
 
@@ -2035,7 +2216,7 @@ class Setup:
     config: Config
     reasons: dict[str, str]  # of the automatic choices
     corpus: Corpus
-    tokenizer: tiktoken.Encoding
+    tokenizer: Tokenizer
     run: RunDir
     resumed_from: Path | None
     checkpoint: dict | None  # what that file holds
@@ -2057,7 +2238,8 @@ def prepare(argv: list[str], held: ExitStack) -> Setup:
         raise ValueError(f"{run.config_json} was not written by train.py: choose another --out_dir")
     previous = None if checkpoint is None else Config.from_dict(checkpoint["config"])
     config, reasons = choose_runtime(config, previous)
-    tokenizer = load_tokenizer()
+    tokenizer = choose_tokenizer(config, checkpoint)
+    config = replace(config, vocab_size=tokenizer.n_vocab)
     corpus = load_corpus(config, tokenizer)
     if checkpoint is not None:
         check_same_run(path, checkpoint, config, corpus)
@@ -2073,6 +2255,7 @@ def results(trainer: Trainer, stop_reason: str, floor: float, measured: tuple[fl
         "stop_reason": stop_reason,
         "target_loss": c.target_loss,
         "target_window": c.target_window,
+        "best_metric": "val_loss" if c.validates else "window_loss",
         "best_loss": p.best_loss,
         "best_step": p.best_step,
         "final_loss": p.loss,
@@ -2082,12 +2265,17 @@ def results(trainer: Trainer, stop_reason: str, floor: float, measured: tuple[fl
         "corpus_loss_standard_error": standard_error,
         "corpus_loss_slices": n_slices,
         "perplexity": None if mean is None else perplexity(mean),
+        "bits_per_byte": bits_per_byte(mean, trainer.corpus.bytes_per_token),
+        "val_loss": p.val_loss if p.val_step else None,
+        "val_perplexity": perplexity(p.val_loss) if p.val_step else None,
+        "val_bits_per_byte": bits_per_byte(p.val_loss, trainer.corpus.val_bytes_per_token) if p.val_step else None,
         "tokens": p.tokens,
         "pseudo_epochs": p.tokens / len(trainer.corpus.tokens),
         "elapsed_sec": round(p.elapsed_sec, 2),
         "skipped_steps": p.skipped_steps,
         "loss_floor": floor,
-        "ln_vocab": math.log(VOCAB_SIZE),
+        "loss_floor_is_an_estimate": len(trainer.corpus.tokens) > EXACT_FLOOR,
+        "ln_vocab": math.log(c.vocab_size),
         "parameters": c.n_params,
     }
 
@@ -2105,7 +2293,7 @@ def measure_corpus_loss(trainer: Trainer) -> tuple[float, float, int]:
     mean, standard_error = corpus_loss(trainer.model, trainer.corpus.tokens, c, n_slices)
     log.info(
         f"Corpus loss {mean:.6f} +- {standard_error:.6f} (mean and standard error of {n_slices} random slices), "
-        f"perplexity {perplexity(mean):.4f}"
+        f"perplexity {perplexity(mean):.4f}, {bits_per_byte(mean, trainer.corpus.bytes_per_token):.4f} bits per byte"
     )
     return mean, standard_error, n_slices
 
@@ -2121,7 +2309,7 @@ def launch_record(setup: Setup, first_step: int) -> dict:
         "seed": config.seed,
         "git_commit": git_commit(),
         **environment(config),
-        "corpus": {"file": config.input_file.as_posix(), "sha256": corpus.sha256, "tokens": len(corpus.tokens)},
+        "corpus": {"file": names(config.input_file), "sha256": corpus.sha256, "tokens": len(corpus.tokens)},
         "parameters": config.n_params,
         "reasons": setup.reasons,
         "launches": [*(earlier if isinstance(earlier, list) else []), launch],
@@ -2191,7 +2379,10 @@ class Report:
         self.launch = launch_record(setup, first_step)
 
     def write_config(self) -> None:
-        """Raises OSError."""
+        """With the vocabulary, if it is not GPT-2's. Raises OSError."""
+        if vocabulary := self.trainer.corpus.vocabulary:
+            with replacing(self.run.tokenizer_json) as file:
+                file.write(vocabulary.encode())
         self.run.write_json(self.run.config_json, self.launch | {"config": self.trainer.config.as_dict()})
 
     def tasks(self, stop_reason: str, measured: tuple[float, float, int] | None = None) -> list[Task]:
@@ -2230,7 +2421,7 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
         configure_torch(setup.config)
         begin(setup, trainer, report)
         stop_reason = train(trainer, run, writer, setup.tokenizer, report.tasks)
-        if interrupted := stop_reason not in ("target", "steps"):
+        if interrupted := stop_reason not in COMPLETE:
             tasks = report.tasks("interrupted") if trainer.saved_step else []
         else:
             tasks = report.tasks(stop_reason, measure_corpus_loss(trainer))
@@ -2279,13 +2470,17 @@ def finished(setup: Setup) -> str | None:
     if setup.checkpoint is None:
         return None
     step, published = setup.checkpoint["step"], read_json(setup.run.results_json)
-    if published.get("stop_reason") not in ("target", "steps") or published.get("final_step") != step:
+    if published.get("stop_reason") not in COMPLETE or published.get("final_step") != step:
         return None
     if any(setup.checkpoint.get("unwritten", {}).values()):
         return None  # rows that the disk had refused
     match Progress(**setup.checkpoint["progress"]).stop_reason(setup.config):
         case "target":
             return f"Already finished: the target was reached at step {step}. Lower --target_loss to go on."
+        case "patience":
+            return (
+                f"Already finished: the validation loss fell no further up to step {step}. Raise --patience to go on."
+            )
         case "steps":
             return f"Already finished: all steps up to {step} are done. Raise --steps to go on."
 

@@ -40,6 +40,7 @@ LOG_LINES, SAMPLE_LINES, TABLE_ROWS, LAUNCHES = 20, 60, 12, 10
 LEVELS = (("ln_vocab", "ln V", "#969696"), ("target_loss", "target", "#238b45"), ("loss_floor", "floor", "#cb181d"))
 OUTCOMES = {
     "target": "target reached",
+    "patience": "stopped, since the validation loss fell no further",
     "steps": "all steps done, target not reached",
     "running": "still running at the last save",
     "interrupted": "interrupted, to be continued",
@@ -134,6 +135,7 @@ COLUMNS: dict[str, Callable[[float], str]] = {  # of the METRICS table
     "loss": "{:.4f}".format,
     "window_loss": "{:.4f}".format,
     "val_loss": "{:.4f}".format,
+    "val_perplexity": "{:,.2f}".format,
     "lr": "{:.2e}".format,
     "grad_norm": "{:.3f}".format,
     "tokens_per_sec": "{:,.0f}".format,
@@ -173,6 +175,8 @@ def draw_loss_curve(out_dir: Path) -> Path:
             axis.axhline(value, color=colour, linewidth=1, linestyle="--", label=f"{name} {value:.5g}")
             drawn.append(value)
     best, step = number(run.results, "best_loss"), number(run.results, "best_step")
+    if (start := overfitting(run)) is not None:
+        axis.axvline(start, color="#d94801", linewidth=1, linestyle=":", label=f"overfitting from step {start:.0f}")
     if best and step and best > 0:
         axis.plot([step], [best], "*", color="#6a51a3", markersize=11, label=f"best {best:.4f} at step {step:.0f}")
         drawn.append(best)
@@ -204,6 +208,15 @@ def draw_loss_curve(out_dir: Path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def overfitting(run: Run) -> float | None:
+    """The step of the lowest validation loss, if it has risen since by more than a hundredth."""
+    if not has_values(run.metrics, "val_loss"):
+        return None
+    measured = run.metrics.dropna(subset=["val_loss"])
+    lowest = measured.loc[measured["val_loss"].idxmin()]
+    return lowest["step"] if measured["val_loss"].iloc[-1] > 1.01 * lowest["val_loss"] else None
 
 
 def has_values(table: pd.DataFrame, column: str) -> bool:
@@ -289,11 +302,17 @@ def summary_section(run: Run, _readme: Path) -> str:
     reason = run.results.get("stop_reason")
     rows.append(["outcome", OUTCOMES.get(reason if isinstance(reason, str) else "", "unknown")])
     add("target (window_loss)", "{:g} over {:.0f} steps", "target_loss", "target_window")
-    add("best window_loss", "**{:.6f}** at step {:,.0f}", "best_loss", "best_step")
+    metric = "val_loss" if run.results.get("best_metric") == "val_loss" else "window_loss"
+    add(f"best {metric}", "**{:.6f}** at step {:,.0f}", "best_loss", "best_step")
     add("last step", "loss {:.6f} at step {:,.0f}", "final_loss", "final_step")
     corpus_loss = ("corpus_loss", "corpus_loss_standard_error", "corpus_loss_slices")
     add("corpus loss", "{:.6f} ± {:.6f} (mean ± standard error, n = {:,.0f} random slices)", *corpus_loss)
     add("perplexity", "{:.4f}", "perplexity")
+    add("bits per byte", "{:.4f}", "bits_per_byte")
+    add("last val_loss", "{:.6f}, perplexity {:,.2f}", "val_loss", "val_perplexity")
+    add("validation bits per byte", "{:.4f}", "val_bits_per_byte")
+    if (start := overfitting(run)) is not None:
+        rows.append(["overfitting", f"from step {start:,.0f} on the validation loss rose"])
     add("loss floor of this corpus and seq_len", "{:.4f}", "loss_floor")
     add("ln V (a model that knows nothing)", "{:.3f}", "ln_vocab")
     add("tokens trained", "{:,.0f} ({:,.1f} pseudo-epochs)", "tokens", "pseudo_epochs")

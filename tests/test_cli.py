@@ -95,7 +95,7 @@ def test_checkpoints_describe_themselves(launch, config):
     for name in ("last", "best"):
         checkpoint = torch.load(f"run/checkpoints/{name}.pt", weights_only=True)
         assert checkpoint["trained_context"] == 12
-        assert checkpoint["tokenizer"] == {"name": "gpt2", "n_vocab": 50257}
+        assert checkpoint["tokenizer"] == {"name": "gpt2", "n_vocab": 50257, "content": ""}
         model = train.GPT(train.Config.from_dict(checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         assert "_orig_mod" not in " ".join(checkpoint["model"])

@@ -54,7 +54,7 @@ def test_a_changed_vocabulary_is_refused(monkeypatch, tmp_path):
 def test_text_survives_the_tokenizer(tmp_path, config, tokenizer, text):
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
-    corpus = train.load_corpus(replace(config, input_file=path, seq_len=1), tokenizer) if len(text) > 1 else None
+    corpus = train.load_corpus(replace(config, input_file=(path,), seq_len=1), tokenizer) if len(text) > 1 else None
     read, _ = train.read_text(path)
     assert read == text
     if corpus:
@@ -70,8 +70,8 @@ def test_a_byte_order_mark_is_dropped(tmp_path):
 
 
 def test_max_tokens_takes_the_beginning(text_file, config, tokenizer):
-    whole = train.load_corpus(replace(config, input_file=text_file), tokenizer)
-    part = train.load_corpus(replace(config, input_file=text_file, max_tokens=100), tokenizer)
+    whole = train.load_corpus(replace(config, input_file=(text_file,)), tokenizer)
+    part = train.load_corpus(replace(config, input_file=(text_file,), max_tokens=100), tokenizer)
     assert len(whole.tokens) > 500
     np.testing.assert_array_equal(part.tokens, whole.tokens[:100])
 

@@ -147,8 +147,12 @@ def test_the_one_before_steps_in_aloud(run, damage):
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """A bit is either of no meaning at all (padding, dates), or the file is refused."""
     torch.manual_seed(0)
-    content = {"model": {"a": torch.randn(50, 7), "b": torch.randn(3)}, "progress": {"step": 7, "losses": [1.5, 2.5]}}
-    content |= {"format": train.CHECKPOINT_FORMAT, "config": {}, "corpus_sha256": "x", "corpus_tokens": 3}
+    content = {
+        "model": {"a": torch.randn(50, 7), "b": torch.randn(3)},
+        "progress": {"step": 7, "recent_losses": [1.5, 2.5]},
+    }
+    content |= {"format": train.CHECKPOINT_FORMAT, "config": train.Config().resolved().as_dict(), "step": 7}
+    content |= {"corpus_sha256": "x", "corpus_tokens": 3, "tokenizer": {"content": ""}}
     good, path = saved(content), tmp_path / "last.pt"
     refused = 0
     for position in random.Random(0).sample(range(8 * len(good)), 1500):
@@ -160,7 +164,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
         except ValueError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1
-    assert refused > 500
+    assert 500 < refused < 1500
 
 
 def crafted(path: Path, **changes: object) -> None:

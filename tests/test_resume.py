@@ -91,7 +91,7 @@ def test_resuming_needs_no_second_copy_of_the_state(launch, config, text_file):
     checkpoint = train.load_checkpoint(path) | {"own": True}
     tokenizer = train.load_tokenizer()
     saved = train.Config.from_dict(checkpoint["config"])
-    train.Trainer(saved, train.load_corpus(replace(saved, input_file=text_file), tokenizer), checkpoint)
+    train.Trainer(saved, train.load_corpus(replace(saved, input_file=(text_file,)), tokenizer), checkpoint)
     assert not any(isinstance(value, torch.Tensor) for value in leaves(checkpoint))
 
 
@@ -119,8 +119,8 @@ def test_another_cut_into_micro_batches_gives_the_same_run_to_rounding(launch):
     flags = ["--decay_steps=8", "--warmup_steps=2", "--amp=off"]
     assert launch("whole", *flags, "--batch_size=4") == 0
     assert launch("parts", *flags, "--batch_size=4", "--steps=4") == 0
-    assert launch("parts", *flags, "--batch_size=1", "--grad_accum=4") == 0
-    assert "--batch_size 4 -> 1, --grad_accum 1 -> 4" in log_text(Path("parts"))
+    assert launch("parts", *flags, "--batch_size=1", "--grad_accum=4", "--micro_batch=1") == 0
+    assert "--batch_size 4 -> 1, --grad_accum 1 -> 4, --micro_batch 4 -> 1" in log_text(Path("parts"))
     expected, found = rows(Path("whole"), "loss"), rows(Path("parts"), "loss")
     assert [float(x[0]) for x in found] == pytest.approx([float(x[0]) for x in expected], abs=1e-4)
 

@@ -1,0 +1,264 @@
+"""tokens.py: any cut of the text leaves its ids as they are, and the file of ids is whole or not there."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY_FLAGS, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokens
+import train
+
+NASTY = [
+    " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x1c", "\x85", "\x0b", "'", "'s", "'ll",
+    "\u2019s", "a", "Zoë", "e\u0301", "1", "٣", "½", "!", "...", "—", "\U0001f469\u200d\U0001f467", "\U0001fae8",
+    "漢字", "\uff0c", "ไทย", "ß", "ǅ", "\x00", "<|endoftext|>", "don't", "x'S",
+]  # fmt: skip
+
+
+def in_pieces(text: str, path: Path, size: int, tokenizer) -> np.ndarray:
+    """Ids by way of pieces of about `size` bytes."""
+    path.write_bytes(text.encode())
+    parts = [tokens.encode(piece, tokenizer) for piece in tokens.pieces(path)]
+    return np.concatenate([np.zeros(0, dtype=np.uint32), *parts])
+
+
+@settings(max_examples=400, deadline=None)
+@given(words=st.lists(st.sampled_from(NASTY), max_size=60), size=st.integers(1, 40))
+def test_pieces_have_the_ids_of_the_whole(words, size, tokenizer, tmp_path_factory):
+    text = "".join(words)
+    path = tmp_path_factory.getbasetemp() / "nasty.txt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "CHUNK", size)
+        found = in_pieces(text, path, size, tokenizer)
+    expected = tokenizer.encode_ordinary(text.removeprefix("\ufeff"))
+    assert found.tolist() == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=80), size=st.integers(1, 40))
+def test_pieces_of_any_unicode(text, size, tokenizer, tmp_path_factory):
+    test_pieces_have_the_ids_of_the_whole.hypothesis.inner_test([text], size, tokenizer, tmp_path_factory)
+
+
+def test_every_place_that_may_be_cut_may_be_cut(tokenizer):
+    generator = random.Random(0)
+    cuts = 0
+    for _ in range(3000):
+        text = "".join(generator.choices(NASTY, k=12))
+        whole = tokenizer.encode_ordinary(text)
+        for place in range(1, len(text)):
+            if tokens.separate(text[place - 1], text[place]):
+                assert tokenizer.encode_ordinary(text[:place]) + tokenizer.encode_ordinary(text[place:]) == whole, text
+                cuts += 1
+    assert cuts > 10_000
+
+
+@pytest.mark.parametrize("text", ["漢字仮名交り文、" * 3000, "abc123" * 4000, "a-b" * 8000, "x" * 20_000 + " end"])
+def test_text_without_white_space_is_cut_elsewhere(text, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "CHUNK", 1000)
+    path = tmp_path / "dense.txt"
+    assert in_pieces(text, path, 1000, tokenizer).tolist() == tokenizer.encode_ordinary(text)
+    longest = max(len(piece) for piece in tokens.pieces(path))
+    assert longest <= 1003 or "x" in text, "only a single endless word must not be cut"
+
+
+@pytest.mark.parametrize("white", [" ", "\n", "\t \n", "\u00a0"])
+def test_endless_white_space(white, tokenizer, tmp_path):
+    run = (white * 300_000)[:300_000]
+    for text in (f"one{run}two", f"{run}two", f"one{run}"):
+        assert in_pieces(text, tmp_path / "white.txt", 0, tokenizer).tolist() == tokenizer.encode_ordinary(text)
+
+
+def load(*inputs, tokenizer, folder, threads=2):
+    return tokens.load([Path(path) for path in inputs], tokenizer, "gpt2", Path(folder), threads)
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("b/two.txt", "Second text.\n"), ("b/a/one.txt", "First text, é.\r\n"), ("b/other.md", "Third")):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(text.encode())
+    return tmp_path
+
+
+def test_documents_are_joined_in_a_stable_order(texts, tokenizer):
+    found = load("b", "b/*.md", tokenizer=tokenizer, folder="cache")
+    decoded = tokenizer.decode(found.tokens.tolist())
+    assert decoded == "First text, é.\r\n<|endoftext|>Second text.\n<|endoftext|>Third"
+    assert (found.tokens == 50_256).sum() == 2 and found.n_bytes == sum(
+        p.stat().st_size for p in tokens.find_files([Path("b"), Path("b/other.md")])
+    )
+    assert tokens.find_files([Path("b/two.txt"), Path("b")]) == [Path("b/two.txt"), Path("b/a/one.txt")], "none twice"
+
+
+def test_the_file_is_used_again_and_a_changed_text_is_noticed(texts, tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(train.log, "propagate", True)
+    first = load("b", tokenizer=tokenizer, folder="cache")
+    (path,) = Path("cache").glob("*.tokens")
+    written = path.stat().st_mtime_ns
+    again = load("b", tokenizer=tokenizer, folder="cache")
+    assert path.stat().st_mtime_ns == written and again.sha256 == first.sha256 and (again.tokens == first.tokens).all()
+    assert not caplog.messages
+    Path("b/two.txt").write_text("Changed.", encoding="utf-8")
+    assert "Changed." in tokenizer.decode(load("b", tokenizer=tokenizer, folder="cache").tokens.tolist())
+    assert "has changed" in caplog.text and len(list(Path("cache").glob("*.tokens"))) == 1
+
+
+def test_a_damaged_file_is_noticed_whatever_the_damage(texts, tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(train.log, "propagate", True)
+    expected = load("b", tokenizer=tokenizer, folder="cache").tokens.tolist()
+    (path,) = Path("cache").glob("*.tokens")
+    whole = path.read_bytes()
+    generator = random.Random(1)
+    places = [*range(0, 70), *generator.sample(range(len(whole)), 60), len(whole) - 1]
+    damages = [whole[:place] for place in places] + [whole + b"\0\0", b"", b"\n" * 100]
+    damages += [whole[:p] + bytes([whole[p] ^ 1 << generator.randrange(8)]) + whole[p + 1 :] for p in places]
+    for damaged in damages:
+        path.write_bytes(damaged)
+        assert load("b", tokenizer=tokenizer, folder="cache").tokens.tolist() == expected
+    assert "encoding the text anew" in caplog.text
+
+
+def test_one_text_has_the_hash_of_its_bytes(texts, tokenizer):
+    found = load("b/two.txt", tokenizer=tokenizer, folder="cache")
+    assert found.sha256 == train.hashlib.sha256(b"Second text.\n").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"good \xff bad", "two.txt is not UTF-8: offset 5"),
+        (b"x" * 300_000 + b"\xc3(", "two.txt is not UTF-8: offset 300000"),
+        (b"cut \xe2\x82", "two.txt is not UTF-8: offset 4"),
+        ("utf-16".encode("utf-16"), "two.txt is UTF-16"),
+    ],
+)
+def test_a_text_that_is_none_leaves_nothing_behind(texts, tokenizer, content, message):
+    Path("b/two.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load("b", tokenizer=tokenizer, folder="cache")
+    assert [path.suffix for path in Path("cache").iterdir()] in ([], [".lock"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input_file", "empty"], "empty holds no .txt file"),
+        (["--input_file", "b/*.csv"], "b/*.csv matches no file"),
+        (["--input_file", "b/two.txt", "none.txt"], "none.txt does not exist"),
+        (["--input_file", "b/two.txt", "pydoc_data.topics"], "without other texts"),
+        (["--input_file", "b", "--tokenizer", "bpe:1000"], "the text yields"),
+        (["--input_file", "b", "--tokenizer", "bpe:20"], "--tokenizer bpe:20 is none of"),
+        (["--input_file", "b", "--tokenizer", "none.json"], "none.json does not exist"),
+        (["--input_file", "b", "--tokenizer", "odd.json"], "odd.json is no tokenizer.json"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_line(texts, flags, message):
+    Path("empty").mkdir()
+    Path("odd.json").write_text("{}", encoding="utf-8")
+    result = run_script("--preset=demo", "--out_dir=run", *flags, cwd=texts)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1 and not Path("run").exists() and result.stdout == ""
+
+
+def test_a_build_that_was_killed_starts_again(tmp_path, tokenizer):
+    text = " ".join(str(n) for n in range(600_000))
+    Path(tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    program = (
+        "import tokens, train; from pathlib import Path;"
+        "tokens.load([Path('long.txt')], train.load_tokenizer(), 'gpt2', Path('cache'), 1)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment)
+    while not any(path.stat().st_size > 100_000 for path in tmp_path.glob("cache/*.tmp")):
+        assert process.poll() is None, "it was done before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL if os.name != "nt" else signal.SIGTERM)
+    process.wait()
+    assert list(tmp_path.glob("cache/*.tmp")) and not list(tmp_path.glob("cache/*.tokens"))
+    found = load(tmp_path / "long.txt", tokenizer=tokenizer, folder=tmp_path / "cache")
+    assert np.array_equal(found.tokens, np.array(tokenizer.encode_ordinary(text), dtype=np.uint16))
+    assert not list(tmp_path.glob("cache/*.tmp"))
+
+
+def test_training_on_a_folder_equals_training_on_the_joined_ids(texts, tokenizer, monkeypatch):
+    """The same corpus from memory and from the file on disk gives the same run."""
+    long = "To be, or not to be, that is the question: whether 'tis nobler. " * 40
+    Path("b/two.txt").write_text(long, encoding="utf-8")
+    flags = [*TINY_FLAGS, "--steps=4", "--input_file=b/two.txt"]
+    assert train.main([*flags, "--out_dir=memory"]) == 0
+    monkeypatch.setattr(train, "SMALL_TEXT", 100)
+    assert train.main([*flags, "--out_dir=disk"]) == 0
+    losses = [
+        re.findall(r"\| loss ([\d.]+)", Path(run, "logs/train.log").read_text(encoding="utf-8"))
+        for run in ("memory", "disk")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) >= 2
+    assert list(Path("data/cache").glob("two-*.tokens"))
+
+
+@pytest.fixture
+def vocabulary(tiny_shakespeare):
+    return tokens.OwnVocabulary(tokens.train_vocabulary([tiny_shakespeare], 1000), "bpe:1000")
+
+
+def test_an_own_vocabulary(vocabulary, tiny_shakespeare):
+    assert vocabulary.n_vocab == 1000
+    text = tiny_shakespeare.read_text(encoding="utf-8")[:20_000]
+    found = vocabulary.encode_ordinary(text)
+    assert vocabulary.decode(found) == text and max(found) < 1000 and len(text) / len(found) > 2
+    assert tokens.train_vocabulary([tiny_shakespeare], 1000) == vocabulary.content, "learned the same twice"
+    special = vocabulary.encode_ordinary("<|endoftext|>")
+    assert len(special) > 1 and vocabulary.eot_token not in special, "special tokens in a text are plain text"
+
+
+@settings(max_examples=150, deadline=None)
+@given(words=st.lists(st.sampled_from(NASTY), max_size=60), size=st.integers(1, 40))
+def test_pieces_have_the_ids_of_the_whole_under_an_own_vocabulary(words, size, own, tmp_path_factory):
+    test_pieces_have_the_ids_of_the_whole.hypothesis.inner_test(words, size, own, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "text.txt"
+    path.write_text("".join(random.Random(2).choices(NASTY, k=20_000)), encoding="utf-8")
+    return tokens.OwnVocabulary(tokens.train_vocabulary([path], 400), "bpe:400")
+
+
+def test_a_run_with_an_own_vocabulary_keeps_it(texts):
+    text = "".join(f"Line {i}: {i * i} is the square of {i}.\n" for i in range(500))
+    Path("b/two.txt").write_text(text, encoding="utf-8")
+    flags = [*TINY_FLAGS, "--input_file=b/two.txt", "--tokenizer=bpe:300", "--out_dir=run"]
+    assert train.main([*flags, "--steps=4"]) == 0
+    saved = train.load_checkpoint(Path("run/checkpoints/last.pt"))
+    assert saved["tokenizer"]["content"] == Path("run/tokenizer.json").read_text(encoding="utf-8")
+    assert saved["config"]["vocab_size"] == 300 == len(saved["model"]["wte.weight"])
+    assert train.main([*flags, "--steps=6"]) == 0, "and continues with it"
+    # The vocabulary that was learned can be named, and is the same one.
+    named = [*TINY_FLAGS, "--input_file=b/two.txt", "--tokenizer=run/tokenizer.json", "--out_dir=named", "--steps=4"]
+    assert train.main(named) == 0
+    other = train.load_checkpoint(Path("named/checkpoints/last.pt"))["model"]
+    assert all((value == other[name]).all() for name, value in saved["model"].items())
+    assert train.main([*flags[:-2], "--out_dir=run", "--tokenizer=gpt2"]) == 2, "another vocabulary is another model"
+
+
+def test_the_floor_of_a_large_corpus_is_estimated(monkeypatch):
+    corpus = np.random.default_rng(0).integers(0, 50, 20_000).astype(np.uint16)
+    exact = train.loss_floor(corpus, 16)
+    monkeypatch.setattr(train, "EXACT_FLOOR", 10_000)
+    assert train.loss_floor(corpus, 16) == pytest.approx(exact, rel=0.01)
+    config = replace(train.Config().resolved(), device="cpu")
+    corpus = train.Corpus(corpus, "made up", len(corpus), 3.0)
+    assert any("(an estimate)" in line for line in train.plan(config, corpus, {}, exact, train.Progress()))

@@ -1,0 +1,193 @@
+"""A held-out split: never trained on, measured the same way every time, and it decides what is best."""
+
+import csv
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_FLAGS
+
+import train
+import update_readme
+
+FLAGS = [*TINY_FLAGS, "--val_fraction=0.2", "--eval_every=3", "--input_file=input.txt", "--amp=off"]
+
+
+@pytest.fixture
+def here(text_file, monkeypatch):
+    monkeypatch.chdir(text_file.parent)
+    return text_file.parent
+
+
+def table(run: str) -> list[dict[str, str]]:
+    with open(Path(run, "logs/train_metrics.csv"), encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def results(run: str) -> dict:
+    return json.loads(Path(run, "results.json").read_text(encoding="utf-8"))
+
+
+def test_the_tail_is_held_out(config, text_file, tokenizer):
+    whole = train.load_corpus(replace(config, input_file=(text_file,)), tokenizer)
+    split = train.load_corpus(replace(config, input_file=(text_file,), val_fraction=0.25), tokenizer)
+    assert np.array_equal(np.concatenate([split.tokens, split.val_tokens]), whole.tokens)
+    assert len(split.val_tokens) == round(len(whole.tokens) / 4)
+    text = tokenizer.decode(split.val_tokens.tolist())
+    assert split.val_bytes_per_token == len(text.encode()) / len(split.val_tokens)
+    assert whole.bytes_per_token == text_file.stat().st_size / len(whole.tokens)
+    trainer = train.Trainer(replace(config, val_fraction=0.25, input_file=(text_file,)), split, None)
+    windows = {tuple(window) for window in np.lib.stride_tricks.sliding_window_view(split.tokens, config.seq_len + 1)}
+    for step in range(1, 60):
+        assert {tuple(row) for row in trainer.slices(step).tolist()} <= windows
+
+
+def test_another_text_can_be_the_split(config, text_file, tokenizer):
+    other = text_file.with_name("other.txt")
+    other.write_text("Quite another text, long enough for a slice or two of it, is held here. " * 3, encoding="utf-8")
+    corpus = train.load_corpus(replace(config, input_file=(text_file,), val_file=(other,)), tokenizer)
+    assert tokenizer.decode(corpus.val_tokens.tolist()) == other.read_text(encoding="utf-8")
+    assert len(corpus.tokens) == len(train.load_corpus(replace(config, input_file=(text_file,)), tokenizer).tokens)
+
+
+def test_the_loss_is_the_mean_over_evenly_spread_slices(config):
+    tokens = np.random.default_rng(0).integers(0, train.VOCAB_SIZE, 1000).astype(np.uint16)
+    model = train.GPT(config)
+    found = train.validation_loss(model, tokens, config)
+    T = config.seq_len
+    starts = np.linspace(0, len(tokens) - 1 - T, (len(tokens) - 1) // T).astype(int)
+    assert starts[0] == 0 and starts[-1] == len(tokens) - 1 - T and (np.diff(starts) >= T).all(), "no overlap"
+    with torch.no_grad():
+        losses = []
+        for start in starts:
+            ids = torch.tensor(tokens[start : start + T + 1].astype(int))[None]
+            losses.append(F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:]).item())
+    assert found == pytest.approx(np.mean(losses), rel=1e-5)
+    assert train.validation_loss(model, tokens, config) == found and model.training
+
+
+def test_large_splits_are_measured_in_part(config, monkeypatch):
+    monkeypatch.setattr(train, "VAL_TOKENS", 64)
+    seen = []
+    monkeypatch.setattr(train, "slice_losses", lambda model, slices, config: seen.append(slices) or torch.zeros(1))
+    train.validation_loss(None, np.arange(10_000, dtype=np.uint16), config)
+    assert seen[0][:, 0].tolist() == [0, 3327, 6655, 9983]
+
+
+def test_it_stands_in_rows_lines_and_results(here):
+    assert train.main([*FLAGS, "--out_dir=run"]) == 0
+    measured = {row["step"]: float(row["val_loss"]) for row in table("run") if row["val_loss"]}
+    assert list(measured) == ["3", "6", "8"], "every eval_every steps, and the last"
+    for row in table("run"):
+        if row["val_loss"]:
+            assert float(row["val_perplexity"]) == pytest.approx(math.exp(measured[row["step"]]), rel=1e-4)
+        assert bool(row["bits_per_byte"]) == bool(row["window_loss"])
+    log = Path("run/logs/train.log").read_text(encoding="utf-8")
+    assert re.findall(r"step (\d+)/8 .*\| val_loss ([\d.]+)", log) == [(s, f"{v:.6f}") for s, v in measured.items()]
+    found = results("run")
+    assert found["val_loss"] == pytest.approx(measured["8"], abs=1e-7) and found["best_metric"] == "val_loss"
+    assert found["best_loss"] == pytest.approx(min(measured.values()), abs=1e-7)
+    assert "Validation: " in log and "never trained on" in log
+    expected = (
+        found["val_loss"]
+        / math.log(2)
+        / train.load_corpus(
+            train.Config.from_dict(train.load_checkpoint(Path("run/checkpoints/last.pt"))["config"]),
+            train.load_tokenizer(),
+        ).val_bytes_per_token
+    )
+    assert found["val_bits_per_byte"] == pytest.approx(expected)
+
+
+OVERFITTING = [*FLAGS, "--lr=0.05", "--warmup_steps=0", "--max_tokens=120", "--eval_every=5", "--log_every=50"]
+
+
+def test_the_best_is_the_one_with_the_lowest_validation_loss(here):
+    assert train.main([*OVERFITTING, "--steps=150", "--out_dir=run"]) == 0
+    measured = {int(row["step"]): float(row["val_loss"]) for row in table("run") if row["val_loss"]}
+    lowest = min(measured, key=measured.get)
+    assert lowest < 150 and measured[150] > 1.01 * measured[lowest], "it should overfit"
+    best = train.load_checkpoint(Path("run/checkpoints/best.pt"))
+    assert best["step"] == lowest == results("run")["best_step"]
+    assert best["loss"] == pytest.approx(measured[lowest], abs=1e-7)
+    config = train.Config.from_dict(best["config"])
+    model = train.GPT(config)
+    model.load_state_dict(best["model"])
+    corpus = train.load_corpus(config, train.load_tokenizer())
+    assert train.validation_loss(model, corpus.val_tokens, config) == pytest.approx(best["loss"], rel=1e-6)
+    log = Path("run/logs/train.log").read_text(encoding="utf-8")
+    assert f"Validation loss was lowest at step {lowest} " in log and "overfits" in log
+    assert update_readme.overfitting(update_readme.read_run(Path("run"))) == lowest
+    summary = update_readme.summary_section(update_readme.read_run(Path("run")), Path("README.md"))
+    assert "| best val_loss | **" in summary and f"| overfitting | from step {lowest} on" in summary
+
+
+def test_patience_ends_the_run(here):
+    flags = [*OVERFITTING, "--steps=500", "--out_dir=run"]
+    assert train.main([*flags, "--patience=3"]) == 0
+    found, steps = results("run"), [int(row["step"]) for row in table("run") if row["val_loss"]]
+    assert found["stop_reason"] == "patience" and found["final_step"] == steps[-1] == found["best_step"] + 15
+    assert train.main([*flags, "--patience=3"]) == 0
+    assert results("run")["final_step"] == found["final_step"], "nothing left to do"
+    assert train.main([*flags, "--patience=5"]) == 0
+    assert results("run")["final_step"] >= found["final_step"] + 10
+
+
+def test_a_resumed_run_is_the_same_run(here):
+    flags = [*FLAGS, "--dropout=0.1", "--patience=50"]
+    assert train.main([*flags, "--steps=12", "--out_dir=whole"]) == 0
+    for steps in (5, 9, 12):
+        assert train.main([*flags, f"--steps={steps}", "--decay_steps=12", "--warmup_steps=1", "--out_dir=parts"]) == 0
+    first, second = ([row for row in table(run) if int(row["step"]) % 3 == 0] for run in ("whole", "parts"))
+    for name in ("step", "loss", "val_loss"):
+        assert [row[name] for row in first] == [row[name] for row in second]
+    last = [train.load_checkpoint(Path(run, "checkpoints/last.pt"))["model"] for run in ("whole", "parts")]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+
+
+def test_a_best_of_another_measure_does_not_count(here):
+    without = [flag for flag in FLAGS if "val_fraction" not in flag]
+    Path("other.txt").write_text("Some other text to look at, and then again some more of it. " * 5, encoding="utf-8")
+    assert train.main([*without, "--out_dir=run"]) == 0
+    assert results("run")["best_metric"] == "window_loss"
+    assert train.main([*without, "--out_dir=run", "--steps=12", "--val_file=other.txt"]) == 0
+    found = results("run")
+    assert found["best_metric"] == "val_loss" and found["best_step"] > 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--val_file=input.txt"], "choose one"),
+        (["--val_fraction=0.6"], "--val_fraction 0.6 is outside"),
+        (["--val_fraction=0.001"], "the validation split has"),
+        (["--val_fraction=0", "--patience=2"], "--patience 2 needs a validation split"),
+        (["--val_fraction=0", "--val_file=none.txt"], "none.txt does not exist"),
+    ],
+)
+def test_what_cannot_be_validated_is_refused(here, capsys, flags, message):
+    assert train.main([*FLAGS, *flags, "--out_dir=run"]) == 2
+    assert message in capsys.readouterr().err and not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "flags", "steps"),
+    [
+        (338_025, dict(), "165.1 steps"),
+        (338_025, dict(batch_size=8, seq_len=128, grad_accum=16), "20.6 steps"),
+        (116_944_985, dict(seq_len=1024, batch_size=4, grad_accum=8), "3,568.9 steps"),
+    ],
+)
+def test_the_steps_of_a_pass(n_tokens, flags, steps):
+    corpus = train.Corpus(np.broadcast_to(np.uint16(0), n_tokens), "made up", n_tokens, 3.3)
+    config = train.Config(**flags).resolved()
+    text = "\n".join(train.plan(config, corpus, {}, 0.1, train.Progress()))
+    assert f"a pseudo-epoch of {n_tokens:,} tokens is {steps}" in text
+    planned = config.steps * config.batch_size * config.grad_accum * config.seq_len
+    assert f"{planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs" in text
