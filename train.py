@@ -52,6 +52,7 @@ from typing import Annotated, BinaryIO, Literal, Protocol, get_type_hints
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -178,6 +179,8 @@ class Config:
     """torch.compile; without a working compiler the run goes on without, and says why"""
     threads: Annotated[int | None, Between(1, 4096)] = None
     """CPU threads; None: PyTorch's choice"""
+    processes: tyro.conf.Suppress[int] = 1
+    """those that torchrun started for this run, each with an equal share of every step's slices"""
     deterministic: bool = False
     """the same bits in every run on CUDA too, at the cost of speed; on a CPU they always are the same"""
 
@@ -203,6 +206,11 @@ class Config:
     def global_batch(self) -> int:
         """Slices in one step."""
         return self.batch_size * self.grad_accum
+
+    @property
+    def share(self) -> int:
+        """Of them, those of each process."""
+        return self.global_batch // self.processes
 
     @property
     def tokens_per_step(self) -> int:
@@ -265,9 +273,17 @@ class Config:
             found.append(
                 f"--batch_size x --grad_accum x --seq_len = {self.tokens_per_step:,} tokens per step exceeds {2**26:,}"
             )
-        if self.micro_batch is not None and self.global_batch % self.micro_batch:
+        if self.global_batch % self.processes:
+            below, above = (n * self.processes for n in (self.share, self.share + 1))
+            nearest = " or ".join(str(n) for n in (below, above) if n)
+            found.append(
+                f"--batch_size x --grad_accum = {self.global_batch} slices do not divide evenly among {self.processes} "
+                f"processes: {nearest} would"
+            )
+        elif self.micro_batch is not None and self.share % self.micro_batch:
             found.append(
                 f"--micro_batch {self.micro_batch} does not divide --batch_size x --grad_accum = {self.global_batch}"
+                + f", shared by {self.processes} processes" * (self.processes > 1)
             )
         if self.warmup_steps > self.decay_steps:
             found.append(f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}")
@@ -318,7 +334,7 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def parse_config(argv: list[str]) -> Config:
+def parse_config(argv: list[str], processes: int = 1, silent: bool = False) -> Config:
     """Command line to validated, resolved flags.
 
     Raises ValueError with one line per problem, and SystemExit where tyro answers itself
@@ -331,7 +347,7 @@ def parse_config(argv: list[str]) -> Config:
     first_look.add_argument("--preset", default="gpt2")
     first_look.add_argument("--steps")
     asked = first_look.parse_known_args(argv)[0]
-    defaults = Config(**PRESETS.get(asked.preset, {}))
+    defaults = Config(**PRESETS.get(asked.preset, {}), processes=processes)
     if asked.steps is not None:
         defaults = replace(defaults, decay_steps=None)  # the preset's belongs to the preset's steps
     config = tyro.cli(
@@ -342,6 +358,7 @@ def parse_config(argv: list[str]) -> Config:
         use_underscores=True,
         description=__doc__.split("\n\n")[0],
         config=(tyro.conf.FlagCreatePairsOff,),
+        console_outputs=not silent,
     )
     if problems := config.out_of_range() or config.resolved().contradictions():
         raise ValueError("\n".join(problems))
@@ -942,8 +959,16 @@ def choose_compile(config: Config) -> tuple[str, str]:
 def choose_micro_batch(config: Config) -> tuple[int, str]:
     """How many slices to work on at once, and why."""
     if config.device != "cpu":
-        return config.batch_size, "--batch_size"
-    return largest_divisor(config.global_batch, max(1, 2048 // config.seq_len)), "a CPU likes 2,048 tokens at once"
+        return largest_divisor(config.share, config.batch_size), "--batch_size"
+    return largest_divisor(config.share, max(1, 2048 // config.seq_len)), "a CPU likes 2,048 tokens at once"
+
+
+def choose_threads(config: Config) -> tuple[int, str]:
+    """How many CPU threads to use, and why; torchrun's environment allows each process one, whatever the cores."""
+    if config.processes == 1:
+        return torch.get_num_threads(), "PyTorch's choice"
+    cores, here = os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", config.processes))
+    return max(1, cores // here), f"{cores} cores shared by {here} processes"
 
 
 def largest_divisor(number: int, at_most: int) -> int:
@@ -975,10 +1000,11 @@ def choose_runtime(config: Config, previous: Config | None) -> tuple[Config, dic
     if problem := device_problem(config.device):
         raise ValueError(problem)
     same_device = previous is not None and config.device == previous.device
+    same_processes = same_device and config.processes == previous.processes
     decide("amp", lambda: choose_amp(config.device), lambda _: same_device)
     decide("compile", lambda: choose_compile(config), lambda _: same_device)
-    decide("threads", lambda: (torch.get_num_threads(), "PyTorch's choice"), lambda _: same_device)
-    same_shape = same_device and all(
+    decide("threads", lambda: choose_threads(config), lambda _: same_processes)
+    same_shape = same_processes and all(
         getattr(config, name) == getattr(previous, name) for name in ("batch_size", "grad_accum", "seq_len")
     )
     decide("micro_batch", lambda: choose_micro_batch(config), lambda _: same_shape)
@@ -989,6 +1015,76 @@ def autocast(config: Config) -> torch.autocast:
     """The context in which matrix products run in the chosen precision."""
     dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
     return torch.autocast(torch.device(config.device).type, dtype, enabled=config.amp != "off")
+
+
+# ---------------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one run, as torchrun started them. Rank 0 leads: it alone writes, samples and evaluates."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def join(cls) -> "Ranks":
+        """Meet the other processes; alone without torchrun. Tensors travel by gloo from CPUs, by NCCL from GPUs.
+
+        Raises ConnectionError.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        try:
+            dist.init_process_group()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ConnectionError(f"the processes of this run do not reach each other ({reason})") from error
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def average(self, tensors: list[torch.Tensor]) -> None:
+        """Replace each by its mean over the ranks, the same bits on all. Raises ConnectionError."""
+        if self.count == 1:
+            return
+        with self.connected():
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+        for tensor in tensors:
+            tensor /= self.count
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers. Raises ConnectionError."""
+        if self.count == 1:
+            return number
+        value = torch.tensor(number)
+        with self.connected():
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks. Raises ConnectionError."""
+        texts = [text] * self.count
+        if self.count > 1:
+            with self.connected():
+                dist.all_gather_object(texts, text)
+        return texts
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Say what it means when a process does not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise ConnectionError("another process of this run is gone") from error
+
+    def leave(self) -> None:
+        """Part from the others."""
+        if self.count > 1:
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1674,6 +1770,7 @@ def bits_per_byte(loss: float | None, bytes_per_token: float) -> float | None:
 
 MAX_SKIPPED_IN_A_ROW = 20  # fp16 skips a few steps while it looks for its scale; 20 mean it is lost
 VAL_TOKENS = 2**15  # of the validation split that are measured
+ENOUGH = 1000  # what rank 0 tells the others, instead of the number of a signal, when the run is over
 STUCK_AFTER = 200  # steps after warm-up by which a healthy run is far below ln V
 
 
@@ -1684,8 +1781,9 @@ class TrainingFailed(RuntimeError):
 class Interruption:
     """Remembers Ctrl-C, Ctrl-Break, SIGTERM or a closed terminal until the step is done; a second one breaks off."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    def __init__(self, silent: bool = False) -> None:
+        self.silent = silent
+        self.signal = 0
         self.time = math.inf
         self._handlers = {}
 
@@ -1699,11 +1797,11 @@ class Interruption:
     def _remember(self, number: int, _frame) -> None:
         if time.monotonic() - self.time > 1:  # `timeout` and terminals may deliver one signal twice
             raise KeyboardInterrupt
-        if self.signal is None:
+        if self.signal == 0:
             self.signal, self.time = number, time.monotonic()
+            message = b"\nFinishing this step, then saving. Ctrl-C once more breaks off without saving.\n"
             with suppress(OSError, AttributeError):  # the terminal may be gone, and `print` may not be entered twice
-                message = b"\nFinishing this step, then saving. Ctrl-C once more breaks off without saving.\n"
-                os.write(sys.stderr.fileno(), message)
+                os.write(sys.stderr.fileno(), b"" if self.silent else message)
 
     def __exit__(self, *_exception) -> None:
         for number, handler in self._handlers.items():
@@ -1713,9 +1811,10 @@ class Interruption:
 class Trainer:
     """Model, optimizer, gradient scale and progress of one run."""
 
-    def __init__(self, config: Config, corpus: Corpus, checkpoint: dict | None):
+    def __init__(self, config: Config, corpus: Corpus, checkpoint: dict | None, ranks: Ranks | None = None):
         self.config = config
         self.corpus = corpus
+        self.ranks = ranks or Ranks()
         self.device = torch.device(config.device)
         self.model = GPT(config).to(self.device)
         self.optimizers = build_optimizers(self.model, config)
@@ -1782,11 +1881,11 @@ class Trainer:
             self.model.zero_grad(set_to_none=True)
 
     def slices(self, step: int) -> torch.Tensor:
-        """The global batch of one step, on the device, (batch_size * grad_accum, T + 1)."""
+        """This process's share of one step's slices, on the device, (share, T + 1)."""
         c, tokens = self.config, self.corpus.tokens
         first = (step - 1) * c.global_batch
         starts = covering_starts(c.seed, first, c.global_batch, len(tokens) - c.seq_len, c.seq_len)
-        slices = take_slices(tokens, starts, c.seq_len)
+        slices = take_slices(tokens, starts[self.ranks.rank * c.share :][: c.share], c.seq_len)
         if self.device.type == "cuda":
             return slices.pin_memory().to(self.device, non_blocking=True)
         return slices.to(self.device)
@@ -1806,7 +1905,7 @@ class Trainer:
                     raise
             # Here and not in the handler, whose traceback keeps the tensors of the failed pass alive.
             self.model.zero_grad(set_to_none=True)
-            smaller = largest_divisor(self.config.global_batch, micro_batch - 1)
+            smaller = largest_divisor(self.config.share, micro_batch - 1)
             log.warning(
                 f"Out of memory with {micro_batch} slices in a micro-batch; from step {step} on with {smaller}: "
                 "the same slices and, but for rounding and dropout, the same results"
@@ -1817,7 +1916,8 @@ class Trainer:
 
     def _accumulate(self, step: int, micro_batches: tuple[torch.Tensor, ...]) -> torch.Tensor:
         if self.config.dropout:
-            torch.manual_seed(int(random_words(self.config.seed, DROPOUT_STREAM + step, 1)[0]))
+            seeds = random_words(self.config.seed, DROPOUT_STREAM + step, self.ranks.count)
+            torch.manual_seed(int(seeds[self.ranks.rank]))
         loss_sum = torch.zeros((), device=self.device)
         for slices in micro_batches:
             with autocast(self.config):
@@ -1835,6 +1935,7 @@ class Trainer:
         """
         config, step = self.config, self.progress.step + 1
         loss = self.accumulate(step, self.slices(step))
+        self.ranks.average([loss, *(parameter.grad for parameter in self.model.parameters())])
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad or math.inf)
@@ -2081,24 +2182,18 @@ def train(
             writer.start([task, *publication("running")])
 
     config, p = trainer.config, trainer.progress
-    quiet = True if sys.stderr is None else None  # None: a bar on a terminal only
+    ranks, quiet = trainer.ranks, True if sys.stderr is None else None  # None: a bar on a terminal only
     bar = tqdm(total=config.steps, initial=p.step, unit="step", dynamic_ncols=True, disable=quiet)
     save_due = False
     with Interruption() as interruption, logging_redirect_tqdm([log]), bar:
         report = StepReport(trainer, run, bar)
-        while not p.stop_reason(config):
+        while not (word := ranks.largest(ENOUGH if p.stop_reason(config) else interruption.signal)):
             writer.collect()
-            if interruption.signal is not None:
-                writer.finish()
-                if p.step != trainer.saved_step:
-                    save()
-                    writer.finish()
-                return signal.Signals(interruption.signal).name
             loss, grad_norm, lr = trainer.update()
             due = config.validates and (p.step % config.eval_every == 0 or p.stop_reason(config))
             report.step(loss, grad_norm, lr, trainer.evaluate() if due else None)
             if p.stop_reason(config):
-                break
+                continue
             if p.step % config.target_window == 0 and not config.validates:
                 trainer.keep_best()
             if p.step % config.sample_every == 0:
@@ -2108,6 +2203,12 @@ def train(
                 save()
                 save_due = False
 
+        if word != ENOUGH:
+            writer.finish()
+            if p.step != trainer.saved_step:
+                save()
+                writer.finish()
+            return signal.Signals(word).name
         stop = p.stop_reason(config)
         if stop == "target":
             log.info(f"Target reached: loss {p.window_loss(config):.6f} <= {config.target_loss}. Stopping.")
@@ -2127,6 +2228,25 @@ def train(
         save()
         writer.finish()
     return stop
+
+
+def follow(config: Config, trainer: Trainer) -> int:
+    """What every process but the first does: its share of each step, until the first has enough. Returns the exit
+    code; raises OSError."""
+    configure_torch(config)
+    trainer.compile()
+    with Interruption(silent=True) as interruption:
+        while not (word := trainer.ranks.largest(interruption.signal)):
+            try:
+                trainer.update()
+            except TrainingFailed:  # the first says so
+                return 1
+    return 0 if word == ENOUGH else exit_code(signal.Signals(word).name)
+
+
+def exit_code(signal_name: str) -> int:
+    """Of a run that a signal interrupted."""
+    return 143 if signal_name in ("SIGTERM", "SIGHUP") else 130
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2223,15 +2343,16 @@ class Setup:
     damage: str | None  # what is wrong with the newer checkpoint that should have been it
 
 
-def prepare(argv: list[str], held: ExitStack) -> Setup:
+def prepare(argv: list[str], ranks: Ranks, held: ExitStack) -> Setup:
     """Do everything that the user's input can spoil, and hold the lock of a run that is there already.
 
-    Raises ValueError or OSError; writes nothing.
+    Raises ValueError or OSError; writes nothing but token ids, into --cache_dir.
     """
-    config = parse_config(argv)
+    config = parse_config(argv, ranks.count, silent=ranks.rank > 0)
     run = RunDir(config.out_dir)
-    run.check_writable()
-    if Path(run.lock.lock_file).exists():
+    if ranks.rank == 0:
+        run.check_writable()
+    if ranks.rank == 0 and Path(run.lock.lock_file).exists():
         held.enter_context(run.locked())  # or its files could change between here and training
     path, checkpoint, damage = load_newest(find_checkpoints(config, run))
     if checkpoint is None and run.config_json.exists() and "launches" not in read_json(run.config_json):
@@ -2323,7 +2444,7 @@ def log_resumption(setup: Setup, trainer: Trainer) -> None:
     changes = [
         f"--{name} {saved[name]!r} -> {value!r}"
         for name, value in config.as_dict().items()
-        if name in saved and saved[name] != value and name not in ("resume", "out_dir", "preset")
+        if name in saved and saved[name] != value and name not in ("resume", "out_dir", "preset", "processes")
     ]
     if changes:
         log.info("Changed from here on: %s", ", ".join(changes))
@@ -2335,10 +2456,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(words, str(error)) is not None
 
 
-def build_trainer(setup: Setup) -> Trainer:
+def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
     """The trainer at the step where the checkpoint left it. Raises ValueError when the checkpoint does not fit."""
     try:
-        return Trainer(setup.config, setup.corpus, setup.checkpoint)
+        return Trainer(setup.config, setup.corpus, setup.checkpoint, ranks)
     except (RuntimeError, MemoryError, ValueError, TypeError, KeyError, AttributeError) as error:
         if is_out_of_memory(error):
             raise OSError(f"out of memory while the model was built: choose a smaller --preset ({error})") from error
@@ -2436,7 +2557,7 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
             return 1
         if interrupted:
             log.info(f"Interrupted by {stop_reason} after step {trainer.progress.step}; {again} continues.")
-            return 143 if stop_reason in ("SIGTERM", "SIGHUP") else 130
+            return exit_code(stop_reason)
         log.info("See %s and %s", run.loss_curve, run.samples_txt)
         log.info("Training complete.")
         return 0
@@ -2446,6 +2567,10 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
         step = trainer.saved_step
         good = f"the last good checkpoint is {run.last}, of step {step}" if step else "there is no checkpoint yet"
         log.error("Training failed: %s; %s", failure, good)
+    except ConnectionError as error:
+        writer.finish()
+        again = f"{setup.config.same_command} continues from step {trainer.saved_step}"
+        log.error("After step %d: %s; %s", trainer.progress.step, error, again)
     except (RuntimeError, MemoryError) as error:
         writer.finish()
         if not is_out_of_memory(error):
@@ -2522,35 +2647,54 @@ def main(argv: list[str] | None = None) -> int:
     logging.raiseExceptions = False  # a closed pipe must not flood the terminal; the log file goes on
     log.setLevel(logging.INFO)
     log.propagate = False
-    with ExitStack() as held:
-        try:
-            setup = prepare(sys.argv[1:] if argv is None else argv, held)
-            answer = finished(setup)
-            if not answer:
+    try:
+        ranks = Ranks.join()
+        with ExitStack() as held:
+            held.callback(ranks.leave)
+            return run_command(sys.argv[1:] if argv is None else argv, ranks, held)
+    except ConnectionError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+
+
+def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
+    """Prepare, train, and say what went wrong. Returns the exit code."""
+    problem = answer = ""
+    try:
+        setup = prepare(argv, ranks, held)
+        answer = finished(setup)
+        if not answer:
+            trainer = build_trainer(setup, ranks)
+            if ranks.rank == 0:
                 setup.run.check_room(setup.config, fresh=setup.checkpoint is None)
-                trainer = build_trainer(setup)
                 held.enter_context(setup.run.locked())
-        except SystemExit as answered:  # by tyro: --help is 0, a flag it cannot read is 2
-            return answered.code or 0
-        except (ValueError, OSError) as error:
-            for line in str(error).splitlines():
+    except SystemExit as answered:  # by tyro: --help is 0, a flag it cannot read is 2
+        return answered.code or 0
+    except (ValueError, OSError) as error:
+        problem = str(error) or type(error).__name__
+    except KeyboardInterrupt:
+        return 130
+    if any(problems := ranks.gather(problem)):
+        for line in dict.fromkeys("\n".join(filter(None, problems)).splitlines()):
+            if ranks.rank == 0:
                 print(f"train.py: error: {line}", file=sys.stderr)
-            return 2
+        return 2
+    if ranks.rank > 0:
+        log.addHandler(logging.NullHandler())
+        return 0 if answer else follow(setup.config, trainer)
+    with logging_to(logging.StreamHandler(sys.stdout)):
+        if answer:
+            log.info(answer)
+            return 0
+        try:
+            return open_and_train(setup, trainer)
         except KeyboardInterrupt:
+            again = setup.config.same_command
+            log.error("Broken off without saving; %s continues from the last checkpoint, if any.", again)
             return 130
-        with logging_to(logging.StreamHandler(sys.stdout)):
-            if answer:
-                log.info(answer)
-                return 0
-            try:
-                return open_and_train(setup, trainer)
-            except KeyboardInterrupt:
-                again = setup.config.same_command
-                log.error("Broken off without saving; %s continues from the last checkpoint, if any.", again)
-                return 130
-            except OSError as error:
-                log.error("%s; what was written before is intact", error)
-                return 1
+        except OSError as error:
+            log.error("%s; what was written before is intact", error)
+            return 1
 
 
 if __name__ == "__main__":

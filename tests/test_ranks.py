@@ -1,0 +1,140 @@
+"""Several processes, started by torchrun, train the run that one process would."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, log_text, rows, run_script, weights
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo under Windows has not been tried")
+
+FLAGS = [*TINY_FLAGS, "--input_file=input.txt", "--batch_size=4", "--grad_accum=2", "--amp=off", "--log_every=1"]
+FLAGS += ["--val_fraction=0.2", "--eval_every=3", "--lr=0.01"]
+
+
+@pytest.fixture
+def here(text_file, monkeypatch):
+    monkeypatch.chdir(text_file.parent)
+    return text_file.parent
+
+
+def command(processes: int, *flags: str, script: Path = ROOT / "train.py", restarts: int = 0) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*torchrun, f"--max_restarts={restarts}", str(script), *FLAGS, *flags]
+
+
+def torchrun(processes: int, *flags: str, **options) -> subprocess.CompletedProcess:
+    """Run to the end. gloo sometimes fails to connect processes on a busy machine; then they are started again."""
+    for _ in range(4):
+        try:
+            result = subprocess.run(command(processes, *flags, **options), capture_output=True, text=True, timeout=120)
+        except subprocess.TimeoutExpired as stuck:
+            assert b"step 1/" not in (stuck.stdout or b""), "it hangs after it began"
+        else:
+            if "do not reach each other" not in result.stderr:
+                return result
+    raise AssertionError("the processes never met")
+
+
+def assert_same_to_rounding(first: str, second: str) -> None:
+    for column in ("step", "loss", "window_loss", "grad_norm", "val_loss", "tokens"):
+        expected, found = ([float(value or "nan") for (value,) in rows(Path(run), column)] for run in (first, second))
+        assert found == pytest.approx(expected, rel=2e-4, nan_ok=True), column
+    a, b = (weights(Path(run, "checkpoints/last.pt")) for run in (first, second))
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def alone(here):
+    result = run_script(*FLAGS, "--out_dir=alone", cwd=here)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_same_run_on_several_ranks(alone, processes):
+    result = torchrun(processes, "--out_dir=shared")
+    assert result.returncode == 0, result.stderr
+    assert_same_to_rounding("alone", "shared")
+    assert result.stdout.count("Training complete.") == 1, "one process speaks for all"
+    assert result.stdout.count("step 5/8 | ") == 1
+    cores = os.cpu_count()
+    assert f"Threads: {max(1, cores // processes)} ({cores} cores shared by {processes} processes)" in result.stdout
+    assert f"Micro_batch: {8 // processes} " in result.stdout
+    # The run goes on alone, and is told to.
+    result = run_script(*FLAGS, "--out_dir=shared", "--steps=10", cwd=Path.cwd())
+    assert result.returncode == 0 and "Resuming from step 8" in result.stdout, result.stderr
+
+
+def test_checkpoints_move_between_numbers_of_ranks(alone):
+    schedule = ["--out_dir=moved", "--decay_steps=8", "--warmup_steps=0"]
+    assert torchrun(2, *schedule, "--steps=3").returncode == 0
+    assert run_script(*FLAGS, *schedule, "--steps=5", cwd=Path.cwd()).returncode == 0
+    assert torchrun(2, *schedule).returncode == 0
+    assert "Resuming from step 5" in log_text(Path("moved"))
+    losses = [[float(loss) for (loss,) in rows(Path(run), "loss")] for run in ("alone", "moved")]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-4)
+
+
+def test_what_cannot_be_shared_is_refused_by_one_voice(here):
+    result = torchrun(3, "--out_dir=run")
+    assert result.returncode == 1, "torchrun's own code"
+    said = re.findall(r"^train.py: error: (.*)$", result.stderr, re.MULTILINE)
+    assert said == ["--batch_size x --grad_accum = 8 slices do not divide evenly among 3 processes: 6 or 9 would"]
+    assert "exitcode  : 2" in result.stderr and not Path("run").exists()
+
+
+DIES_ONCE = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import train
+update = train.Trainer.update
+def dying(trainer):
+    if os.environ["RANK"] == "1" and trainer.progress.step == 6 and not Path("died").exists():
+        Path("died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(trainer)
+train.Trainer.update = dying
+sys.exit(train.main())
+"""
+
+
+def test_a_rank_that_dies_ends_the_run_and_a_restart_continues_it(alone):
+    Path("dies.py").write_text(DIES_ONCE, encoding="utf-8")
+    flags = ["--out_dir=run", "--save_every=2"]
+    ended = torchrun(2, *flags, script=Path("dies.py"))
+    assert ended.returncode == 1 and Path("died").exists()
+    found = re.search(r"another process of this run is gone; the same command continues from step (\d+)", ended.stdout)
+    assert found and found[0] in log_text(Path("run"))
+    assert "Traceback" not in ended.stdout and 'File "' not in log_text(Path("run"))
+    assert torch.load("run/checkpoints/last.pt", weights_only=True)["step"] == int(found[1])
+    Path("died").unlink()
+    again = torchrun(2, *flags, script=Path("dies.py"), restarts=1)
+    assert again.returncode == 0, again.stderr
+    assert log_text(Path("run")).count("Resuming from step") == 2
+    assert_same_to_rounding("alone", "run")
+
+
+def test_one_interrupt_ends_all_ranks_after_saving(here):
+    flags = ["--out_dir=run", "--steps=100000", "--sample_every=100000"]
+    process = subprocess.Popen(
+        command(2, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        Path("run/logs/train.log").exists() and "step 5/" in log_text(Path("run"))
+    ):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does: torchrun and every rank
+    out, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    step = torch.load("run/checkpoints/last.pt", weights_only=True)["step"]
+    assert f"Interrupted by SIGINT after step {step}; the same command continues." in out, err
+    assert "train.py" not in re.sub(r".*torch.distributed.*", "", err) or "Traceback" not in out
