@@ -36,7 +36,8 @@ from tqdm import tqdm
 log = logging.getLogger("train")
 
 DOCUMENT_END = "<|endoftext|>"
-MAGIC = "GPT token ids, version 1, after a header of {:8d} bytes\n"
+MAGIC = "GPT token ids, version 1, after a header of {:08d} bytes\n"
+FIRST_LINE = re.compile(MAGIC.replace("{:08d}", r"(\d{8})").encode())
 CHUNK = 2**18  # bytes read at a time: small enough for many to be under way, large enough for long words to be rare
 
 
@@ -261,16 +262,12 @@ def build(
 def read(path: Path, files: list[Path], identity: str) -> TokenFile:
     """Map the file. Raises ValueError when it is damaged, of another version, or older than the texts."""
     with open(path, "rb") as file:
-        first = file.readline(len(MAGIC.format(0)) + 1)
-        space = (
-            int(first.split()[-2])
-            if re.fullmatch(MAGIC.format(0).replace("       0", r"[ \d]{8}").encode(), first)
-            else 0
-        )
-        if not space:
+        first = FIRST_LINE.fullmatch(file.readline(len(MAGIC.format(0)) + 1))
+        if not first:
             raise ValueError("no token file of this version")
+        space = int(first[1])
         try:
-            facts = json.loads(file.read(space - len(first)))
+            facts = json.loads(file.read(space - len(first[0])))
             dtype, count = np.dtype(facts["dtype"]).newbyteorder("<"), facts["count"]
             known = facts["sources"], facts["tokenizer"]
             result = facts["sha256"], facts["n_bytes"]
@@ -280,13 +277,14 @@ def read(path: Path, files: list[Path], identity: str) -> TokenFile:
         raise ValueError("the text has changed since")
     if path.stat().st_size != space + count * dtype.itemsize:
         raise ValueError(f"it should hold {count:,} ids and does not")
-    tokens = np.memmap(path, dtype, "r", space, (count,))
     checksum = 0
-    for start in range(0, count, 2**23):
-        checksum = zlib.crc32(tokens[start : start + 2**23], checksum)
+    with open(path, "rb") as file:
+        file.seek(space)
+        while data := file.read(2**22):
+            checksum = zlib.crc32(data, checksum)
     if checksum != facts["crc32"]:
         raise ValueError("its checksum is wrong")
-    return TokenFile(tokens, *result)
+    return TokenFile(np.memmap(path, dtype, "r", space, (count,)), *result)
 
 
 # ---------------------------------------------------------------------------------------------
