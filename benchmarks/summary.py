@@ -63,6 +63,16 @@ def throughput(*names: str) -> str:
     return "\n\n".join([markdown_table(header, rows), "; ".join(map(source, names))])
 
 
+def tokenizing() -> str:
+    """Speed and memory of encoding a text."""
+    rows = [
+        [row["way"], f"{row['text_mb']:,}", f"{row['mb_per_sec']:.1f}", f"{row['memory_mb']:,}"]
+        for row in record("tokenizing")["rows"]
+    ]
+    header = ["encoding", "text, MB", "MB per second", "memory beyond the imports, MB"]
+    return "\n\n".join([markdown_table(header, rows), f"The same ids each way; {source('tokenizing')}"])
+
+
 def generation() -> str:
     """Tokens per second of sampled text."""
     rows = [
@@ -138,6 +148,7 @@ def ladder() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "TOKENIZING": tokenizing,
     "THROUGHPUT": lambda: throughput("throughput-8x128", "throughput-8x128-more"),
     "LONG": lambda: throughput("throughput-8x1024"),
     "GENERATION": generation,

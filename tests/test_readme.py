@@ -40,7 +40,7 @@ def test_every_train_command_is_accepted(arguments):
 
 def test_every_flag_named_is_a_flag():
     known = {field.name for field in fields(train.Config)} | {f.name for f in fields(update_readme.Arguments)}
-    foreign = {"help", "index"}  # of any program, and pip's --index-url
+    foreign = {"help", "index", "standalone", "nproc_per_node", "max_restarts"}  # of any program, pip and torchrun
     named = set(re.findall(r"(?<![\w-])--([a-z0-9_]+)", README))
     assert named - foreign <= known, named - foreign - known
 
