@@ -2148,8 +2148,9 @@ class StepReport:
         validation = ""
         if val_loss is not None:
             row |= {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)}
-            row["val_bits_per_byte"] = bits_per_byte(val_loss, corpus.val_bytes_per_token)
+            row["val_bits_per_byte"] = bits = bits_per_byte(val_loss, corpus.val_bytes_per_token)
             validation = f" | val_loss {val_loss:.6f} | val_perplexity {perplexity(val_loss):.2f}"
+            validation += f" | val_bits_per_byte {bits:.4f}"
         self.run.append_metrics(row)
         log.info(
             f"step {p.step}/{config.steps} | loss {loss:.6f} | lr {lr:.2e} | tok/s {tokens_per_sec:.1f}{window} "
@@ -2203,31 +2204,36 @@ def train(
                 save()
                 save_due = False
 
-        if word != ENOUGH:
-            writer.finish()
-            if p.step != trainer.saved_step:
-                save()
-                writer.finish()
-            return signal.Signals(word).name
-        stop = p.stop_reason(config)
-        if stop == "target":
-            log.info(f"Target reached: loss {p.window_loss(config):.6f} <= {config.target_loss}. Stopping.")
-        elif stop == "patience":
-            log.info(f"No lower validation loss in {config.patience} measurements. Stopping.")
-        elif config.target_loss:
-            log.info(f"All {p.step} steps done; window_loss is still above the target {config.target_loss}.")
-        if not config.validates:
-            trainer.keep_best(at_end=True)
-        elif p.val_loss > 1.01 * p.best_loss:
-            log.info(
-                f"Validation loss was lowest at step {p.best_step} ({p.best_loss:.6f}) and is {p.val_loss:.6f} now: "
-                "from there on the model overfits, learning its text by heart; best.pt is of that step"
-            )
-        if p.step != p.sampled_step:
-            trainer.sample(run, tokenizer)
-        save()
+        stop = p.stop_reason(config) if word == ENOUGH else signal.Signals(word).name
+        if stop in COMPLETE:
+            for line in ending(p, config, stop):
+                log.info(line)
+            if not config.validates:
+                trainer.keep_best(at_end=True)
+            if p.step != p.sampled_step:
+                trainer.sample(run, tokenizer)
         writer.finish()
+        if stop in COMPLETE or p.step != trainer.saved_step:
+            save()
+            writer.finish()
     return stop
+
+
+def ending(progress: Progress, config: Config, stop_reason: str) -> list[str]:
+    """What there is to say about a run that came to its end."""
+    p, lines = progress, []
+    if stop_reason == "target":
+        lines.append(f"Target reached: loss {p.window_loss(config):.6f} <= {config.target_loss}. Stopping.")
+    elif stop_reason == "patience":
+        lines.append(f"No lower validation loss in {config.patience} measurements. Stopping.")
+    elif config.target_loss:
+        lines.append(f"All {p.step} steps done; window_loss is still above the target {config.target_loss}.")
+    if config.validates and p.val_loss > 1.01 * p.best_loss:
+        lines.append(
+            f"Validation loss was lowest at step {p.best_step} ({p.best_loss:.6f}) and is {p.val_loss:.6f} now: from "
+            "there on the model overfits, learning its text by heart; best.pt is of that step"
+        )
+    return lines
 
 
 def follow(config: Config, trainer: Trainer) -> int:
