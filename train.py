@@ -71,6 +71,7 @@ log = logging.getLogger("train")
 
 DEMO_CORPUS = Path("pydoc_data.topics")  # the language reference that ships inside every Python
 VOCAB_SIZE = 50_257
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Config:
     """torch.compile; without a working compiler the run goes on without, and says why"""
     threads: Annotated[int | None, Between(1, 4096)] = None
     """CPU threads; None: PyTorch's choice"""
-    processes: tyro.conf.Suppress[int] = 1
+    processes: tyro.conf.Suppress[Annotated[int, Between(1, 10**6)]] = 1
     """those that torchrun started for this run, each with an equal share of every step's slices"""
     deterministic: bool = False
     """the same bits in every run on CUDA too, at the cost of speed; on a CPU they always are the same"""
@@ -247,17 +248,6 @@ class Config:
             min_lr=self.lr / 10 if self.min_lr is None else self.min_lr,
         )
 
-    def out_of_range(self) -> list[str]:
-        """Every numeric flag whose value its `Between` excludes, a sentence each."""
-        return [
-            f"--{name} {value} is outside {limit.low:,} to {limit.high:,}"
-            for name, hint in get_type_hints(Config, include_extras=True).items()
-            for limit in getattr(hint, "__metadata__", ())
-            if isinstance(limit, Between)
-            and (value := getattr(self, name)) is not None
-            and not limit.low <= value <= limit.high
-        ]
-
     def contradictions(self) -> list[str]:
         """Everything about resolved flags, each in its range, that cannot be together, a sentence each."""
         found = []
@@ -299,7 +289,7 @@ class Config:
             found.append(f"--tokenizer {self.tokenizer} is none of gpt2, bpe:N with N from 257 to 1,000,000, PATH.json")
         if self.min_lr > self.lr:
             found.append(f"--min_lr {self.min_lr} exceeds --lr {self.lr}")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+        if not DEVICE.fullmatch(self.device):
             found.append(f"--device {self.device} is none of auto, cpu, cuda, cuda:N, mps")
         return found
 
@@ -318,6 +308,17 @@ class Config:
         for name in known.keys() & {"input_file", "val_file"}:
             known[name] = tuple(map(Path, known[name]))
         return cls(**known)
+
+
+def out_of_range(flags: object) -> list[str]:
+    """Every numeric flag of a dataclass whose value its `Between` excludes, a sentence each."""
+    return [
+        f"--{name} {value} is outside {limit.low:,} to {limit.high:,}"
+        for name, hint in get_type_hints(type(flags), include_extras=True).items()
+        for limit in getattr(hint, "__metadata__", ())
+        if isinstance(limit, Between) and (value := getattr(flags, name)) is not None
+        if not limit.low <= value <= limit.high
+    ]
 
 
 PRESETS: dict[str, dict] = {
@@ -360,7 +361,7 @@ def parse_config(argv: list[str], processes: int = 1, silent: bool = False) -> C
         config=(tyro.conf.FlagCreatePairsOff,),
         console_outputs=not silent,
     )
-    if problems := config.out_of_range() or config.resolved().contradictions():
+    if problems := out_of_range(config) or config.resolved().contradictions():
         raise ValueError("\n".join(problems))
     return config.resolved()
 
@@ -895,6 +896,8 @@ def learning_rate(step: int, config: Config) -> float:
 
 def device_problem(device: str) -> str | None:
     """Why this device cannot be used, with the remedy; None when it can."""
+    if not DEVICE.fullmatch(device):
+        return f"--device {device} is none of auto, cpu, cuda, cuda:N, mps"
     kind, _, index = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
         return f"--device {device}: this PyTorch sees no CUDA device ({cpu_only_hint() or 'no usable NVIDIA driver'})"
@@ -1591,7 +1594,7 @@ def is_sound(checkpoint: object) -> bool:
     try:
         config, progress = Config.from_dict(checkpoint["config"]), checkpoint.get("progress", {})
         return (
-            not config.out_of_range()
+            not out_of_range(config)
             and not config.contradictions()
             and isinstance(checkpoint["model"], dict)
             and isinstance(checkpoint["corpus_sha256"], str)
@@ -1671,7 +1674,16 @@ def decode_escapes(text: str) -> str:
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
 
 
-def generate(
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list[int]]:
+    """The prompts with what `continuations` adds to them."""
+    rows = [list(prompt) for prompt in prompts]
+    for chosen in continuations(model, prompts, max_new_tokens, **options):
+        for row, token in zip(rows, chosen, strict=True):
+            row.append(token)
+    return rows
+
+
+def continuations(
     model: GPT,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -1680,24 +1692,26 @@ def generate(
     temperature: float,
     top_k: int,
     generators: list[torch.Generator],
-    on_tokens: Callable[[list[int]], None] = lambda tokens: None,
-) -> list[list[int]]:
-    """Continue every prompt by max_new_tokens; `on_tokens` is told the new token of each as they come.
+    top_p: float = 1.0,
+) -> Iterator[list[int]]:
+    """The next token of every prompt, max_new_tokens times.
 
     `context` is the longest slice the model was trained on: positions beyond it are untrained, so each token
     depends on the `context` tokens before it. Prompts may differ in length, and none depends on another: each
-    has a (CPU) generator of its own. Temperature 0 takes the likeliest token; top_k 0 samples among all.
+    has a (CPU) generator of its own. Temperature 0 takes the likeliest token; top_k 0 samples among all, top_p
+    among the likeliest that make up this probability (Holtzman et al. 2020, arXiv 1904.09751).
     """
     rows = [list(prompt) for prompt in prompts]
     pasts = [Past(context) for _ in model.h]
     with evaluating(model):
         for _ in range(max_new_tokens):
             logits = model.logits(last_features(model, rows, context, pasts)).float().cpu().nan_to_num()  # (B, V)
-            chosen = [choose(scores, temperature, top_k, g) for scores, g in zip(logits, generators, strict=True)]
+            chosen = [
+                choose(scores, temperature, top_k, top_p, g) for scores, g in zip(logits, generators, strict=True)
+            ]
             for row, token in zip(rows, chosen, strict=True):
                 row.append(token)
-            on_tokens(chosen)
-    return rows
+            yield chosen
 
 
 def last_features(model: GPT, rows: list[list[int]], context: int, pasts: list[Past]) -> torch.Tensor:
@@ -1722,13 +1736,17 @@ def last_features(model: GPT, rows: list[list[int]], context: int, pasts: list[P
     return features[range(len(rows)), [len(part) - 1 for part in new]]
 
 
-def choose(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
     """A token by its logits (V,)."""
     if temperature == 0:
         return int(logits.argmax())
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -math.inf)
     probabilities = ((logits - logits.max()) / temperature).softmax(-1)  # or a tiny temperature would overflow
+    if top_p < 1:
+        largest, order = probabilities.sort(descending=True)
+        before = largest.cumsum(-1) - largest  # the probability of all likelier ones
+        probabilities = torch.zeros_like(probabilities).scatter(0, order, largest.masked_fill(before >= top_p, 0.0))
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 

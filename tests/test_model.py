@@ -192,12 +192,23 @@ def test_prompts_of_different_lengths_share_a_batch_and_nothing_else(config):
     assert together == [drawn([prompt], [seed])[0] for prompt, seed in zip(prompts, [1, 2, 3, 4], strict=True)]
 
 
-def test_new_tokens_are_told_as_they_come(config):
-    told = []
+def test_tokens_come_one_by_one(config):
     prompts, generators = [[1, 2], [3]], [torch.Generator(), torch.Generator()]
     options = dict(context=16, temperature=0.0, top_k=0, generators=generators)
-    rows = train.generate(randomised(config), prompts, 6, **options, on_tokens=told.append)
+    model = randomised(config)
+    told = list(train.continuations(model, prompts, 6, **options))
+    rows = train.generate(model, prompts, 6, **options)
     assert [list(new) for new in zip(*told, strict=True)] == [rows[0][2:], rows[1][1:]]
+
+
+def test_top_p_leaves_the_likeliest_that_make_it_up():
+    logits = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
+
+    def drawn(top_p: float) -> set[int]:
+        return {train.choose(logits, 1.0, 0, top_p, torch.Generator().manual_seed(seed)) for seed in range(400)}
+
+    assert drawn(1e-6) == drawn(0.4) == {1}
+    assert drawn(0.41) == drawn(0.69) == {1, 3} and drawn(0.8) == {1, 3, 4} and drawn(1.0) == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("rows", [1, 5, 130, 2100])

@@ -9,6 +9,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT, run_script
 
+import sample
 import train
 import update_readme
 
@@ -40,6 +41,7 @@ def test_every_train_command_is_accepted(arguments):
 
 def test_every_flag_named_is_a_flag():
     known = {field.name for field in fields(train.Config)} | {f.name for f in fields(update_readme.Arguments)}
+    known |= {field.name for field in fields(sample.Options)}
     foreign = {"help", "index", "standalone", "nproc_per_node", "max_restarts"}  # of any program, pip and torchrun
     named = set(re.findall(r"(?<![\w-])--([a-z0-9_]+)", README))
     assert named - foreign <= known, named - foreign - known

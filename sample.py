@@ -1,0 +1,187 @@
+"""Continue a prompt with a checkpoint of train.py: text to stdout as it comes, everything else to stderr.
+
+    python sample.py --checkpoint out/gpt2/checkpoints/best.pt --prompt "BIANCA:\\n"
+    python sample.py --checkpoint out/gpt2/checkpoints/best.pt --prompt_file scene.txt --num_samples 3 > scenes.txt
+    python sample.py --checkpoint out/gpt2/checkpoints/best.pt          # asks for prompts; Ctrl-D ends
+
+The checkpoint knows its model, its vocabulary and the context it was trained on. The same seed gives the same text.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+
+import train
+from train import Between
+
+SEPARATOR = "=" * 80
+GRAM = 8  # tokens whose order is looked up in the corpus
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of the command line."""
+
+    checkpoint: Path
+    """a best.pt, last.pt or prev.pt"""
+    prompt: str | None = None
+    """text to continue; \\n, \\t and \\\\ are decoded; None: from --prompt_file, from stdin, or asked for"""
+    prompt_file: Path | None = None
+    """UTF-8 file with the text to continue"""
+    num_samples: Annotated[int, Between(1, 10_000)] = 1
+    """texts to write for each prompt"""
+    max_new_tokens: Annotated[int, Between(1, 1_000_000)] = 200
+    """tokens added to the prompt"""
+    temperature: Annotated[float, Between(0, 100)] = 0.9
+    """divides the logits before sampling; 0: always the likeliest token"""
+    top_k: Annotated[int, Between(0, 10**6)] = 50
+    """sample among the k likeliest tokens; 0: among all"""
+    top_p: Annotated[float, Between(1e-6, 1)] = 1.0
+    """sample among the likeliest tokens that make up this probability"""
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 1337
+    """of the samples; each has a stream of its own"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """precision of matrix products"""
+    novelty: Path | None = None
+    """text to look for copied passages in, such as the one trained on"""
+
+
+class Sampler:
+    """A checkpoint ready to continue prompts. Raises OSError or ValueError for a file that is none."""
+
+    def __init__(self, path: Path, device: str = "auto", amp: str = "auto"):
+        if not path.is_file():
+            raise FileNotFoundError(f"--checkpoint {path}: no such file; name a best.pt or last.pt")
+        checkpoint = train.load_checkpoint(path)
+        config = train.Config.from_dict(checkpoint["config"])
+        config = replace(config, device=train.choose_device()[0] if device == "auto" else device, threads=None)
+        if problem := train.device_problem(config.device):
+            raise ValueError(problem)
+        amp = train.choose_amp(config.device)[0] if amp == "auto" else amp
+        # As train.py samples: a CPU reads weights of fp16 faster than those of bf16.
+        self.config = replace(config, amp="fp16" if (config.device, amp) == ("cpu", "bf16") else amp)
+        self.tokenizer = train.choose_tokenizer(self.config, checkpoint)
+        self.context = checkpoint["trained_context"]
+        try:
+            self.model = train.GPT(self.config)
+            self.model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit its own config: {str(error).splitlines()[0]}") from error
+        self.model.to(self.config.device)
+
+    def stream(self, prompt: str, options: Options, number: int = 0) -> Iterator[str]:
+        """The pieces of one continuation, as they come; `number` chooses the sample's own random stream."""
+        start = self.tokenizer.encode_ordinary(prompt or "\n")
+        seeds = train.random_words(options.seed, train.SAMPLES_STREAM, number + 1)
+        steps = train.continuations(
+            self.model, [start], options.max_new_tokens, context=self.context, temperature=options.temperature,
+            top_k=options.top_k, top_p=options.top_p, generators=[torch.Generator().manual_seed(int(seeds[number]))],
+        )  # fmt: skip
+        tokens, told = [], ""
+        with train.autocast(self.config):
+            for (token,) in steps:
+                tokens.append(token)
+                text = self.tokenizer.decode(tokens)
+                if not text.endswith("\ufffd"):  # or a character is still incomplete
+                    yield text[len(told) :]
+                    told = text
+        yield self.tokenizer.decode(tokens)[len(told) :]
+
+
+def novelty(text: str, corpus: str, tokenizer: train.Tokenizer) -> tuple[str, float]:
+    """The longest passage of the text that is in the corpus, and the share of its 8-grams of tokens that are."""
+    longest, start = "", 0
+    for end in range(1, len(text) + 1):
+        while text[start:end] not in corpus:
+            start += 1
+        longest = max(longest, text[start:end], key=len)
+    grams = [
+        {ids[i : i + GRAM].tobytes() for i in range(len(ids) - GRAM + 1)}
+        for ids in (np.array(tokenizer.encode_ordinary(part), dtype=np.uint32) for part in (text, corpus))
+    ]
+    return longest, len(grams[0] & grams[1]) / max(1, len(grams[0]))
+
+
+def prompts(options: Options) -> Iterator[str]:
+    """What to continue: from the flags, from stdin, or asked for on a terminal until it is closed."""
+    if options.prompt is not None:
+        yield train.decode_escapes(options.prompt)
+    elif options.prompt_file is not None:
+        yield train.read_text(options.prompt_file, "--prompt_file")[0]
+    elif sys.stdin is None or not sys.stdin.isatty():
+        yield "" if sys.stdin is None else sys.stdin.buffer.read().decode("utf-8", "replace")
+    else:
+        while True:
+            print("prompt> ", end="", file=sys.stderr, flush=True)
+            if not (line := sys.stdin.readline()):
+                return
+            yield train.decode_escapes(line.rstrip("\n"))
+
+
+def run(options: Options) -> None:
+    """Write the samples. Raises OSError or ValueError."""
+    problems = train.out_of_range(options)
+    if options.prompt is not None and options.prompt_file is not None:
+        problems.append("--prompt and --prompt_file are two prompts: choose one")
+    if problems:
+        raise ValueError("\n".join(problems))
+    corpus = None if options.novelty is None else train.read_text(options.novelty, "--novelty")[0]
+    sampler = Sampler(options.checkpoint, options.device, options.amp)
+    for prompt in prompts(options):
+        for number in range(options.num_samples):
+            if number:
+                print(SEPARATOR)
+            print(prompt, end="", flush=True)
+            started, pieces = time.perf_counter(), []
+            for piece in sampler.stream(prompt, options, number):
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+            seconds = time.perf_counter() - started
+            print(flush=True)
+            print(f"[{options.max_new_tokens} tokens, {options.max_new_tokens / seconds:.1f} tok/s]", file=sys.stderr)
+            if corpus is not None:
+                copied, share = novelty("".join(pieces), corpus, sampler.tokenizer)
+                print(
+                    f"[of what was added, {share:.0%} of the {GRAM}-grams of tokens are in {options.novelty}; longest "
+                    f"passage copied from it: {len(copied)} of {len(''.join(pieces))} characters: {copied[:200]!r}]",
+                    file=sys.stderr,
+                )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns 0, 2 for bad input, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        options = tyro.cli(
+            Options, args=sys.argv[1:] if argv is None else argv, prog="sample.py", use_underscores=True,
+            description=__doc__.split("\n\n")[0], config=(tyro.conf.FlagCreatePairsOff,),
+        )  # fmt: skip
+        run(options)
+    except SystemExit as answered:  # by tyro
+        return answered.code or 0
+    except BrokenPipeError:  # whoever read the text has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"sample.py: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

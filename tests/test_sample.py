@@ -1,0 +1,146 @@
+"""sample.py: the checkpoint's text and nothing else on stdout, the same for the same seed, streamed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, run_script
+
+import sample
+import train
+
+GREEDY = ["--temperature=0", "--amp=off", "--device=cpu", "--max_new_tokens=20"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run on the demo's text, a few steps long."""
+    path = tmp_path_factory.mktemp("sample")
+    text = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200))
+    (path / "text.txt").write_text(text, encoding="utf-8")
+    flags = [*TINY_FLAGS, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}", "--steps=60", "--lr=0.02"]
+    assert train.main(flags) == 0
+    return path
+
+
+def run(folder: Path, *flags: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint=run/checkpoints/best.pt", *flags]
+    options = {"input": "", "timeout": 100} | options
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", **options)
+
+
+def expected(folder: Path, prompt: str) -> str:
+    """What train.py's own generate adds, greedily in fp32."""
+    checkpoint = train.load_checkpoint(folder / "run/checkpoints/best.pt")
+    model = train.GPT(train.Config.from_dict(checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    tokenizer = train.load_tokenizer()
+    options = dict(context=checkpoint["trained_context"], temperature=0.0, top_k=0, generators=[torch.Generator()])
+    return tokenizer.decode(train.generate(model, [tokenizer.encode_ordinary(prompt)], 20, **options)[0])
+
+
+def test_text_alone_goes_to_stdout(folder):
+    result = run(folder, r"--prompt=Line 1:\n the", *GREEDY)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == expected(folder, "Line 1:\n the") + "\n"
+    assert result.stderr.startswith("[20 tokens, ") and result.stderr.endswith(" tok/s]\n")
+
+
+def test_the_prompt_comes_from_wherever_it_is(folder):
+    (folder / "prompt.txt").write_text("Line 7: the", encoding="utf-8")
+    answers = {
+        run(folder, "--prompt=Line 7: the", *GREEDY).stdout,
+        run(folder, "--prompt_file=prompt.txt", *GREEDY).stdout,
+        run(folder, *GREEDY, input="Line 7: the").stdout,
+    }
+    assert answers == {expected(folder, "Line 7: the") + "\n"}
+
+
+def test_no_prompt_at_all_is_one_too(folder):
+    assert run(folder, "--prompt=", *GREEDY).stdout == expected(folder, "\n")[1:] + "\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_on_a_terminal_it_asks(folder):
+    outer, inner = os.openpty()
+    command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint=run/checkpoints/best.pt", *GREEDY]
+    process = subprocess.Popen(command, cwd=folder, stdin=inner, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    os.write(outer, b"Line 1:\nLine 2:\n\x04")
+    out, err = process.communicate(timeout=100)
+    os.close(outer)
+    os.close(inner)
+    assert process.returncode == 0 and err.count(b"prompt> ") == 3
+    assert out.decode().replace("\r", "") == f"{expected(folder, 'Line 1:')}\n{expected(folder, 'Line 2:')}\n"
+
+
+def test_the_same_seed_gives_the_same_text(folder):
+    flags = ["--prompt=Line", "--num_samples=3", "--max_new_tokens=20", "--temperature=1.5"]
+    first, again = run(folder, *flags, "--seed=5"), run(folder, *flags, "--seed=5")
+    assert first.stdout == again.stdout != run(folder, *flags, "--seed=6").stdout
+    texts = first.stdout.split(f"\n{sample.SEPARATOR}\n")
+    assert len(set(texts)) == 3 and all(text.startswith("Line") for text in texts)
+
+
+def test_a_character_is_written_when_it_is_whole(folder, monkeypatch):
+    sampler = sample.Sampler(folder / "run/checkpoints/best.pt", "cpu", "off")
+    text = "ab\U0001fae8é 漢\ufffd!"
+    tokens = sampler.tokenizer.encode_ordinary(text)
+    monkeypatch.setattr(train, "continuations", lambda *_args, **_options: iter([token] for token in tokens))
+    pieces = list(sampler.stream("x", sample.Options(Path())))
+    assert "".join(pieces) == text and "".join(pieces[:-2]).count("\ufffd") <= 1 and len(pieces) > 3
+
+
+def test_copied_passages_are_found():
+    tokenizer = train.load_tokenizer()
+    corpus = "Before we proceed any further, hear me speak. You are all resolved rather to die than to famish?"
+    copied, share = sample.novelty("Now hear me speak. You are all resolved rather to dance.", corpus, tokenizer)
+    assert copied == " hear me speak. You are all resolved rather to d"
+    assert 0 < share < 1
+    assert sample.novelty(corpus, corpus, tokenizer) == (corpus, 1.0)
+    longest, share = sample.novelty("zqx", corpus, tokenizer)
+    assert len(longest) <= 1 and share == 0
+
+
+def test_the_report_on_copies(folder):
+    result = run(folder, "--prompt=Line 1:", "--novelty=text.txt", *GREEDY)
+    assert "8-grams of tokens are in text.txt; longest passage copied from it: " in result.stderr
+    assert result.stdout == expected(folder, "Line 1:") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint=none.pt"], "--checkpoint none.pt: no such file"),
+        (["--checkpoint=text.txt"], "text.txt is damaged or no checkpoint"),
+        (["--prompt=a", "--prompt_file=text.txt"], "choose one"),
+        (["--prompt_file=none.txt"], "none.txt does not exist"),
+        (["--novelty=none.txt"], "none.txt does not exist"),
+        (["--temperature=-1"], "--temperature -1.0 is outside"),
+        (["--top_p=0"], "--top_p 0.0 is outside"),
+        (["--num_samples=0"], "--num_samples 0 is outside"),
+        (["--device=cuda:99"], "--device cuda:99"),
+        (["--device=tpu"], "--device tpu"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(folder, flags, message):
+    result = run(folder, *flags)
+    assert result.returncode == 2 and message in result.stderr and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("sample.py: error: ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+def test_a_reader_that_has_enough_is_no_error(folder):
+    command = f"{sys.executable} {ROOT / 'sample.py'} --checkpoint run/checkpoints/best.pt --prompt Line "
+    result = subprocess.run(
+        f"{command} --max_new_tokens 3000 | head -c 5", cwd=folder, shell=True, capture_output=True, text=True
+    )
+    assert result.stdout == "Line "[:5] or result.stdout.startswith("Line")
+    assert "Traceback" not in result.stderr
+
+
+def test_help(folder):
+    result = run_script("--help", cwd=folder, script="sample.py")
+    assert result.returncode == 0 and "--novelty" in result.stdout
