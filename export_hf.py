@@ -1,0 +1,249 @@
+"""Turn a checkpoint of train.py into a folder that Hugging Face's transformers loads, and back.
+
+    python export_hf.py --checkpoint out/gpt2/checkpoints/best.pt --out hf/gpt2
+    python export_hf.py --from_hf hf/gpt2 --out imported.pt
+
+The folder holds weights (safetensors, the tied head once), configuration, vocabulary and a model card written from
+the run's own files; `AutoModelForCausalLM` and `AutoTokenizer` load it without a network. The way back makes a
+checkpoint of weights alone, for sample.py. Neither needs transformers.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import tokens
+import train
+
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers' Conv1D stores (in, out)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of the command line."""
+
+    out: Path
+    """folder to make; with --from_hf the checkpoint to write"""
+    checkpoint: Path | None = None
+    """a best.pt, last.pt or prev.pt to export"""
+    from_hf: Path | None = None
+    """folder to import instead: a GPT-2 with a byte-level vocabulary"""
+
+
+# ---------------------------------------------------------------------------------------------
+# To Hugging Face
+# ---------------------------------------------------------------------------------------------
+
+
+def export(path: Path, out: Path) -> None:
+    """Write the folder, which appears when it is whole. Raises OSError or ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--checkpoint {path}: no such file; name a best.pt or last.pt")
+    if out.exists():
+        raise FileExistsError(f"--out {out} is there already: remove it or choose another folder")
+    checkpoint = train.load_checkpoint(path)
+    config = train.Config.from_dict(checkpoint["config"])
+    vocabulary = hf_tokenizer(config, checkpoint)
+    end = vocabulary.token_to_id(tokens.DOCUMENT_END)
+    weights = {
+        f"transformer.{name}": (value.T if name.endswith(TRANSPOSED) else value).contiguous()
+        for name, value in checkpoint["model"].items()
+    }
+    context = checkpoint["trained_context"]
+    files = {
+        "config.json": hf_config(config, end),
+        "generation_config.json": {
+            "bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "do_sample": True, "temperature": 0.9,
+            "top_k": 50, "max_length": context,
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, "add_prefix_space": False,
+            "bos_token": tokens.DOCUMENT_END, "eos_token": tokens.DOCUMENT_END, "unk_token": tokens.DOCUMENT_END,
+            "clean_up_tokenization_spaces": False,
+        },
+    }  # fmt: skip
+    existing = train.existing_part(out.parent)
+    with tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name}.") as name:
+        folder = Path(name) / out.name
+        folder.mkdir()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        vocabulary.save(str(folder / "tokenizer.json"))
+        for file, values in files.items():
+            (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(model_card(path, checkpoint, config), encoding="utf-8")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder, out)
+
+
+def hf_config(config: train.Config, end: int) -> dict:
+    """The model's shape in transformers' words."""
+    return {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
+        "n_positions": config.block_size, "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "initializer_range": config.init_std,
+        "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
+        "bos_token_id": end, "eos_token_id": end, "tie_word_embeddings": True, "dtype": "float32",
+    }  # fmt: skip
+
+
+def hf_tokenizer(config: train.Config, checkpoint: dict) -> Tokenizer:
+    """The vocabulary as a tokenizer.json."""
+    if content := checkpoint["tokenizer"]["content"]:
+        return Tokenizer.from_str(content)
+    folder = train.vocabulary_folder()
+    merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer(models.BPE(ids, [tuple(line.split()) for line in merges if line]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(tokens.DOCUMENT_END, special=True, normalized=False)])
+    return tokenizer
+
+
+def model_card(path: Path, checkpoint: dict, config: train.Config) -> str:
+    """What the model is, from the files of its run."""
+    run = path.resolve().parent.parent
+    results, facts = train.read_json(run / "results.json"), train.read_json(run / "config.json")
+    context, corpus = checkpoint["trained_context"], facts.get("corpus", {})
+    rows = {
+        "parameters": f"{config.n_params:,}",
+        "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.n_embd}",
+        "trained context": f"{context} tokens (of {config.block_size} positions; the others are untrained)",
+        "vocabulary": f"{config.vocab_size:,} ({config.tokenizer})",
+        "text": corpus.get("file", train.names(config.input_file)),
+        "SHA-256 of the text": checkpoint["corpus_sha256"],
+        "tokens of the text": f"{checkpoint['corpus_tokens']:,}",
+        "step of these weights": f"{checkpoint['step']:,}",
+        "training loss (window)": results.get("window_loss"),
+        "validation loss": results.get("val_loss"),
+        "corpus loss, nats per token": results.get("corpus_loss"),
+        "bits per byte": results.get("bits_per_byte"),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
+    command = facts.get("command", "unknown")
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# GPT-2 trained from scratch on {rows["text"]}
+
+| | |
+| --- | --- |
+{table}
+
+Trained with
+
+```bash
+{command}
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = (kind.from_pretrained("PATH") for kind in (AutoTokenizer, AutoModelForCausalLM))
+ids = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_length={context})[0]))
+```
+
+**Use.** For looking at how a language model learns. It knows its one text and nothing else, has had no safety training,
+and is no source of facts.
+
+**Memorisation.** A training loss near 0.1 nats per token means that the model recites its text: what it writes is
+largely copied from there, with whatever rights and private matters that text has. Keep generations within {context}
+tokens: positions beyond were never trained.
+"""
+
+
+# ---------------------------------------------------------------------------------------------
+# And back
+# ---------------------------------------------------------------------------------------------
+
+
+def import_hf(folder: Path, out: Path) -> None:
+    """Write a checkpoint of weights alone. Raises OSError or ValueError for what is no such GPT-2."""
+    if out.exists():
+        raise FileExistsError(f"--out {out} is there already: remove it or choose another file")
+    values = read_object(folder / "config.json")
+    if values.get("model_type") != "gpt2" or values.get("activation_function") != "gelu_new":
+        raise ValueError(f"--from_hf {folder}: config.json is not that of a GPT-2 (model_type, activation_function)")
+    try:
+        shape = {name: values[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        config = train.Config(block_size=values["n_positions"], **shape, device="cpu").resolved()
+        weights = load_file(folder / "model.safetensors")
+    except (KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"--from_hf {folder} is incomplete or damaged ({error})") from error
+    content = tokens.OwnVocabulary(train.read_text(folder / "tokenizer.json", "--from_hf")[0], "tokenizer.json").content
+    if is_gpt2(content):
+        content = ""
+    else:
+        config = replace(config, tokenizer=(folder / "tokenizer.json").as_posix())
+    context = read_object(folder / "generation_config.json").get("max_length", config.block_size)
+    config = replace(config, seq_len=min(context, config.block_size))
+    model = {
+        name.removeprefix("transformer."): (value.T if name.endswith(TRANSPOSED) else value).float().contiguous()
+        for name, value in weights.items()
+        if name != "lm_head.weight" and not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in train.GPT(config).state_dict().items()}
+    if {name: value.shape for name, value in model.items()} != expected:
+        raise ValueError(f"--from_hf {folder}: the weights are not those that its config.json describes")
+    checkpoint = {
+        "format": train.CHECKPOINT_FORMAT, "config": config.as_dict(), "step": 0, "model": model,
+        "tokenizer": {"name": config.tokenizer, "n_vocab": config.vocab_size, "content": content},
+        "trained_context": config.seq_len, "corpus_sha256": "", "corpus_tokens": 0,
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    train.write_checkpoint(out, checkpoint)
+
+
+def is_gpt2(content: str) -> bool:
+    """Whether a vocabulary is GPT-2's own."""
+    ids = json.loads((train.vocabulary_folder() / "encoder.json").read_text(encoding="utf-8"))
+    return Tokenizer.from_str(content).get_vocab() == ids
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file of the folder. Raises FileNotFoundError or ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: --from_hf takes a folder with a saved model")
+    if not (values := train.read_json(path)):
+        raise ValueError(f"{path} is no JSON object")
+    return values
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns 0, or 2 for bad input."""
+    try:
+        options = tyro.cli(
+            Options, args=sys.argv[1:] if argv is None else argv, prog="export_hf.py", use_underscores=True,
+            description=__doc__.split("\n\n")[0],
+        )  # fmt: skip
+        if (options.checkpoint is None) == (options.from_hf is None):
+            raise ValueError("give either --checkpoint, to export, or --from_hf, to import")
+        if options.checkpoint is not None:
+            export(options.checkpoint, options.out)
+        else:
+            import_hf(options.from_hf, options.out)
+    except SystemExit as answered:  # by tyro
+        return answered.code or 0
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"export_hf.py: error: {line}", file=sys.stderr)
+        return 2
+    print(f"Wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""export_hf.py: what transformers loads is the same model, and comes back as the same weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_FLAGS, run_script
+from safetensors import safe_open
+from test_tokens import NASTY
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import export_hf
+import sample
+import train
+
+LOAD = """
+import os, sys
+os.environ["HF_HUB_OFFLINE"] = "1"
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = AutoTokenizer.from_pretrained("hf"), AutoModelForCausalLM.from_pretrained("hf")
+ids = tokenizer("Line 1: the", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_length=16, do_sample=False)[0]), end="")
+"""
+
+
+@pytest.fixture(scope="module", params=["gpt2", "bpe:300"])
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export")
+    text = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200))
+    (path / "text.txt").write_text(text, encoding="utf-8")
+    flags = [*TINY_FLAGS, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}", "--steps=60", "--lr=0.02"]
+    flags += [f"--tokenizer={request.param}", f"--cache_dir={path / 'cache'}", "--block_size=32"]
+    assert train.main(flags) == 0
+    result = run_script("--checkpoint=run/checkpoints/best.pt", "--out=hf", cwd=path, script="export_hf.py")
+    assert result.returncode == 0, result.stderr
+    return path
+
+
+def test_the_same_model(folder):
+    sampler = sample.Sampler(folder / "run/checkpoints/best.pt", "cpu", "off")
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
+    tokens = torch.randint(sampler.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, sampler.model(tokens), rtol=1e-4, atol=1e-4)
+    with safe_open(folder / "hf/model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (no mapping)
+
+
+def test_the_same_ids(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    own = sample.Sampler(folder / "run/checkpoints/best.pt", "cpu", "off").tokenizer
+    for text in [*(word for word in NASTY if word != "<|endoftext|>"), "".join(NASTY[:-3]), " x  y\n\n z\t"]:
+        assert tokenizer(text)["input_ids"] == own.encode_ordinary(text), ascii(text)
+        assert tokenizer.decode(own.encode_ordinary(text)) == text
+    assert tokenizer("<|endoftext|>")["input_ids"] == [own.eot_token] == [tokenizer.eos_token_id]
+
+
+def test_transformers_alone_writes_the_same_text_without_a_warning(folder):
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD], cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    noise = [line for line in result.stderr.splitlines() if "Loading weights" not in line and line.strip()]
+    assert noise == []
+    sampler = sample.Sampler(folder / "run/checkpoints/best.pt", "cpu", "off")
+    start = sampler.tokenizer.encode_ordinary("Line 1: the")
+    options = dict(context=16, temperature=0.0, top_k=0, generators=[torch.Generator()])
+    (row,) = train.generate(sampler.model, [start], 16 - len(start), **options)
+    assert result.stdout == sampler.tokenizer.decode(row)
+
+
+def test_what_the_folder_says_of_the_model(folder):
+    config = json.loads((folder / "hf/config.json").read_text(encoding="utf-8"))
+    assert config["n_positions"] == 32
+    assert json.loads((folder / "hf/generation_config.json").read_text(encoding="utf-8"))["max_length"] == 16
+    assert AutoTokenizer.from_pretrained(folder / "hf").model_max_length == 16
+    card = (folder / "hf/README.md").read_text(encoding="utf-8")
+    results = json.loads((folder / "run/results.json").read_text(encoding="utf-8"))
+    command = json.loads((folder / "run/config.json").read_text(encoding="utf-8"))["command"]
+    for text in ("16 tokens (of 32 positions", str(results["corpus_loss"]), command, "Memorisation"):
+        assert text in card
+
+
+def test_and_back(folder, tmp_path):
+    assert export_hf.main(["--from_hf", str(folder / "hf"), "--out", str(tmp_path / "back.pt")]) == 0
+    before = train.load_checkpoint(folder / "run/checkpoints/best.pt")
+    after = train.load_checkpoint(tmp_path / "back.pt")
+    assert before["model"].keys() == after["model"].keys() and after["trained_context"] == 16
+    assert all(torch.equal(value, after["model"][name]) for name, value in before["model"].items())
+    assert after["tokenizer"]["n_vocab"] == before["tokenizer"]["n_vocab"]
+    texts = [
+        "".join(sample.Sampler(path, "cpu", "off").stream("Line", sample.Options(path, max_new_tokens=12)))
+        for path in (folder / "run/checkpoints/best.pt", tmp_path / "back.pt")
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint=none.pt", "--out=new"], "--checkpoint none.pt: no such file"),
+        (["--checkpoint=text.txt", "--out=new"], "text.txt is damaged or no checkpoint"),
+        (["--checkpoint=run/checkpoints/best.pt", "--out=hf"], "--out hf is there already"),
+        (["--out=new"], "give either --checkpoint"),
+        (["--from_hf=run", "--out=new"], "config.json is not that of a GPT-2"),
+        (["--from_hf=none", "--out=new"], "config.json does not exist"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(folder, flags, message):
+    before = set(folder.rglob("*"))
+    result = run_script(*flags, cwd=folder, script="export_hf.py")
+    assert result.returncode == 2 and message in result.stderr.replace("\\", "/") and result.stderr.count("\n") == 1
+    assert set(folder.rglob("*")) == before
+
+
+def test_a_disk_that_fills_leaves_nothing(folder, tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_hf, "save_file", refuse)
+    assert export_hf.main(["--checkpoint", str(folder / "run/checkpoints/best.pt"), "--out", str(tmp_path / "x")]) == 2
+    assert list(Path(tmp_path).iterdir()) == []
