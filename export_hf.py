@@ -5,7 +5,7 @@
 
 The folder holds weights (safetensors, the tied head once), configuration, vocabulary and a model card written from
 the run's own files; `AutoModelForCausalLM` and `AutoTokenizer` load it without a network. The way back makes a
-checkpoint of weights alone, for sample.py. Neither needs transformers.
+checkpoint of weights alone, for sample.py and `train.py --init_from`. Neither needs transformers.
 """
 
 import json
@@ -46,11 +46,9 @@ class Options:
 
 def export(path: Path, out: Path) -> None:
     """Write the folder, which appears when it is whole. Raises OSError or ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--checkpoint {path}: no such file; name a best.pt or last.pt")
     if out.exists():
         raise FileExistsError(f"--out {out} is there already: remove it or choose another folder")
-    checkpoint = train.load_checkpoint(path)
+    checkpoint = train.load_checkpoint(path, "--checkpoint")
     config = train.Config.from_dict(checkpoint["config"])
     vocabulary = hf_tokenizer(config, checkpoint)
     end = vocabulary.token_to_id(tokens.DOCUMENT_END)
@@ -79,9 +77,20 @@ def export(path: Path, out: Path) -> None:
         vocabulary.save(str(folder / "tokenizer.json"))
         for file, values in files.items():
             (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        prompts = json.dumps(beginnings(path), ensure_ascii=False)
+        (folder / "prompts.json").write_text(prompts + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(path, checkpoint, config), encoding="utf-8")
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder, out)
+
+
+def beginnings(path: Path) -> list[str]:
+    """Prompts in the manner of the text, for space/app.py: that of the run's last samples, and their lines that end
+    with a colon."""
+    samples = train.read_if_there(path.resolve().parent.parent / "samples" / "samples.txt").split("=" * 80)[-1]
+    prompt = samples.partition("PROMPT:\n")[2].partition("\nOUTPUT:")[0]
+    names = [line + "\n" for line in samples.splitlines() if line.endswith(":") and not line.isupper()]
+    return [text for text in dict.fromkeys([prompt, *names]) if text][:5] or ["Once upon a time"]
 
 
 def hf_config(config: train.Config, end: int) -> dict:
@@ -201,7 +210,7 @@ def import_hf(folder: Path, out: Path) -> None:
     checkpoint = {
         "format": train.CHECKPOINT_FORMAT, "config": config.as_dict(), "step": 0, "model": model,
         "tokenizer": {"name": config.tokenizer, "n_vocab": config.vocab_size, "content": content},
-        "trained_context": config.seq_len, "corpus_sha256": "", "corpus_tokens": 0,
+        "trained_context": config.seq_len, "corpus_sha256": "", "corpus_tokens": 0, "val_sha256": "",
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     train.write_checkpoint(out, checkpoint)

@@ -60,9 +60,7 @@ class Sampler:
     """A checkpoint ready to continue prompts. Raises OSError or ValueError for a file that is none."""
 
     def __init__(self, path: Path, device: str = "auto", amp: str = "auto"):
-        if not path.is_file():
-            raise FileNotFoundError(f"--checkpoint {path}: no such file; name a best.pt or last.pt")
-        checkpoint = train.load_checkpoint(path)
+        checkpoint = train.load_checkpoint(path, "--checkpoint")
         config = train.Config.from_dict(checkpoint["config"])
         config = replace(config, device=train.choose_device()[0] if device == "auto" else device, threads=None)
         if problem := train.device_problem(config.device):

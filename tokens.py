@@ -23,7 +23,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,8 +36,9 @@ from tqdm import tqdm
 log = logging.getLogger("train")
 
 DOCUMENT_END = "<|endoftext|>"
-MAGIC = "GPT token ids, version 1, after a header of {:08d} bytes\n"
-FIRST_LINE = re.compile(MAGIC.replace("{:08d}", r"(\d{8})").encode())
+MAGIC = "GPT token ids, version 1, after a header of {:08d} bytes with the checksum {:010d}\n"
+FIRST_LINE = re.compile(re.sub(r"{:0(\d+)d}", r"(\\d{\1})", MAGIC).encode())
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 CHUNK = 2**18  # bytes read at a time: small enough for many to be under way, large enough for long words to be rare
 
 
@@ -55,12 +56,12 @@ class TokenFile:
 # ---------------------------------------------------------------------------------------------
 
 
-def find_files(inputs: list[Path]) -> list[Path]:
+def find_files(inputs: list[Path], flag: str = "--input_file") -> list[Path]:
     """Files, the .txt files of folders and below, and the matches of globs, in the order given and sorted in each.
 
     Raises FileNotFoundError for what names no file.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for path in inputs:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*.txt") if p.is_file())
@@ -71,9 +72,10 @@ def find_files(inputs: list[Path]) -> list[Path]:
         else:
             files, remedy = [path] if path.is_file() else [], "does not exist"
         if not files:
-            raise FileNotFoundError(f"--input_file {path} {remedy}")
-        found |= dict.fromkeys(files)
-    return list(found)
+            raise FileNotFoundError(f"{flag} {path} {remedy}")
+        for file in files:
+            found.setdefault(file.resolve(), file)  # one file may have several names
+    return list(found.values())
 
 
 def pieces(path: Path, on_bytes: Callable[[bytes], object] = lambda data: None) -> Iterator[str]:
@@ -188,24 +190,35 @@ def encoded(
 
 
 def load(
-    inputs: list[Path], tokenizer: "tiktoken.Encoding | OwnVocabulary", identity: str, folder: Path, threads: int
+    inputs: list[Path],
+    tokenizer: "tiktoken.Encoding | OwnVocabulary",
+    identity: str,
+    folder: Path,
+    threads: int,
+    flag: str = "--input_file",
 ) -> TokenFile:
     """The ids of these texts under the tokenizer of that `identity`, from the file in `folder` if it is whole and
     younger than they are, else encoded anew.
 
     Raises FileNotFoundError, ValueError (not UTF-8, empty) or OSError; then no file is left behind.
     """
-    files = find_files(inputs)
-    names = "\n".join([identity, *(path.resolve().as_posix() for path in files)])
+    files = find_files(inputs, flag)
+    if not any(path.stat().st_size for path in files):
+        raise ValueError(f"{flag} {files[0]} is empty: a run needs at least --seq_len + 1 tokens of text")
+    names = "\n".join([identity, *(str(path.resolve()) for path in files)])
     stem = re.sub(r"\W+", "-", files[0].stem)[:40]
-    path = folder / f"{stem}-{hashlib.sha256(names.encode()).hexdigest()[:12]}.tokens"
-    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}-{hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}.tokens"
     lock = FileLock(path.with_suffix(".lock"))
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         log.info("Waiting for another program that writes %s ...", path)
         lock.acquire()
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            return read(path, files, identity)  # a folder that cannot be written may hold what is needed
+        raise OSError(f"--cache_dir {folder}: {error.strerror}; choose a folder that can be written") from error
     try:
         if path.exists():
             try:
@@ -227,15 +240,17 @@ def build(
     path: Path, files: list[Path], tokenizer: "tiktoken.Encoding | OwnVocabulary", identity: str, threads: int
 ) -> None:
     """Encode the files into `path`, which appears when it is whole. Raises ValueError or OSError."""
-    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
-    facts = {"tokenizer": identity, "dtype": dtype.name, "sources": sources(files)}
+    name = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
+    dtype, facts = DTYPES[name], {"tokenizer": identity, "dtype": name, "sources": sources(files)}
     n_bytes, free = sum(size for _, size, _ in facts["sources"]), shutil.disk_usage(path.parent).free
-    if n_bytes * dtype.itemsize // 2 > free:  # about three bytes of text a token
+    needed = n_bytes * dtype.itemsize // 2  # about three bytes of text a token
+    if needed > free:
         raise OSError(
-            f"{path.parent}: the token ids need up to {n_bytes // 10**6:,} MB, that disk has {free // 10**6:,}"
+            f"--cache_dir {path.parent}: the token ids need up to {needed / 1e6:,.1f} MB, and that disk has "
+            f"{free / 1e6:,.1f} MB: choose another --cache_dir"
         )
     unknown = {"count": 10**15, "crc32": 2**32, "sha256": "0" * 64, "n_bytes": n_bytes}
-    space = len(MAGIC.format(0)) + len(json.dumps(facts | unknown)) + 64
+    space = len(MAGIC.format(0, 0)) + len(json.dumps(facts | unknown)) + 64
     temporary, hashes, count, checksum = path.with_name(path.name + ".tmp"), [], 0, 0
     try:
         with open(temporary, "wb") as file, closing(encoded(files, tokenizer, threads, hashes)) as parts:
@@ -244,14 +259,12 @@ def build(
                 data = part.astype(dtype).tobytes()
                 count, checksum = count + len(part), zlib.crc32(data, checksum)
                 file.write(data)
-            if count == 0:
-                raise ValueError(f"{files[0]} is empty: a run needs at least --seq_len + 1 tokens of text")
             digests = [one.hexdigest() for one in hashes]
             whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
             facts |= {"count": count, "crc32": checksum, "sha256": whole, "n_bytes": n_bytes}
-            header = MAGIC.format(space) + json.dumps(facts)
+            header = (json.dumps(facts).ljust(space - len(MAGIC.format(0, 0)) - 1) + "\n").encode()
             file.seek(0)
-            file.write((header.ljust(space - 1) + "\n").encode())
+            file.write(MAGIC.format(space, zlib.crc32(header)).encode() + header)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -262,17 +275,15 @@ def build(
 def read(path: Path, files: list[Path], identity: str) -> TokenFile:
     """Map the file. Raises ValueError when it is damaged, of another version, or older than the texts."""
     with open(path, "rb") as file:
-        first = FIRST_LINE.fullmatch(file.readline(len(MAGIC.format(0)) + 1))
+        first = FIRST_LINE.fullmatch(file.readline(len(MAGIC.format(0, 0)) + 1))
         if not first:
             raise ValueError("no token file of this version")
         space = int(first[1])
-        try:
-            facts = json.loads(file.read(space - len(first[0])))
-            dtype, count = np.dtype(facts["dtype"]).newbyteorder("<"), facts["count"]
-            known = facts["sources"], facts["tokenizer"]
-            result = facts["sha256"], facts["n_bytes"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError("its header is damaged") from error
+        header = file.read(space - len(first[0]))
+    if zlib.crc32(header) != int(first[2]):
+        raise ValueError("its header is damaged")
+    facts = json.loads(header)
+    dtype, count, known = DTYPES[facts["dtype"]], facts["count"], (facts["sources"], facts["tokenizer"])
     if known != (sources(files), identity):
         raise ValueError("the text has changed since")
     if path.stat().st_size != space + count * dtype.itemsize:
@@ -284,7 +295,7 @@ def read(path: Path, files: list[Path], identity: str) -> TokenFile:
             checksum = zlib.crc32(data, checksum)
     if checksum != facts["crc32"]:
         raise ValueError("its checksum is wrong")
-    return TokenFile(np.memmap(path, dtype, "r", space, (count,)), *result)
+    return TokenFile(np.memmap(path, dtype, "r", space, (count,)), facts["sha256"], facts["n_bytes"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,16 +311,28 @@ class OwnVocabulary:
 
     def __init__(self, content: str, name: str):
         from tokenizers import Tokenizer as HuggingFace
+        from tokenizers import pre_tokenizers
 
         try:
-            self.inner = HuggingFace.from_str(content)
-            pattern = json.loads(content)["pre_tokenizer"]
+            self.inner, parts = HuggingFace.from_str(content), json.loads(content)
+            ids = self.inner.get_vocab()
         except Exception as error:  # the library's own exceptions have no common name
             raise ValueError(f"{name} is no tokenizer.json ({str(error)[:100]})") from error
-        if not isinstance(pattern, dict) or pattern.get("type") != "ByteLevel" or pattern.get("add_prefix_space"):
-            raise ValueError(
-                f"{name} is no byte-level BPE like GPT-2's (pre_tokenizer ByteLevel without a prefix space)"
+        pattern, decoder, model = ((parts.get(key) or {}) for key in ("pre_tokenizer", "decoder", "model"))
+        requirements = {
+            "model: a BPE without dropout": model.get("type") == "BPE" and not model.get("dropout"),
+            "normalizer: none": parts.get("normalizer") is None,
+            "pre_tokenizer: ByteLevel with GPT-2's pattern and without a prefix space": (
+                pattern.get("type") == "ByteLevel" and pattern.get("use_regex", True)
             )
+            and not pattern.get("add_prefix_space"),
+            "decoder: ByteLevel": decoder.get("type") == "ByteLevel",
+            "vocabulary: every byte": set(pre_tokenizers.ByteLevel.alphabet()) <= ids.keys(),
+            "vocabulary: ids without gaps": max(ids.values(), default=0) == len(ids) - 1,
+            "added_tokens: special ones only": all(token.get("special") for token in parts.get("added_tokens") or []),
+        }
+        if missing := [text for text, met in requirements.items() if not met]:
+            raise ValueError(f"{name} is no byte-level BPE like GPT-2's; required is {'; '.join(missing)}")
         self.inner.encode_special_tokens = True  # special tokens in a text are plain text
         self.inner.no_padding()
         self.inner.no_truncation()

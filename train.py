@@ -105,6 +105,8 @@ class Config:
     """run directory; None: out/PRESET"""
     resume: str = "auto"
     """auto: continue the run in out_dir, if any; never: move it aside, start anew; or a last.pt to continue from"""
+    init_from: Path | None = None
+    """checkpoint whose weights a new run starts from, with a fresh optimizer"""
     seed: Annotated[int, Between(0, 2**63 - 1)] = 1337
     """of weights, slices, dropout and sampled text, each with a stream of its own"""
 
@@ -283,10 +285,17 @@ class Config:
             found.append("--val_fraction and --val_file are two ways to validate: choose one")
         if self.patience and not self.validates:
             found.append(f"--patience {self.patience} needs a validation split: --val_fraction or --val_file")
-        if not self.input_file:
-            found.append("--input_file is empty: name a text")
-        if not re.fullmatch(r"gpt2|bpe:[1-9]\d{2,6}|.+\.json", self.tokenizer):
+        if not self.input_file or Path() in self.input_file:
+            found.append("--input_file is empty or the current folder: name a text, or a folder with texts")
+        if Path() in self.val_file:
+            found.append("--val_file is empty or the current folder: name a text, or a folder with texts")
+        if self.cache_dir == Path():
+            found.append("--cache_dir is empty or the current folder: name a folder for token ids")
+        size = re.fullmatch(r"bpe:(\d{3,7})", self.tokenizer)
+        if not (257 <= int(size[1]) <= 10**6 if size else re.fullmatch(r"gpt2|.+\.json", self.tokenizer)):
             found.append(f"--tokenizer {self.tokenizer} is none of gpt2, bpe:N with N from 257 to 1,000,000, PATH.json")
+        if self.tokenizer != "gpt2" and DEMO_CORPUS in self.input_file:
+            found.append(f"{DEMO_CORPUS} goes with --tokenizer gpt2 only: name a text with --input_file")
         if self.min_lr > self.lr:
             found.append(f"--min_lr {self.min_lr} exceeds --lr {self.lr}")
         if not DEVICE.fullmatch(self.device):
@@ -302,7 +311,7 @@ class Config:
     def from_dict(cls, values: dict) -> "Config":
         """The inverse of `as_dict`; keys that are no flags are ignored, missing ones default."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        for name in ("cache_dir", "out_dir"):
+        for name in ("cache_dir", "out_dir", "init_from"):
             if known.get(name) is not None:
                 known[name] = Path(known[name])
         for name in known.keys() & {"input_file", "val_file"}:
@@ -387,6 +396,7 @@ class Tokenizer(Protocol):
     """What text becomes token ids with: tiktoken's `Encoding`, or tokens.py's `OwnVocabulary`."""
 
     n_vocab: int
+    eot_token: int  # stands between documents
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text, special tokens in it taken as plain text."""
@@ -406,6 +416,7 @@ class Corpus:
     vocabulary: str = ""  # content of the tokenizer.json, unless it is GPT-2's
     val_tokens: np.ndarray | None = None  # (M,), held out
     val_bytes_per_token: float = math.nan
+    val_sha256: str = ""  # of --val_file
 
 
 def choose_tokenizer(config: Config, checkpoint: dict | None) -> Tokenizer:
@@ -417,13 +428,15 @@ def choose_tokenizer(config: Config, checkpoint: dict | None) -> Tokenizer:
         return load_tokenizer()
     import tokens
 
-    saved = {} if checkpoint is None else checkpoint["tokenizer"]
-    if saved.get("name") == config.tokenizer:
-        return tokens.OwnVocabulary(saved["content"], config.tokenizer)
-    if config.tokenizer.startswith("bpe:"):
+    saved, learned = {} if checkpoint is None else checkpoint["tokenizer"], config.tokenizer.startswith("bpe:")
+    if saved.get("name") == config.tokenizer and (learned or not Path(config.tokenizer).exists()):
+        content = saved["content"]
+    elif learned:
         content = tokens.train_vocabulary(list(config.input_file), int(config.tokenizer[4:]))
+    elif Path(config.tokenizer).is_file():
+        content = Path(config.tokenizer).read_text(encoding="utf-8", errors="replace")
     else:
-        content = read_text(Path(config.tokenizer), "--tokenizer")[0]
+        raise FileNotFoundError(f"--tokenizer {config.tokenizer}: no such file; name a tokenizer.json, gpt2 or bpe:N")
     return tokens.OwnVocabulary(content, config.tokenizer)
 
 
@@ -502,42 +515,54 @@ def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
 
     Raises OSError or ValueError (see `read_text`), also when the text is shorter than a slice.
     """
-    whole, sha256, n_bytes = read_tokens(config.input_file, config, tokenizer)
+    whole, sha256, n_bytes = read_tokens(config.input_file, config, tokenizer, "--input_file")
     tokens = whole[: config.max_tokens] if config.max_tokens else whole
-    val_tokens, val_bytes_per_token = None, math.nan
-    if config.validates:
-        if config.val_file:
-            val_tokens = read_tokens(config.val_file, config, tokenizer)[0]
-        else:
-            n_train = len(tokens) - max(1, round(len(tokens) * config.val_fraction))
-            tokens, val_tokens = tokens[:n_train], tokens[n_train:]
-        start = val_tokens[: 10**6].tolist()
-        val_bytes_per_token = len(tokenizer.decode(start).encode()) / max(1, len(start))
+    val_tokens, val_bytes_per_token, val_sha256 = None, math.nan, ""
+    if config.val_file:
+        val_tokens, val_sha256, val_bytes = read_tokens(config.val_file, config, tokenizer, "--val_file")
+        val_bytes_per_token = val_bytes / max(1, len(val_tokens))
+    elif config.val_fraction:
+        n_train = len(tokens) - max(1, round(len(tokens) * config.val_fraction))
+        tokens, val_tokens = tokens[:n_train], tokens[n_train:]
+        val_bytes_per_token = bytes_per_token(val_tokens, tokenizer)
+    if len(tokens) < len(whole):
+        n_bytes = bytes_per_token(tokens, tokenizer) * len(whole)
     splits = {names(config.input_file): tokens, "the validation split": val_tokens}
     for name, part in splits.items():
         if part is not None and len(part) < config.seq_len + 1:
             raise ValueError(
                 f"{name} has {len(part):,} tokens, but a slice needs --seq_len + 1 = {config.seq_len + 1:,}: use a "
-                "longer text or a smaller --seq_len"
+                "longer text, a larger part of it, or a smaller --seq_len"
             )
     tokens.flags.writeable = False
     vocabulary = getattr(tokenizer, "content", "")
-    return Corpus(tokens, sha256, len(whole), n_bytes / len(whole), vocabulary, val_tokens, val_bytes_per_token)
+    validation = val_tokens, val_bytes_per_token, val_sha256
+    return Corpus(tokens, sha256, len(whole), n_bytes / len(whole), vocabulary, *validation)
 
 
-def read_tokens(inputs: tuple[Path, ...], config: Config, tokenizer: Tokenizer) -> tuple[np.ndarray, str, int]:
+def bytes_per_token(tokens: np.ndarray, tokenizer: Tokenizer) -> float:
+    """Bytes of text for each of the first million tokens; what stands between documents is no text."""
+    start = tokens[: 10**6].tolist()
+    text = tokenizer.decode([token for token in start if token != tokenizer.eot_token])
+    return len(text.encode()) / max(1, len(start))
+
+
+def read_tokens(
+    inputs: tuple[Path, ...], config: Config, tokenizer: Tokenizer, flag: str
+) -> tuple[np.ndarray, str, int]:
     """Token ids of a text, its SHA-256 and its bytes: in memory for one small file, else by way of tokens.py."""
     path = inputs[0]
-    one_file = len(inputs) == 1 and (path == DEMO_CORPUS or path.is_file() or not GLOB.search(path.name))
+    one_file = len(inputs) == 1 and (path == DEMO_CORPUS or path.is_file() or not GLOB.search(str(path)))
     if one_file and not path.is_dir() and not (path.is_file() and path.stat().st_size > SMALL_TEXT):
-        text, sha256 = read_text(path)
+        text, sha256 = read_text(path, flag)
         if config.tokenizer == "gpt2" and not re.search(r"\s{100000}", text):
             return np.array(tokenizer.encode_ordinary(text), dtype=np.uint16), sha256, len(text.encode())
     if DEMO_CORPUS in inputs:
-        raise ValueError(f"{DEMO_CORPUS} goes with --tokenizer gpt2 and without other texts")
+        raise ValueError(f"{flag} {DEMO_CORPUS} goes without other texts")
     import tokens
 
-    found = tokens.load(list(inputs), tokenizer, identity(config, tokenizer), config.cache_dir, config.threads)
+    name = identity(config, tokenizer)
+    found = tokens.load(list(inputs), tokenizer, name, config.cache_dir, config.threads, flag)
     return found.tokens, found.sha256, found.n_bytes
 
 
@@ -1043,13 +1068,14 @@ class Ranks:
 
         Raises ConnectionError.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        named = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
+        if not named or os.environ["WORLD_SIZE"] == "1":
             return cls()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         try:
             dist.init_process_group()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ConnectionError(f"the processes of this run do not reach each other ({reason})") from error
         return cls(dist.get_rank(), dist.get_world_size())
@@ -1563,13 +1589,13 @@ def write_checkpoint(path: Path, checkpoint: dict, previous: Path | None = None)
         raise error.__context__ if isinstance(error.__context__, OSError | KeyboardInterrupt) else error from None
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
     """Read a checkpoint onto the CPU; nothing in the file is executed (tensors and plain values only).
 
     Raises FileNotFoundError, or ValueError when it is no checkpoint of this program or not a byte as written.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--resume {path}: no such file; name a last.pt, or use --resume auto")
+        raise FileNotFoundError(f"{flag} {path}: no such file; name a checkpoint such as last.pt or best.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
@@ -1602,7 +1628,7 @@ def is_sound(checkpoint: object) -> bool:
             not out_of_range(config)
             and not config.contradictions()
             and isinstance(checkpoint["model"], dict)
-            and isinstance(checkpoint["corpus_sha256"], str)
+            and all(isinstance(checkpoint[name], str) for name in ("corpus_sha256", "val_sha256"))
             and isinstance(checkpoint["tokenizer"]["content"], str)
             and all(isinstance(checkpoint[name], int) for name in ("corpus_tokens", "step"))
             and all(type(value) in (type(start[name]), float) for name, value in progress.items())
@@ -1647,13 +1673,33 @@ def load_newest(paths: list[Path]) -> tuple[Path | None, dict | None, str | None
     return None, None, None
 
 
+def load_start(config: Config, corpus: Corpus) -> dict[str, torch.Tensor] | None:
+    """The weights that --init_from names. Raises OSError, or ValueError when they are of another model."""
+    if config.init_from is None:
+        return None
+    checkpoint = load_checkpoint(config.init_from, "--init_from")
+    saved, wanted = Config.from_dict(checkpoint["config"]), config
+    for name in ("vocab_size", "n_layer", "n_head", "n_embd", "block_size"):
+        if getattr(saved, name) != getattr(wanted, name):
+            raise ValueError(
+                f"--init_from {config.init_from} has --{name} {getattr(saved, name)}, not {getattr(wanted, name)}"
+            )
+    if checkpoint["tokenizer"]["content"] != corpus.vocabulary:
+        raise ValueError(f"--init_from {config.init_from} has another vocabulary than --tokenizer {config.tokenizer}")
+    return checkpoint["model"]
+
+
 def check_same_run(path: Path, checkpoint: dict, config: Config, corpus: Corpus) -> None:
     """Raises ValueError when the checkpoint has other weights or another corpus than the flags ask for."""
     remedy = "choose another --out_dir, or --resume never to move that run aside and start anew"
     if not {"optimizer", "scaler", "progress", "offsets"} <= checkpoint.keys():
         raise ValueError(f"{path} holds weights alone, without the optimizer: continue from last.pt or prev.pt")
     saved = checkpoint["config"]
-    for name in ("tokenizer", "n_layer", "n_head", "n_embd", "block_size"):
+    if checkpoint["tokenizer"]["content"] != corpus.vocabulary:
+        raise ValueError(
+            f"{path} has another vocabulary (--tokenizer {saved.get('tokenizer')}) than {config.tokenizer}: {remedy}"
+        )
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
         if saved.get(name) != getattr(config, name):
             raise ValueError(
                 f"{path} has --{name} {saved.get(name)} (--preset {saved.get('preset')}), not {getattr(config, name)}: "
@@ -1877,8 +1923,9 @@ class Trainer:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.progress = replace(Progress(**checkpoint["progress"]), skipped_in_a_row=0)
         self.saved_step = self.progress.step if checkpoint["own"] else 0
-        measure = ("val_fraction", "val_file") if config.validates else ("target_window", "val_fraction", "val_file")
-        if any(saved[name] != config.as_dict()[name] for name in measure) or not checkpoint["own"]:
+        measure = ["val_fraction", "val_file", "seq_len" if config.validates else "target_window"]
+        other = any(saved[name] != config.as_dict()[name] for name in measure)
+        if other or checkpoint["val_sha256"] != self.corpus.val_sha256 or not checkpoint["own"]:
             # What is measured otherwise does not compare, and another run's best.pt stayed there.
             self.progress.best_loss, self.progress.best_step, self.progress.measured_in_vain = math.inf, 0, 0
 
@@ -1998,6 +2045,8 @@ class Trainer:
         """Measure the validation loss, and keep the weights if it is the lowest so far."""
         p, lowest = self.progress, self.progress.best_loss
         p.val_loss, p.val_step = validation_loss(self.model, self.corpus.val_tokens, self.config), p.step
+        if not math.isfinite(p.val_loss):
+            raise TrainingFailed(f"the validation loss of step {p.step} is not finite: go on with a lower --lr")
         if p.val_loss < lowest:
             p.measured_in_vain = 0
             self.keep(p.val_loss)
@@ -2047,6 +2096,7 @@ class Trainer:
             "trained_context": self.progress.trained_context,
             "corpus_sha256": self.corpus.sha256,
             "corpus_tokens": len(self.corpus.tokens),
+            "val_sha256": self.corpus.val_sha256,
         }
 
     def checkpoint(self, run: RunDir) -> Task:
@@ -2229,6 +2279,8 @@ def train(
 
         stop = p.stop_reason(config) if word == ENOUGH else signal.Signals(word).name
         if stop in COMPLETE:
+            if config.validates and p.val_step != p.step:
+                trainer.evaluate()
             for line in ending(p, config, stop):
                 log.info(line)
             if not config.validates:
@@ -2251,7 +2303,8 @@ def ending(progress: Progress, config: Config, stop_reason: str) -> list[str]:
         lines.append(f"No lower validation loss in {config.patience} measurements. Stopping.")
     elif config.target_loss:
         lines.append(f"All {p.step} steps done; window_loss is still above the target {config.target_loss}.")
-    if config.validates and p.val_loss > 1.01 * p.best_loss:
+    learning = p.window_loss(config) or math.inf
+    if config.validates and p.val_loss > 1.01 * p.best_loss and learning < p.best_loss:
         lines.append(
             f"Validation loss was lowest at step {p.best_step} ({p.best_loss:.6f}) and is {p.val_loss:.6f} now: from "
             "there on the model overfits, learning its text by heart; best.pt is of that step"
@@ -2369,6 +2422,7 @@ class Setup:
     run: RunDir
     resumed_from: Path | None
     checkpoint: dict | None  # what that file holds
+    start: dict[str, torch.Tensor] | None  # weights of another run, for a new one
     damage: str | None  # what is wrong with the newer checkpoint that should have been it
 
 
@@ -2394,7 +2448,8 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack) -> Setup:
     if checkpoint is not None:
         check_same_run(path, checkpoint, config, corpus)
         checkpoint["own"] = run.owns(path)
-    return Setup(argv, config, reasons, corpus, tokenizer, run, path, checkpoint, damage)
+    start = load_start(config, corpus) if checkpoint is None else None
+    return Setup(argv, config, reasons, corpus, tokenizer, run, path, checkpoint, start, damage)
 
 
 def results(trainer: Trainer, stop_reason: str, floor: float, measured: tuple[float, float, int] | None) -> dict:
@@ -2488,14 +2543,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
     """The trainer at the step where the checkpoint left it. Raises ValueError when the checkpoint does not fit."""
     try:
-        return Trainer(setup.config, setup.corpus, setup.checkpoint, ranks)
+        trainer = Trainer(setup.config, setup.corpus, setup.checkpoint, ranks)
+        if setup.start is not None:
+            trainer.model.load_state_dict(setup.start)
+        return trainer
     except (RuntimeError, MemoryError, ValueError, TypeError, KeyError, AttributeError) as error:
         if is_out_of_memory(error):
             raise OSError(f"out of memory while the model was built: choose a smaller --preset ({error})") from error
-        if setup.checkpoint is None:
+        if setup.checkpoint is None and setup.start is None:
             raise
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{setup.resumed_from} does not fit this model ({type(error).__name__}: {reason})") from error
+        raise ValueError(
+            f"{setup.resumed_from or setup.config.init_from} does not fit this model ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def configure_torch(config: Config) -> None:
@@ -2555,6 +2615,8 @@ def begin(setup: Setup, trainer: Trainer, report: Report) -> None:
         log.warning(line)
     if setup.checkpoint is not None:
         log_resumption(setup, trainer)
+    if setup.start is not None:
+        log.info("Starting from the weights of %s", config.init_from)
     if progress.best_step and not run.best.exists():
         log.warning("%s is missing: the best from here on will be written there", run.best)
         progress.best_loss, progress.best_step = math.inf, 0
@@ -2684,6 +2746,15 @@ def main(argv: list[str] | None = None) -> int:
     except ConnectionError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def state(setup: Setup) -> str:
+    """What has to be the same for all processes of a run."""
+    step = 0 if setup.checkpoint is None else setup.checkpoint["step"]
+    corpus, config = setup.corpus, setup.config.as_dict()
+    return json.dumps([step, corpus.sha256, len(corpus.tokens), corpus.vocabulary, config])
 
 
 def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
@@ -2701,9 +2772,12 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
         return answered.code or 0
     except (ValueError, OSError) as error:
         problem = str(error) or type(error).__name__
-    except KeyboardInterrupt:
-        return 130
-    if any(problems := ranks.gather(problem)):
+    problems, states = ranks.gather(problem), ranks.gather("" if problem else state(setup))
+    if not any(problems) and len(set(states)) > 1:
+        problems = [
+            "the processes do not see the same checkpoint and text: all need the same --out_dir and --input_file"
+        ]
+    if any(problems):
         for line in dict.fromkeys("\n".join(filter(None, problems)).splitlines()):
             if ranks.rank == 0:
                 print(f"train.py: error: {line}", file=sys.stderr)

@@ -211,12 +211,14 @@ def draw_loss_curve(out_dir: Path) -> Path:
 
 
 def overfitting(run: Run) -> float | None:
-    """The step of the lowest validation loss, if it has risen since by more than a hundredth."""
+    """The step of the lowest validation loss, if it has risen since by more than a hundredth while the training loss
+    went on falling."""
     if not has_values(run.metrics, "val_loss"):
         return None
     measured = run.metrics.dropna(subset=["val_loss"])
-    lowest = measured.loc[measured["val_loss"].idxmin()]
-    return lowest["step"] if measured["val_loss"].iloc[-1] > 1.01 * lowest["val_loss"] else None
+    lowest, last = measured.loc[measured["val_loss"].idxmin()], measured.iloc[-1]
+    risen = last["val_loss"] > 1.01 * lowest["val_loss"] and smoothed(run.metrics)[0].iloc[-1] < lowest["val_loss"]
+    return lowest["step"] if risen else None
 
 
 def has_values(table: pd.DataFrame, column: str) -> bool:

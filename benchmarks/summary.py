@@ -1,16 +1,18 @@
-"""Fill the tables of the README's speed section from the records of the other programs here.
+"""Fill the README's tables: those of speed from the records of the other programs here, that of flags from train.py.
 
     python benchmarks/summary.py              # with --check nothing is written; exit 1 when a table is stale
 
 A table stands between <!--RECORD:NAME:START--> and <!--RECORD:NAME:END-->.
 """
 
+import ast
 import json
 import re
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import tyro
@@ -45,6 +47,22 @@ def source(name: str) -> str:
         f"[{name}.json](benchmarks/records/{name}.json): {gpu or cpu}, PyTorch {found['versions']['torch']}, "
         f"{found['date']}, commit {found['commit'][:7]}"
     )
+
+
+def flags() -> str:
+    """Every flag of train.py with its default and its help, as its source has them."""
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    (config,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    rows = []
+    for field, text in pairwise(config.body):
+        if not isinstance(field, ast.AnnAssign) or "Suppress" in ast.unparse(field.annotation):
+            continue
+        words = re.sub(r"\s+", " ", ast.literal_eval(text.value)).replace("|", "\\|")
+        default = ast.unparse(field.value)
+        if call := re.search(r"Path\('([^']*)'\)", default):
+            default = call[1]
+        rows.append([f"`--{field.target.id}`", f"`{default.strip(chr(39)) or chr(32)}`", words])
+    return markdown_table(["flag", "default", "what it is"], rows, align="---")
 
 
 def throughput(*names: str) -> str:
@@ -148,6 +166,7 @@ def ladder() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "FLAGS": flags,
     "TOKENIZING": tokenizing,
     "THROUGHPUT": lambda: throughput("throughput-8x128", "throughput-8x128-more"),
     "LONG": lambda: throughput("throughput-8x1024"),

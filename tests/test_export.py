@@ -123,3 +123,36 @@ def test_a_disk_that_fills_leaves_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(export_hf, "save_file", refuse)
     assert export_hf.main(["--checkpoint", str(folder / "run/checkpoints/best.pt"), "--out", str(tmp_path / "x")]) == 2
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_training_goes_on_from_what_came_back(folder, tmp_path, monkeypatch):
+    """The first step of the new run has the loss that the imported weights have."""
+    monkeypatch.chdir(folder)
+    back = tmp_path / "back.pt"
+    assert export_hf.main(["--from_hf", "hf", "--out", str(back)]) == 0
+    name = json.loads(Path("run/config.json").read_text(encoding="utf-8"))["config"]["tokenizer"]
+    flags = [*TINY_FLAGS, "--input_file=text.txt", "--block_size=32", "--steps=3", "--amp=off", "--log_every=1"]
+    flags += [f"--out_dir={tmp_path / 'more'}", f"--init_from={back}"]
+    flags += [] if name == "gpt2" else ["--tokenizer=run/tokenizer.json"]
+    assert train.main(flags) == 0
+    log = (tmp_path / "more/logs/train.log").read_text(encoding="utf-8")
+    assert f"Starting from the weights of {back}" in log
+    loss = float(log.split("step 1/3 | loss ")[1].split(" ")[0])
+    checkpoint = train.load_checkpoint(back)
+    saved = train.load_checkpoint(tmp_path / "more/checkpoints/last.pt")
+    config = train.Config.from_dict(saved["config"])
+    trainer = train.Trainer(config, train.load_corpus(config, train.choose_tokenizer(config, saved)), None)
+    trainer.model.load_state_dict(checkpoint["model"])
+    slices = trainer.slices(1)
+    assert loss == pytest.approx(trainer.model(slices[:, :-1], slices[:, 1:]).item(), rel=1e-5)
+    assert train.main([*flags, "--steps=5"]) == 0, "and the run continues from its own checkpoint"
+    assert "Resuming from step 3" in (tmp_path / "more/logs/train.log").read_text(encoding="utf-8")
+
+
+def test_weights_of_another_shape_are_no_start(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    flags = [*TINY_FLAGS, "--input_file=text.txt", f"--out_dir={tmp_path / 'x'}"]
+    assert train.main([*flags, "--init_from=run/checkpoints/best.pt", "--n_layer=3"]) == 2
+    assert "--init_from run/checkpoints/best.pt has --" in capsys.readouterr().err.replace("\\", "/")
+    assert train.main([*flags, "--init_from=none.pt"]) == 2
+    assert "--init_from none.pt: no such file" in capsys.readouterr().err and not (tmp_path / "x").exists()

@@ -152,7 +152,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
         "progress": {"step": 7, "recent_losses": [1.5, 2.5]},
     }
     content |= {"format": train.CHECKPOINT_FORMAT, "config": train.Config().resolved().as_dict(), "step": 7}
-    content |= {"corpus_sha256": "x", "corpus_tokens": 3, "tokenizer": {"content": ""}}
+    content |= {"corpus_sha256": "x", "corpus_tokens": 3, "val_sha256": "", "tokenizer": {"content": ""}}
     good, path = saved(content), tmp_path / "last.pt"
     refused = 0
     for position in random.Random(0).sample(range(8 * len(good)), 1500):

@@ -32,13 +32,18 @@ def command(processes: int, *flags: str, script: Path = ROOT / "train.py", resta
 def torchrun(processes: int, *flags: str, **options) -> subprocess.CompletedProcess:
     """Run to the end. gloo sometimes fails to connect processes on a busy machine; then they are started again."""
     for _ in range(4):
+        line = command(processes, *flags, **options)
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(line, **pipes)
         try:
-            result = subprocess.run(command(processes, *flags, **options), capture_output=True, text=True, timeout=120)
-        except subprocess.TimeoutExpired as stuck:
-            assert b"step 1/" not in (stuck.stdout or b""), "it hangs after it began"
+            out, err = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # torchrun and all that it started
+            out, err = process.communicate()
+            assert "step 1/" not in out, "it hangs after it began"
         else:
-            if "do not reach each other" not in result.stderr:
-                return result
+            if "do not reach each other" not in err:
+                return subprocess.CompletedProcess(line, process.returncode, out, err)
     raise AssertionError("the processes never met")
 
 
@@ -112,7 +117,7 @@ def test_a_rank_that_dies_ends_the_run_and_a_restart_continues_it(alone):
     ended = torchrun(2, *flags, script=Path("dies.py"))
     assert ended.returncode == 1 and Path("died").exists()
     found = re.search(r"another process of this run is gone; the same command continues from step (\d+)", ended.stdout)
-    assert found and found[0] in log_text(Path("run"))
+    assert found and found[0] in log_text(Path("run")), ended.stdout + ended.stderr
     assert "Traceback" not in ended.stdout and 'File "' not in log_text(Path("run"))
     assert torch.load("run/checkpoints/last.pt", weights_only=True)["step"] == int(found[1])
     Path("died").unlink()
@@ -138,3 +143,25 @@ def test_one_interrupt_ends_all_ranks_after_saving(here):
     step = torch.load("run/checkpoints/last.pt", weights_only=True)["step"]
     assert f"Interrupted by SIGINT after step {step}; the same command continues." in out, err
     assert "train.py" not in re.sub(r".*torch.distributed.*", "", err) or "Traceback" not in out
+
+
+def test_processes_that_see_different_texts_do_not_train(here):
+    """As on two machines without a shared disk."""
+    for rank, line in enumerate(("One text. ", "Another. ")):
+        Path(f"w{rank}").mkdir()
+        Path(f"w{rank}/input.txt").write_text(line * 200, encoding="utf-8")
+    script = Path("apart.py")
+    script.write_text(
+        f"import os, sys; os.chdir('w' + os.environ['RANK']); sys.path.insert(0, {str(ROOT)!r}); import train; "
+        "sys.exit(train.main())",
+        encoding="utf-8",
+    )
+    result = torchrun(2, "--out_dir=run", script=script)
+    assert result.returncode == 1 and result.stderr.count("the processes see different checkpoints or texts") == 1
+    assert not Path("w0/run/logs").exists()
+
+
+def test_a_world_size_without_torchrun_means_nothing(here):
+    environment = os.environ | {"WORLD_SIZE": "2"}
+    command = [sys.executable, str(ROOT / "train.py"), *FLAGS, "--out_dir=run", "--steps=2"]
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=100).returncode == 0

@@ -9,6 +9,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT, run_script
 
+import export_hf
 import sample
 import train
 import update_readme
@@ -41,7 +42,7 @@ def test_every_train_command_is_accepted(arguments):
 
 def test_every_flag_named_is_a_flag():
     known = {field.name for field in fields(train.Config)} | {f.name for f in fields(update_readme.Arguments)}
-    known |= {field.name for field in fields(sample.Options)}
+    known |= {field.name for program in (sample, export_hf) for field in fields(program.Options)}
     foreign = {"help", "index", "standalone", "nproc_per_node", "max_restarts"}  # of any program, pip and torchrun
     named = set(re.findall(r"(?<![\w-])--([a-z0-9_]+)", README))
     assert named - foreign <= known, named - foreign - known
@@ -67,7 +68,7 @@ def test_the_sections_are_those_of_the_committed_run():
 
 def test_the_demo_reaches_its_target_and_fills_a_readme(tmp_path):
     """The README's first command, after the installation: the real thing, about two minutes."""
-    (flags,) = {tuple(arguments) for arguments in commands_of("train.py") if arguments[:2] == ["--preset", "demo"]}
+    (flags,) = {tuple(arguments) for arguments in commands_of("train.py") if arguments == ["--preset", "demo"]}
     result = run_script(*flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "out" / "demo"

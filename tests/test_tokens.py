@@ -1,5 +1,7 @@
 """tokens.py: any cut of the text leaves its ids as they are, and the file of ids is whole or not there."""
 
+import copy
+import json
 import os
 import random
 import re
@@ -161,7 +163,13 @@ def test_a_text_that_is_none_leaves_nothing_behind(texts, tokenizer, content, me
         (["--input_file", "b/two.txt", "pydoc_data.topics"], "without other texts"),
         (["--input_file", "b", "--tokenizer", "bpe:1000"], "the text yields"),
         (["--input_file", "b", "--tokenizer", "bpe:20"], "--tokenizer bpe:20 is none of"),
-        (["--input_file", "b", "--tokenizer", "none.json"], "none.json does not exist"),
+        (["--input_file", "b", "--tokenizer", "bpe:256"], "--tokenizer bpe:256 is none of"),
+        (["--tokenizer", "bpe:300"], "goes with --tokenizer gpt2 only"),
+        (["--input_file", ""], "--input_file is empty or the current folder"),
+        (["--input_file", "b", "--cache_dir", ""], "--cache_dir is empty or the current folder"),
+        (["--input_file", "b", "--cache_dir", "b/two.txt"], "--cache_dir b/two.txt: "),
+        (["--input_file", "b/two.txt", "--val_file", "none.txt"], "--val_file"),
+        (["--input_file", "b", "--tokenizer", "none.json"], "--tokenizer none.json: no such file"),
         (["--input_file", "b", "--tokenizer", "odd.json"], "odd.json is no tokenizer.json"),
     ],
 )
@@ -262,3 +270,102 @@ def test_the_floor_of_a_large_corpus_is_estimated(monkeypatch):
     config = replace(train.Config().resolved(), device="cpu")
     corpus = train.Corpus(corpus, "made up", len(corpus), 3.0)
     assert any("(an estimate)" in line for line in train.plan(config, corpus, {}, exact, train.Progress()))
+
+
+def test_a_file_is_read_once_whatever_its_names(texts):
+    os.symlink(".", "b/loop")
+    os.symlink("two.txt", "b/three.txt")
+    found = tokens.find_files([Path("b"), Path("b/**/*.txt"), Path("b/loop/two.txt")])
+    assert sorted(path.resolve().name for path in found) == ["one.txt", "two.txt"]
+
+
+def test_globs_in_folder_names(texts):
+    text = "".join(f"Line {i}: {i * i} is the square of {i}.\n" for i in range(100))
+    for folder in ("x/one", "x/two"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "in.txt").write_text(text, encoding="utf-8")
+    config = train.Config(input_file=(Path("x/*/in.txt"),), threads=1, seq_len=16).resolved()
+    assert train.load_corpus(config, train.load_tokenizer()).tokens.tolist().count(50_256) == 1
+
+
+@pytest.fixture(scope="session")
+def good(own):
+    return json.loads(own.content)
+
+
+@pytest.mark.parametrize(
+    ("change", "required"),
+    [
+        (lambda parts: parts["model"].update(dropout=0.5), "a BPE without dropout"),
+        (lambda parts: parts.update(normalizer={"type": "Lowercase"}), "normalizer: none"),
+        (lambda parts: parts["pre_tokenizer"].update(use_regex=False), "GPT-2's pattern"),
+        (lambda parts: parts["pre_tokenizer"].update(add_prefix_space=True), "without a prefix space"),
+        (lambda parts: parts.update(decoder=None), "decoder: ByteLevel"),
+        (lambda parts: parts["model"]["vocab"].pop("e"), "vocabulary: every byte"),
+        (lambda parts: parts["model"]["vocab"].update(e=70_000), "ids without gaps"),
+        (lambda parts: parts["added_tokens"][0].update(special=False), "special ones only"),
+    ],
+)
+def test_a_vocabulary_that_would_lose_text_is_refused(good, change, required):
+    parts = copy.deepcopy(good)
+    parts["model"]["merges"] = []
+    used = {token["content"] for token in parts["added_tokens"]} | set(tokens_of_bytes())
+    names = [name for name in parts["model"]["vocab"] if name in used]
+    parts["model"]["vocab"] = {name: number for number, name in enumerate(names)}
+    parts["added_tokens"][0]["id"] = parts["model"]["vocab"][tokens.DOCUMENT_END]
+    tokens.OwnVocabulary(json.dumps(parts), "good.json")
+    change(parts)
+    with pytest.raises(ValueError, match=r"bad\.json") as refusal:
+        tokens.OwnVocabulary(json.dumps(parts), "bad.json")
+    assert required in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def tokens_of_bytes() -> list[str]:
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel.alphabet()
+
+
+def test_another_vocabulary_under_the_same_name_is_another_model(texts, own, capsys):
+    text = "".join(f"Line {i}: {i * i} is the square of {i}.\n" for i in range(500))
+    Path("b/two.txt").write_text(text, encoding="utf-8")
+    Path("own.json").write_text(own.content, encoding="utf-8")
+    flags = [*TINY_FLAGS, "--input_file=b/two.txt", "--out_dir=run", "--steps=4"]
+    assert train.main([*flags, "--tokenizer=own.json"]) == 0
+    Path("same.json").write_text(own.content, encoding="utf-8")
+    assert train.main([*flags, "--tokenizer=same.json", "--steps=5"]) == 0, "the same one under another name"
+    Path("own.json").write_text(tokens.train_vocabulary([Path("b/two.txt")], 300), encoding="utf-8")
+    assert train.main([*flags, "--tokenizer=own.json", "--steps=6"]) == 2
+    assert "has another vocabulary" in capsys.readouterr().err
+
+
+def test_bytes_between_documents_are_no_text(texts):
+    many = Path("many")
+    many.mkdir()
+    for number in range(40):
+        (many / f"{number}.txt").write_text(f"Line {number}.\n", encoding="utf-8")
+    for flags in (dict(val_fraction=0.5), dict(val_file=(many,))):
+        config = train.Config(input_file=(many,), threads=1, seq_len=4, **flags).resolved()
+        corpus = train.load_corpus(config, train.load_tokenizer())
+        size = sum(path.stat().st_size for path in many.glob("*.txt"))
+        n_tokens = 40 * 5 - 1 if flags.get("val_file") else len(corpus.val_tokens) + len(corpus.tokens)
+        assert corpus.val_bytes_per_token == pytest.approx(size / n_tokens, rel=0.05)
+
+
+def test_bytes_per_token_are_those_of_the_part_that_is_trained_on(texts):
+    Path("mix.txt").write_text("Plain English words here. " * 200 + "漢字仮名交り文" * 400, encoding="utf-8")
+    config = train.Config(input_file=(Path("mix.txt"),), max_tokens=500, seq_len=16).resolved()
+    assert train.load_corpus(config, train.load_tokenizer()).bytes_per_token == pytest.approx(26 / 5, rel=0.01)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_a_cache_that_cannot_be_written_can_be_read(texts, tokenizer, monkeypatch):
+    expected = load("b", tokenizer=tokenizer, folder="cache").tokens.tolist()
+
+    def refuse(_lock, timeout=None):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tokens.FileLock, "acquire", refuse)
+    assert load("b", tokenizer=tokenizer, folder="cache").tokens.tolist() == expected
+    with pytest.raises(OSError, match="--cache_dir cache: Read-only"):
+        load("b/two.txt", tokenizer=tokenizer, folder="cache")

@@ -191,3 +191,37 @@ def test_the_steps_of_a_pass(n_tokens, flags, steps):
     assert f"a pseudo-epoch of {n_tokens:,} tokens is {steps}" in text
     planned = config.steps * config.batch_size * config.grad_accum * config.seq_len
     assert f"{planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs" in text
+
+
+def test_another_content_of_the_validation_text_is_another_measure(here):
+    Path("other.txt").write_text("Some other text to look at, and then again some more of it. " * 5, encoding="utf-8")
+    flags = [flag for flag in FLAGS if "val_fraction" not in flag] + ["--val_file=other.txt", "--out_dir=run"]
+    assert train.main(flags) == 0
+    Path("other.txt").write_text("0123456789 " * 60, encoding="utf-8")
+    assert train.main([*flags, "--steps=12"]) == 0
+    assert results("run")["best_step"] > 8, "the best so far was of another text"
+
+
+def test_a_run_that_ends_as_it_is_resumed_is_measured_too(here):
+    flags = [*FLAGS, "--eval_every=1000", "--out_dir=run"]
+    start = train.Trainer.update
+
+    def stopped(trainer):
+        if trainer.progress.step == 4:
+            raise KeyboardInterrupt
+        return start(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "update", stopped)
+        assert train.main([*flags, "--steps=100", "--save_every=4"]) == 130
+    assert train.main([*flags, "--steps=4", "--decay_steps=100"]) == 0
+    found = results("run")
+    assert found["val_loss"] == found["best_loss"] and found["best_step"] == found["final_step"] == 4
+    assert Path("run/checkpoints/best.pt").exists()
+
+
+def test_a_run_that_diverges_does_not_overfit(here):
+    flags = [*FLAGS, "--lr=5", "--min_lr=1", "--eval_every=1", "--steps=40", "--out_dir=run", "--optimizer=adamw"]
+    assert train.main(flags) in (0, 1)
+    assert "overfits" not in Path("run/logs/train.log").read_text(encoding="utf-8")
+    assert update_readme.overfitting(update_readme.read_run(Path("run"))) is None
