@@ -340,7 +340,7 @@ class OwnVocabulary:
         if end is None:
             raise ValueError(f"{name} has no token {DOCUMENT_END}, which stands between documents")
         self.eot_token: int = end
-        self.content = content
+        self.content = self.inner.to_str()  # in one form, however the file was laid out
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text."""
