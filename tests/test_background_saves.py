@@ -15,8 +15,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(launch, monkeypatch):
     write, update, spans, steps = train.write_checkpoint, train.Trainer.update, [], []
 
     def slow(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
-        began = len(steps)
+        began, deadline = len(steps), time.monotonic() + 20
         time.sleep(0.3)
+        while not spans and len(steps) == began and time.monotonic() < deadline:
+            time.sleep(0.01)  # a busy machine
         write(path, checkpoint, previous)
         spans.append((path.name, checkpoint["step"], began, len(steps)))
 
