@@ -1678,11 +1678,11 @@ def load_start(config: Config, corpus: Corpus) -> dict[str, torch.Tensor] | None
     if config.init_from is None:
         return None
     checkpoint = load_checkpoint(config.init_from, "--init_from")
-    saved, wanted = Config.from_dict(checkpoint["config"]), config
+    saved = Config.from_dict(checkpoint["config"])
     for name in ("vocab_size", "n_layer", "n_head", "n_embd", "block_size"):
-        if getattr(saved, name) != getattr(wanted, name):
+        if getattr(saved, name) != getattr(config, name):
             raise ValueError(
-                f"--init_from {config.init_from} has --{name} {getattr(saved, name)}, not {getattr(wanted, name)}"
+                f"--init_from {config.init_from} has --{name} {getattr(saved, name)}, not {getattr(config, name)}"
             )
     if checkpoint["tokenizer"]["content"] != corpus.vocabulary:
         raise ValueError(f"--init_from {config.init_from} has another vocabulary than --tokenizer {config.tokenizer}")
@@ -2583,7 +2583,7 @@ class Report:
     """config.json, results.json and the plot of a run, as they stand at a save or at its end."""
 
     def __init__(self, setup: Setup, trainer: Trainer):
-        self.run, self.trainer, self.reasons = setup.run, trainer, setup.reasons
+        self.run, self.trainer = setup.run, trainer
         self.floor = loss_floor(setup.corpus.tokens, setup.config.seq_len)
         first_step = 1 if setup.checkpoint is None else setup.checkpoint["step"] + 1
         self.launch = launch_record(setup, first_step)

@@ -137,7 +137,7 @@ def test_a_reader_that_has_enough_is_no_error(folder):
     result = subprocess.run(
         f"{command} --max_new_tokens 3000 | head -c 5", cwd=folder, shell=True, capture_output=True, text=True
     )
-    assert result.stdout == "Line "[:5] or result.stdout.startswith("Line")
+    assert result.stdout.startswith("Line") and len(result.stdout) == 5
     assert "Traceback" not in result.stderr
 
 
