@@ -146,7 +146,7 @@ def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
     assert 4 <= train.load_checkpoint(prev)["step"] < step < 150
 
 
-def test_a_directory_that_is_removed_during_the_run(at_step, launch):
+def test_a_directory_that_is_removed_during_the_run(at_step, launch, prompt_disk):
     assert launch("whole", *FLAGS) == 0
     at_step({10: lambda: shutil.rmtree("run")})
     assert launch("run", *FLAGS) == 0
@@ -157,7 +157,7 @@ def test_a_directory_that_is_removed_during_the_run(at_step, launch):
     assert (Path("run") / "checkpoints/prev.pt").exists() and (Path("run") / "config.json").exists()
 
 
-def test_the_place_of_a_directory_is_not_made_again(at_step, launch):
+def test_the_place_of_a_directory_is_not_made_again(at_step, launch, prompt_disk):
     """A disk that was unplugged must not get a double in the folder it was mounted on."""
     at_step({10: lambda: shutil.rmtree("mounted")})
     assert launch("mounted/run", *FLAGS) == 1

@@ -49,7 +49,7 @@ def test_the_lock_of_a_dead_process_stops_nobody(running, tmp_path, text_file, m
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that is in use")
 @pytest.mark.parametrize("finished", [True, False], ids=["a finished run", "a run at work"])
-def test_a_run_whose_place_was_taken_does_not_write_there(launch, monkeypatch, text_file, finished):
+def test_a_run_whose_place_was_taken_does_not_write_there(launch, monkeypatch, text_file, prompt_disk, finished):
     """Somebody removes the directory of a run at work and starts another in its place."""
     update, others = train.Trainer.update, []
     command = [sys.executable, str(ROOT / "train.py"), *TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run"]
@@ -75,7 +75,7 @@ def test_a_run_whose_place_was_taken_does_not_write_there(launch, monkeypatch, t
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that is in use")
-def test_a_directory_made_again_is_locked_again(launch, monkeypatch, tmp_path, text_file):
+def test_a_directory_made_again_is_locked_again(launch, monkeypatch, tmp_path, text_file, prompt_disk):
     update, answers = train.Trainer.update, []
 
     def removed(trainer: train.Trainer):
