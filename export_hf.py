@@ -52,10 +52,7 @@ def export(path: Path, out: Path) -> None:
     config = train.Config.from_dict(checkpoint["config"])
     vocabulary = hf_tokenizer(config, checkpoint)
     end = vocabulary.token_to_id(tokens.DOCUMENT_END)
-    weights = {
-        f"transformer.{name}": (value.T if name.endswith(TRANSPOSED) else value).contiguous()
-        for name, value in checkpoint["model"].items()
-    }
+    weights = hf_weights(checkpoint.pop("model"))
     context = checkpoint["trained_context"]
     files = {
         "config.json": hf_config(config, end),
@@ -91,6 +88,16 @@ def beginnings(path: Path) -> list[str]:
     prompt = samples.partition("PROMPT:\n")[2].partition("\nOUTPUT:")[0]
     names = [line + "\n" for line in samples.splitlines() if line.endswith(":") and not line.isupper()]
     return [text for text in dict.fromkeys([prompt, *names]) if text][:5] or ["Once upon a time"]
+
+
+def hf_weights(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights under transformers' names, taken out of `model`, so that none is held twice."""
+    return {f"transformer.{name}": transposed(name, model.pop(name)) for name in list(model)}
+
+
+def transposed(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A weight in the other program's layout; there and back are the same."""
+    return (value.T if name.endswith(TRANSPOSED) else value).contiguous()
 
 
 def hf_config(config: train.Config, end: int) -> dict:
@@ -199,7 +206,7 @@ def import_hf(folder: Path, out: Path) -> None:
     context = read_object(folder / "generation_config.json").get("max_length", config.block_size)
     config = replace(config, seq_len=min(context, config.block_size))
     model = {
-        name.removeprefix("transformer."): (value.T if name.endswith(TRANSPOSED) else value).float().contiguous()
+        name.removeprefix("transformer."): transposed(name, value.float())
         for name, value in weights.items()
         if name != "lm_head.weight" and not name.endswith((".attn.bias", ".attn.masked_bias"))
     }

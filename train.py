@@ -1693,7 +1693,10 @@ def check_same_run(path: Path, checkpoint: dict, config: Config, corpus: Corpus)
     """Raises ValueError when the checkpoint has other weights or another corpus than the flags ask for."""
     remedy = "choose another --out_dir, or --resume never to move that run aside and start anew"
     if not {"optimizer", "scaler", "progress", "offsets"} <= checkpoint.keys():
-        raise ValueError(f"{path} holds weights alone, without the optimizer: continue from last.pt or prev.pt")
+        raise ValueError(
+            f"{path} holds weights alone, without the optimizer: continue from last.pt or prev.pt, or start a new run "
+            "from it with --init_from"
+        )
     saved = checkpoint["config"]
     if checkpoint["tokenizer"]["content"] != corpus.vocabulary:
         raise ValueError(
@@ -2404,7 +2407,7 @@ def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
         found.append(hint)
     if c.device == "cpu" and c.n_params > 100e6:
         found.append(
-            f"{c.n_params / 1e6:.0f}M parameters on a CPU take days (the ETA comes after ten steps); "
+            f"{c.n_params / 1e6:.0f}M parameters on a CPU take hours to days (the ETA comes after ten steps); "
             "--preset demo trains in seconds, --preset small in hours"
         )
     return found

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY_FLAGS, run_script
 from safetensors import safe_open
 from test_tokens import NASTY
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import export_hf
 import sample
@@ -47,6 +47,18 @@ def test_the_same_model(folder):
         torch.testing.assert_close(model(tokens).logits, sampler.model(tokens), rtol=1e-4, atol=1e-4)
     with safe_open(folder / "hf/model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (no mapping)
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_every_preset_has_the_shapes_of_transformers(preset):
+    config = train.parse_config([f"--preset={preset}"])
+    with torch.device("meta"):
+        ours, theirs = train.GPT(config), GPT2LMHeadModel(GPT2Config(**export_hf.hf_config(config, 50_256)))
+    exported = {name: value.shape for name, value in export_hf.hf_weights(ours.state_dict()).items()}
+    expected = {name: value.shape for name, value in theirs.state_dict().items() if name != "lm_head.weight"}
+    assert exported == expected
+    assert theirs.lm_head.weight is theirs.transformer.wte.weight
+    assert sum(value.numel() for value in expected.values()) == config.n_params
 
 
 def test_the_same_ids(folder):
