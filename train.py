@@ -252,55 +252,41 @@ class Config:
 
     def contradictions(self) -> list[str]:
         """Everything about resolved flags, each in its range, that cannot be together, a sentence each."""
-        found = []
-        if self.seq_len > self.block_size:
-            found.append(
-                f"--seq_len {self.seq_len} exceeds --block_size {self.block_size}: lower the one or raise the other"
-            )
-        if self.n_embd % self.n_head:
-            found.append(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}")
-        if self.n_params > 20e9:
-            found.append(f"a model of {self.n_params:,} parameters is beyond one device: lower --n_embd or --n_layer")
-        if self.tokens_per_step > 2**26:
-            found.append(
-                f"--batch_size x --grad_accum x --seq_len = {self.tokens_per_step:,} tokens per step exceeds {2**26:,}"
-            )
-        if self.global_batch % self.processes:
-            below, above = (n * self.processes for n in (self.share, self.share + 1))
-            nearest = " or ".join(str(n) for n in (below, above) if n)
-            found.append(
-                f"--batch_size x --grad_accum = {self.global_batch} slices do not divide evenly among {self.processes} "
-                f"processes: {nearest} would"
-            )
-        elif self.micro_batch is not None and self.share % self.micro_batch:
-            found.append(
-                f"--micro_batch {self.micro_batch} does not divide --batch_size x --grad_accum = {self.global_batch}"
-                + f", shared by {self.processes} processes" * (self.processes > 1)
-            )
-        if self.warmup_steps > self.decay_steps:
-            found.append(f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}")
-        if self.out_dir == Path():
-            found.append("--out_dir is empty or the current folder: name a folder for the run")
-        if self.val_fraction and self.val_file:
-            found.append("--val_fraction and --val_file are two ways to validate: choose one")
-        if self.patience and not self.validates:
-            found.append(f"--patience {self.patience} needs a validation split: --val_fraction or --val_file")
-        if not self.input_file or Path() in self.input_file:
-            found.append("--input_file is empty or the current folder: name a text, or a folder with texts")
-        if Path() in self.val_file:
-            found.append("--val_file is empty or the current folder: name a text, or a folder with texts")
-        if self.cache_dir == Path():
-            found.append("--cache_dir is empty or the current folder: name a folder for token ids")
-        size = re.fullmatch(r"bpe:(\d{3,7})", self.tokenizer)
-        if not (257 <= int(size[1]) <= 10**6 if size else re.fullmatch(r"gpt2|.+\.json", self.tokenizer)):
-            found.append(f"--tokenizer {self.tokenizer} is none of gpt2, bpe:N with N from 257 to 1,000,000, PATH.json")
-        if self.tokenizer != "gpt2" and DEMO_CORPUS in self.input_file:
-            found.append(f"{DEMO_CORPUS} goes with --tokenizer gpt2 only: name a text with --input_file")
-        if self.min_lr > self.lr:
-            found.append(f"--min_lr {self.min_lr} exceeds --lr {self.lr}")
-        if not DEVICE.fullmatch(self.device):
-            found.append(f"--device {self.device} is none of auto, cpu, cuda, cuda:N, mps")
-        return found
+        below, above = (n * self.processes for n in (self.share, self.share + 1))
+        nearest = " or ".join(str(n) for n in (below, above) if n)
+        slices = f"--batch_size x --grad_accum = {self.global_batch}"
+        among = f", shared by {self.processes} processes" * (self.processes > 1)
+        vocabulary = re.fullmatch(r"bpe:(\d{3,7})|gpt2|.+\.json", self.tokenizer)
+        wrong = {
+            f"--seq_len {self.seq_len} exceeds --block_size {self.block_size}: lower the one or raise the other":
+                self.seq_len > self.block_size,
+            f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}": self.n_embd % self.n_head,
+            f"a model of {self.n_params:,} parameters is beyond one device: lower --n_embd or --n_layer":
+                self.n_params > 20e9,
+            f"--batch_size x --grad_accum x --seq_len = {self.tokens_per_step:,} tokens per step exceeds {2**26:,}":
+                self.tokens_per_step > 2**26,
+            f"{slices} slices do not divide evenly among {self.processes} processes: {nearest} would":
+                self.global_batch % self.processes,
+            f"--micro_batch {self.micro_batch} does not divide {slices}{among}":
+                self.global_batch % self.processes == 0 and self.share % (self.micro_batch or 1),
+            f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}":
+                self.warmup_steps > self.decay_steps,
+            "--out_dir is empty or the current folder: name a folder for the run": self.out_dir == Path(),
+            "--val_fraction and --val_file are two ways to validate: choose one": self.val_fraction and self.val_file,
+            f"--patience {self.patience} needs a validation split: --val_fraction or --val_file":
+                self.patience and not self.validates,
+            "--input_file is empty or the current folder: name a text, or a folder with texts":
+                not self.input_file or Path() in self.input_file,
+            "--val_file is empty or the current folder: name a text, or a folder with texts": Path() in self.val_file,
+            "--cache_dir is empty or the current folder: name a folder for token ids": self.cache_dir == Path(),
+            f"--tokenizer {self.tokenizer} is none of gpt2, bpe:N with N from 257 to 1,000,000, PATH.json":
+                not vocabulary or not 257 <= int(vocabulary[1] or 257) <= 10**6,
+            f"{DEMO_CORPUS} goes with --tokenizer gpt2 only: name a text with --input_file":
+                self.tokenizer != "gpt2" and DEMO_CORPUS in self.input_file,
+            f"--min_lr {self.min_lr} exceeds --lr {self.lr}": self.min_lr > self.lr,
+            f"--device {self.device} is none of auto, cpu, cuda, cuda:N, mps": not DEVICE.fullmatch(self.device),
+        }  # fmt: skip
+        return [sentence for sentence, holds in wrong.items() if holds]
 
     def as_dict(self) -> dict[str, str | int | float | list[str] | None]:
         """Plain values for JSON and checkpoints; paths with forward slashes."""
