@@ -10,6 +10,7 @@ checkpoint of weights alone, for sample.py and `train.py --init_from`. Neither n
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -24,6 +25,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 import tokens
 import train
 
+FIRST_WORDS = "Once upon a time"
+SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")  # as both programs call it
+SAME = {  # what transformers may vary and train.py does not
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "add_cross_attention": False,
+}  # fmt: skip
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers' Conv1D stores (in, out)
 
 
@@ -48,9 +55,12 @@ def export(path: Path, out: Path) -> None:
     """Write the folder, which appears when it is whole. Raises OSError or ValueError."""
     if out.exists():
         raise FileExistsError(f"--out {out} is there already: remove it or choose another folder")
+    if not (existing := train.existing_part(out.parent)).is_dir():
+        raise NotADirectoryError(f"--out {out}: {existing} is no folder; choose another")
     checkpoint = train.load_checkpoint(path, "--checkpoint")
-    config = train.Config.from_dict(checkpoint["config"])
-    vocabulary = hf_tokenizer(config, checkpoint)
+    train.saved_tokenizer(checkpoint)  # which complains if it is not that of the weights
+    config, facts, results = train.Config.from_dict(checkpoint["config"]), *run_files(path, checkpoint)
+    vocabulary = hf_tokenizer(checkpoint["tokenizer"]["content"])
     end = vocabulary.token_to_id(tokens.DOCUMENT_END)
     weights = hf_weights(checkpoint.pop("model"))
     context = checkpoint["trained_context"]
@@ -66,7 +76,6 @@ def export(path: Path, out: Path) -> None:
             "clean_up_tokenization_spaces": False,
         },
     }  # fmt: skip
-    existing = train.existing_part(out.parent)
     with tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name}.") as name:
         folder = Path(name) / out.name
         folder.mkdir()
@@ -74,11 +83,21 @@ def export(path: Path, out: Path) -> None:
         vocabulary.save(str(folder / "tokenizer.json"))
         for file, values in files.items():
             (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        prompts = json.dumps(beginnings(path), ensure_ascii=False)
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which is born for its owner alone
+        prompts = json.dumps(beginnings(path) if facts else [FIRST_WORDS], ensure_ascii=False)
         (folder / "prompts.json").write_text(prompts + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(path, checkpoint, config), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(checkpoint, config, facts, results), encoding="utf-8")
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder, out)
+
+
+def run_files(path: Path, checkpoint: dict) -> tuple[dict, dict]:
+    """config.json and results.json of the run that the checkpoint lies in; empty where that is not its own."""
+    run = path.resolve().parent.parent
+    facts, results = train.read_json(run / "config.json"), train.read_json(run / "results.json")
+    corpus = facts.get("corpus")
+    own = isinstance(corpus, dict) and corpus.get("sha256") == checkpoint["corpus_sha256"] != ""
+    return (facts, results) if own else ({}, {})
 
 
 def beginnings(path: Path) -> list[str]:
@@ -87,7 +106,7 @@ def beginnings(path: Path) -> list[str]:
     samples = train.read_if_there(path.resolve().parent.parent / "samples" / "samples.txt").split("=" * 80)[-1]
     prompt = samples.partition("PROMPT:\n")[2].partition("\nOUTPUT:")[0]
     names = [line + "\n" for line in samples.splitlines() if line.endswith(":") and not line.isupper()]
-    return [text for text in dict.fromkeys([prompt, *names]) if text][:5] or ["Once upon a time"]
+    return [text for text in dict.fromkeys([prompt, *names]) if text][:5] or [FIRST_WORDS]
 
 
 def hf_weights(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -111,9 +130,9 @@ def hf_config(config: train.Config, end: int) -> dict:
     }  # fmt: skip
 
 
-def hf_tokenizer(config: train.Config, checkpoint: dict) -> Tokenizer:
-    """The vocabulary as a tokenizer.json."""
-    if content := checkpoint["tokenizer"]["content"]:
+def hf_tokenizer(content: str) -> Tokenizer:
+    """An own vocabulary, or GPT-2's where there is none, as transformers has it."""
+    if content:
         return Tokenizer.from_str(content)
     folder = train.vocabulary_folder()
     merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
@@ -125,45 +144,49 @@ def hf_tokenizer(config: train.Config, checkpoint: dict) -> Tokenizer:
     return tokenizer
 
 
-def model_card(path: Path, checkpoint: dict, config: train.Config) -> str:
-    """What the model is, from the files of its run."""
-    run = path.resolve().parent.parent
-    results, facts = train.read_json(run / "results.json"), train.read_json(run / "config.json")
-    context, corpus = checkpoint["trained_context"], facts.get("corpus", {})
+def model_card(checkpoint: dict, config: train.Config, facts: dict, results: dict) -> str:
+    """What the model is, from its checkpoint and the files of its run."""
+    context = checkpoint["trained_context"]
     rows = {
         "parameters": f"{config.n_params:,}",
         "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.n_embd}",
         "trained context": f"{context} tokens (of {config.block_size} positions; the others are untrained)",
         "vocabulary": f"{config.vocab_size:,} ({config.tokenizer})",
-        "text": corpus.get("file", train.names(config.input_file)),
-        "SHA-256 of the text": checkpoint["corpus_sha256"],
-        "tokens of the text": f"{checkpoint['corpus_tokens']:,}",
-        "step of these weights": f"{checkpoint['step']:,}",
-        "training loss (window)": results.get("window_loss"),
-        "validation loss": results.get("val_loss"),
-        "corpus loss, nats per token": results.get("corpus_loss"),
-        "bits per byte": results.get("bits_per_byte"),
     }
+    title = "GPT-2"
+    if checkpoint["corpus_sha256"]:
+        text = train.names(config.input_file)
+        start = "from scratch" if config.init_from is None else f"from the weights of {config.init_from.name}"
+        title = f"GPT-2 trained {start} on {text}"
+        rows |= {
+            "text": text,
+            "SHA-256 of the text": checkpoint["corpus_sha256"],
+            "tokens of the text": f"{checkpoint['corpus_tokens']:,}",
+            "step of these weights": f"{checkpoint['step']:,}",
+        }
+    if results.get("final_step") == checkpoint["step"]:
+        rows |= {
+            "training loss (window)": results.get("window_loss"),
+            "validation loss": results.get("val_loss"),
+            "corpus loss, nats per token": results.get("corpus_loss"),
+            "bits per byte": results.get("bits_per_byte"),
+        }
+    elif "loss" in checkpoint:
+        rows["validation loss" if config.validates else "training loss (window)"] = checkpoint["loss"]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
-    command = facts.get("command", "unknown")
+    command = f"Trained with\n\n```bash\n{facts['command']}\n```\n\n" if "command" in facts else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# GPT-2 trained from scratch on {rows["text"]}
+# {title}
 
 | | |
 | --- | --- |
 {table}
 
-Trained with
-
-```bash
-{command}
-```
-
-```python
+{command}```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = (kind.from_pretrained("PATH") for kind in (AutoTokenizer, AutoModelForCausalLM))
@@ -189,36 +212,54 @@ def import_hf(folder: Path, out: Path) -> None:
     """Write a checkpoint of weights alone. Raises OSError or ValueError for what is no such GPT-2."""
     if out.exists():
         raise FileExistsError(f"--out {out} is there already: remove it or choose another file")
-    values = read_object(folder / "config.json")
-    if values.get("model_type") != "gpt2" or values.get("activation_function") != "gelu_new":
-        raise ValueError(f"--from_hf {folder}: config.json is not that of a GPT-2 (model_type, activation_function)")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"--from_hf {folder} has no {name}: needed are config.json, model.safetensors (in one file) and "
+                "tokenizer.json, as save_pretrained of a model and of its fast tokenizer writes them"
+            )
+    values = train.read_json(folder / "config.json")
+    if other := [f"{name} {values[name]!r}" for name in SAME.keys() & values.keys() if values[name] != SAME[name]]:
+        raise ValueError(f"--from_hf {folder}: config.json is not that of a GPT-2 like train.py's ({', '.join(other)})")
+    vocabulary = tokens.OwnVocabulary(train.read_text(folder / "tokenizer.json", "--from_hf")[0], "tokenizer.json")
+    own = not is_gpt2(vocabulary.content)
     try:
-        shape = {name: values[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        config = train.Config(block_size=values["n_positions"], **shape, device="cpu").resolved()
+        context = train.read_json(folder / "generation_config.json").get("max_length")
+        context = context if type(context) is int and 1 <= context <= values["n_positions"] else values["n_positions"]
+        shape = {name: values[name] for name in SHAPE} | {"block_size": values["n_positions"], "seq_len": context}
+        if any(type(size) is not int for size in shape.values()):
+            raise TypeError("sizes that are no whole numbers in config.json")
+        config = train.Config(**shape, device="cpu").resolved()
+        problems = train.out_of_range(config) or config.contradictions()
         weights = load_file(folder / "model.safetensors")
     except (KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"--from_hf {folder} is incomplete or damaged ({error})") from error
-    content = tokens.OwnVocabulary(train.read_text(folder / "tokenizer.json", "--from_hf")[0], "tokenizer.json").content
-    if is_gpt2(content):
-        content = ""
-    else:
-        config = replace(config, tokenizer=(folder / "tokenizer.json").as_posix())
-    context = read_object(folder / "generation_config.json").get("max_length", config.block_size)
-    config = replace(config, seq_len=min(context, config.block_size))
-    model = {
-        name.removeprefix("transformer."): transposed(name, value.float())
-        for name, value in weights.items()
+        raise ValueError(f"--from_hf {folder} is incomplete or damaged ({type(error).__name__}: {error})") from error
+    if problems:
+        raise ValueError("\n".join(f"--from_hf {folder}: {problem}" for problem in problems))
+    names = {
+        name: name.removeprefix("transformer.")
+        for name in weights
         if name != "lm_head.weight" and not name.endswith((".attn.bias", ".attn.masked_bias"))
     }
-    with torch.device("meta"):
-        expected = {name: value.shape for name, value in train.GPT(config).state_dict().items()}
-    if {name: value.shape for name, value in model.items()} != expected:
+    model = {short: weights[name] for name, short in names.items()}
+    described = {
+        name: transposed(name, torch.empty(s, device="meta")).shape for name, s in train.shapes(config).items()
+    }
+    if {name: value.shape for name, value in model.items()} != described or len(model) < len(names):
         raise ValueError(f"--from_hf {folder}: the weights are not those that its config.json describes")
+    if config.vocab_size < vocabulary.n_vocab:
+        raise ValueError(f"--from_hf {folder}: {vocabulary.n_vocab:,} tokens, but weights for {config.vocab_size:,}")
+    model["wte.weight"] = model["wte.weight"][: vocabulary.n_vocab]  # behind them some have padding
+    tokenizer = (folder / "tokenizer.json").as_posix() if own else "gpt2"
+    config = replace(config, vocab_size=vocabulary.n_vocab, tokenizer=tokenizer)
     checkpoint = {
-        "format": train.CHECKPOINT_FORMAT, "config": config.as_dict(), "step": 0, "model": model,
-        "tokenizer": {"name": config.tokenizer, "n_vocab": config.vocab_size, "content": content},
-        "trained_context": config.seq_len, "corpus_sha256": "", "corpus_tokens": 0, "val_sha256": "",
+        "format": train.CHECKPOINT_FORMAT, "config": config.as_dict(), "step": 0, "trained_context": context,
+        "model": {name: transposed(name, value.float()) for name, value in model.items()},
+        "tokenizer": {"name": tokenizer, "n_vocab": config.vocab_size, "content": vocabulary.content if own else ""},
+        "corpus_sha256": "", "corpus_tokens": 0, "val_sha256": "",
     }  # fmt: skip
+    if not train.is_sound(checkpoint):
+        raise ValueError(f"--from_hf {folder}: not all of its weights are finite")
     out.parent.mkdir(parents=True, exist_ok=True)
     train.write_checkpoint(out, checkpoint)
 
@@ -229,20 +270,12 @@ def is_gpt2(content: str) -> bool:
     return Tokenizer.from_str(content).get_vocab() == ids
 
 
-def read_object(path: Path) -> dict:
-    """A JSON file of the folder. Raises FileNotFoundError or ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: --from_hf takes a folder with a saved model")
-    if not (values := train.read_json(path)):
-        raise ValueError(f"{path} is no JSON object")
-    return values
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns 0, or 2 for bad input."""
+    """The command line. Returns 0, 2 for bad input, 130 after Ctrl-C."""
     try:
+        arguments = [train.as_utf8(argument) for argument in (sys.argv[1:] if argv is None else argv)]
         options = tyro.cli(
-            Options, args=sys.argv[1:] if argv is None else argv, prog="export_hf.py", use_underscores=True,
+            Options, args=arguments, prog="export_hf.py", use_underscores=True,
             description=__doc__.split("\n\n")[0],
         )  # fmt: skip
         if (options.checkpoint is None) == (options.from_hf is None):
@@ -257,6 +290,8 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"export_hf.py: error: {line}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     print(f"Wrote {options.out}")
     return 0
 

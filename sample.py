@@ -61,6 +61,7 @@ class Sampler:
 
     def __init__(self, path: Path, device: str = "auto", amp: str = "auto"):
         checkpoint = train.load_checkpoint(path, "--checkpoint")
+        self.tokenizer = train.saved_tokenizer(checkpoint)
         config = train.Config.from_dict(checkpoint["config"])
         config = replace(config, device=train.choose_device()[0] if device == "auto" else device, threads=None)
         if problem := train.device_problem(config.device):
@@ -68,13 +69,9 @@ class Sampler:
         amp = train.choose_amp(config.device)[0] if amp == "auto" else amp
         # As train.py samples: a CPU reads weights of fp16 faster than those of bf16.
         self.config = replace(config, amp="fp16" if (config.device, amp) == ("cpu", "bf16") else amp)
-        self.tokenizer = train.choose_tokenizer(self.config, checkpoint)
         self.context = checkpoint["trained_context"]
-        try:
-            self.model = train.GPT(self.config)
-            self.model.load_state_dict(checkpoint["model"])
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not fit its own config: {str(error).splitlines()[0]}") from error
+        self.model = train.GPT(self.config)
+        self.model.load_state_dict(checkpoint["model"])
         self.model.to(self.config.device)
 
     def stream(self, prompt: str, options: Options, number: int = 0) -> Iterator[str]:
@@ -96,18 +93,31 @@ class Sampler:
         yield self.tokenizer.decode(tokens)[len(told) :]
 
 
-def novelty(text: str, corpus: str, tokenizer: train.Tokenizer) -> tuple[str, float]:
-    """The longest passage of the text that is in the corpus, and the share of its 8-grams of tokens that are."""
-    longest, start = "", 0
-    for end in range(1, len(text) + 1):
-        while text[start:end] not in corpus:
-            start += 1
-        longest = max(longest, text[start:end], key=len)
-    grams = [
-        {ids[i : i + GRAM].tobytes() for i in range(len(ids) - GRAM + 1)}
-        for ids in (np.array(tokenizer.encode_ordinary(part), dtype=np.uint32) for part in (text, corpus))
-    ]
-    return longest, len(grams[0] & grams[1]) / max(1, len(grams[0]))
+class Corpus:
+    """A text to look for copied passages in."""
+
+    def __init__(self, text: str, tokenizer: train.Tokenizer):
+        self.text, self.tokenizer = text, tokenizer
+        self.grams = self.grams_of(text)
+
+    def grams_of(self, text: str) -> set[bytes]:
+        """All runs of `GRAM` tokens."""
+        ids = np.array(self.tokenizer.encode_ordinary(text), dtype=np.uint32)
+        return {ids[i : i + GRAM].tobytes() for i in range(len(ids) - GRAM + 1)}
+
+    def longest_copy(self, text: str) -> str:
+        """The longest passage of the text that stands here as well."""
+        longest, start = "", 0
+        for end in range(1, len(text) + 1):
+            while text[start:end] not in self.text:
+                start += 1
+            longest = max(longest, text[start:end], key=len)
+        return longest
+
+    def share_copied(self, text: str) -> float:
+        """Of the text's grams, the part that stands here as well."""
+        grams = self.grams_of(text)
+        return len(grams & self.grams) / max(1, len(grams))
 
 
 def prompts(options: Options) -> Iterator[str]:
@@ -117,13 +127,19 @@ def prompts(options: Options) -> Iterator[str]:
     elif options.prompt_file is not None:
         yield train.read_text(options.prompt_file, "--prompt_file")[0]
     elif sys.stdin is None or not sys.stdin.isatty():
-        yield "" if sys.stdin is None else sys.stdin.buffer.read().decode("utf-8", "replace")
+        yield "" if sys.stdin is None else train.decode_text(sys.stdin.buffer.read(), "the prompt from stdin")
     else:
         while True:
-            print("prompt> ", end="", file=sys.stderr, flush=True)
+            tell("prompt> ", end="")
             if not (line := sys.stdin.readline()):
                 return
             yield train.decode_escapes(line.rstrip("\n"))
+
+
+def tell(line: str = "", end: str = "\n") -> None:
+    """Write to stderr, if it is open."""
+    if sys.stderr is not None:
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 def run(options: Options) -> None:
@@ -133,8 +149,9 @@ def run(options: Options) -> None:
         problems.append("--prompt and --prompt_file are two prompts: choose one")
     if problems:
         raise ValueError("\n".join(problems))
-    corpus = None if options.novelty is None else train.read_text(options.novelty, "--novelty")[0]
+    text = None if options.novelty is None else train.read_text(options.novelty, "--novelty")[0]
     sampler = Sampler(options.checkpoint, options.device, options.amp)
+    corpus = None if text is None else Corpus(text, sampler.tokenizer)
     for prompt in prompts(options):
         for number in range(options.num_samples):
             if number:
@@ -146,24 +163,26 @@ def run(options: Options) -> None:
                 print(piece, end="", flush=True)
             seconds = time.perf_counter() - started
             print(flush=True)
-            print(f"[{options.max_new_tokens} tokens, {options.max_new_tokens / seconds:.1f} tok/s]", file=sys.stderr)
+            tell(f"[{options.max_new_tokens} tokens, {options.max_new_tokens / seconds:.1f} tok/s]")
             if corpus is not None:
-                copied, share = novelty("".join(pieces), corpus, sampler.tokenizer)
-                print(
-                    f"[of what was added, {share:.0%} of the {GRAM}-grams of tokens are in {options.novelty}; longest "
-                    f"passage copied from it: {len(copied)} of {len(''.join(pieces))} characters: {copied[:200]!r}]",
-                    file=sys.stderr,
+                added = "".join(pieces)
+                copied = corpus.longest_copy(added)
+                tell(
+                    f"[of what was added, {corpus.share_copied(added):.0%} of the {GRAM}-grams of tokens are in "
+                    f"{options.novelty}; longest passage copied from it: {len(copied)} of {len(added)} characters: "
+                    f"{copied[:200]!r}]"
                 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 0, 2 for bad input, 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
+        arguments = [train.as_utf8(argument) for argument in (sys.argv[1:] if argv is None else argv)]
         options = tyro.cli(
-            Options, args=sys.argv[1:] if argv is None else argv, prog="sample.py", use_underscores=True,
+            Options, args=arguments, prog="sample.py", use_underscores=True,
             description=__doc__.split("\n\n")[0], config=(tyro.conf.FlagCreatePairsOff,),
         )  # fmt: skip
         run(options)
@@ -173,10 +192,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():
-            print(f"sample.py: error: {line}", file=sys.stderr)
+            tell(f"sample.py: error: {line}")
         return 2
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        tell()
         return 130
     return 0
 

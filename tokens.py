@@ -334,6 +334,7 @@ class OwnVocabulary:
         if missing := [text for text, met in requirements.items() if not met]:
             raise ValueError(f"{name} is no byte-level BPE like GPT-2's; required is {'; '.join(missing)}")
         self.inner.encode_special_tokens = True  # special tokens in a text are plain text
+        self.inner.post_processor = None  # text is encoded without what this would add
         self.inner.no_padding()
         self.inner.no_truncation()
         self.n_vocab, end = self.inner.get_vocab_size(), self.inner.token_to_id(DOCUMENT_END)

@@ -330,15 +330,21 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 
+def as_utf8(argument: str) -> str:
+    """An argument whose bytes are UTF-8, whatever the system took them for. Raises ValueError for other bytes."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"{argument!a} is not UTF-8") from error
+
+
 def parse_config(argv: list[str], processes: int = 1, silent: bool = False) -> Config:
     """Command line to validated, resolved flags.
 
     Raises ValueError with one line per problem, and SystemExit where tyro answers itself
     (--help, an unknown flag, a value of the wrong type).
     """
-    for argument in argv:
-        if re.search("[\ud800-\udfff]", argument):
-            raise ValueError(f"{argument!a} is not UTF-8")
+    argv = [as_utf8(argument) for argument in argv]
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", default="gpt2")
     first_look.add_argument("--steps")
@@ -414,16 +420,29 @@ def choose_tokenizer(config: Config, checkpoint: dict | None) -> Tokenizer:
         return load_tokenizer()
     import tokens
 
-    saved, learned = {} if checkpoint is None else checkpoint["tokenizer"], config.tokenizer.startswith("bpe:")
-    if saved.get("name") == config.tokenizer and (learned or not Path(config.tokenizer).exists()):
-        content = saved["content"]
-    elif learned:
+    learned, read = config.tokenizer.startswith("bpe:"), Path(config.tokenizer).exists()
+    if checkpoint is not None and checkpoint["tokenizer"]["name"] == config.tokenizer and (learned or not read):
+        return saved_tokenizer(checkpoint)
+    if learned:
         content = tokens.train_vocabulary(list(config.input_file), int(config.tokenizer[4:]))
     elif Path(config.tokenizer).is_file():
         content = Path(config.tokenizer).read_text(encoding="utf-8", errors="replace")
     else:
         raise FileNotFoundError(f"--tokenizer {config.tokenizer}: no such file; name a tokenizer.json, gpt2 or bpe:N")
     return tokens.OwnVocabulary(content, config.tokenizer)
+
+
+def saved_tokenizer(checkpoint: dict) -> Tokenizer:
+    """The one inside a checkpoint. Raises OSError, or ValueError when it is not that of the weights."""
+    if content := checkpoint["tokenizer"]["content"]:
+        import tokens
+
+        tokenizer = tokens.OwnVocabulary(content, "the checkpoint's tokenizer")
+    else:
+        tokenizer = load_tokenizer()
+    if tokenizer.n_vocab != (n_vocab := len(checkpoint["model"]["wte.weight"])):
+        raise ValueError(f"the checkpoint's tokenizer has {tokenizer.n_vocab:,} tokens, its model {n_vocab:,}")
+    return tokenizer
 
 
 def identity(config: Config, tokenizer: Tokenizer) -> str:
@@ -475,25 +494,31 @@ def read_text(path: Path, flag: str = "--input_file") -> tuple[str, str]:
         plain_prose_first = sorted(topics, key=lambda name: (name != "objects", name != "naming", name))
         text = "\n".join(topics[name] for name in plain_prose_first)
         return text, hashlib.sha256(text.encode()).hexdigest()
-    if not path.exists():
+    if path.is_dir() or not path.exists():
+        problem = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"{path} does not exist: put your text there or name it with {flag} (--preset demo needs none)"
+            f"{path} {problem}: name a UTF-8 text with {flag}{' (--preset demo needs none)' * (flag == '--input_file')}"
         )
     data = path.read_bytes()
+    text = decode_text(data, str(path))
+    if not text:
+        raise ValueError(f"{path} is empty: name a text with {flag}")
+    return text, hashlib.sha256(data).hexdigest()
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """UTF-8 bytes as text, without a byte-order mark. Raises ValueError."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(
-            f"{path} is UTF-16, which is what '>' writes in Windows PowerShell 5.1: save it as UTF-8 "
-            f"(Get-Content {path} | Set-Content -Encoding UTF8 utf8.txt)"
+            f"{name} is UTF-16, which is what '>' writes in Windows PowerShell 5.1: save it as UTF-8 "
+            f"(Get-Content {name} | Set-Content -Encoding UTF8 utf8.txt)"
         )
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; save it as UTF-8"
+            f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; save it as UTF-8"
         ) from error
-    if not text:
-        raise ValueError(f"{path} is empty: a run needs at least --seq_len + 1 tokens of text")
-    return text, hashlib.sha256(data).hexdigest()
 
 
 def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
@@ -806,6 +831,12 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(features)
         return HeadLoss.apply(features.flatten(0, 1), self.wte.weight, targets.flatten())
+
+
+def shapes(config: Config) -> dict[str, torch.Size]:
+    """Those of the model's tensors, by name."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in GPT(config).state_dict().items()}
 
 
 class HeadLoss(torch.autograd.Function):
@@ -1581,7 +1612,8 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
     Raises FileNotFoundError, or ValueError when it is no checkpoint of this program or not a byte as written.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{flag} {path}: no such file; name a checkpoint such as last.pt or best.pt")
+        problem = "is a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{flag} {path}: {problem}; name a checkpoint such as last.pt or best.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
@@ -1604,7 +1636,7 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
 
 
 def is_sound(checkpoint: object) -> bool:
-    """Whether everything but the tensors is there and of the right kind."""
+    """Whether everything is there and of the right kind, and the weights are finite and those of the config."""
     if not isinstance(checkpoint, dict):
         return False
     start = asdict(Progress())
@@ -1613,10 +1645,12 @@ def is_sound(checkpoint: object) -> bool:
         return (
             not out_of_range(config)
             and not config.contradictions()
-            and isinstance(checkpoint["model"], dict)
+            and {name: value.shape for name, value in checkpoint["model"].items()} == shapes(config)
+            and all(value.is_floating_point() and value.isfinite().all() for value in checkpoint["model"].values())
             and all(isinstance(checkpoint[name], str) for name in ("corpus_sha256", "val_sha256"))
             and isinstance(checkpoint["tokenizer"]["content"], str)
-            and all(isinstance(checkpoint[name], int) for name in ("corpus_tokens", "step"))
+            and all(type(checkpoint[name]) is int for name in ("corpus_tokens", "step", "trained_context"))
+            and 1 <= checkpoint["trained_context"] <= config.block_size
             and all(type(value) in (type(start[name]), float) for name, value in progress.items())
             and all(isinstance(loss, float) for loss in progress.get("recent_losses", []))
         )
@@ -1782,7 +1816,7 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, g
         return int(logits.argmax())
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -math.inf)
-    probabilities = ((logits - logits.max()) / temperature).softmax(-1)  # or a tiny temperature would overflow
+    probabilities = ((logits - logits.max()).double() / temperature).softmax(-1)  # however low the temperature
     if top_p < 1:
         largest, order = probabilities.sort(descending=True)
         before = largest.cumsum(-1) - largest  # the probability of all likelier ones

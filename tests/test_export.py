@@ -1,6 +1,7 @@
 """export_hf.py: what transformers loads is the same model, and comes back as the same weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import torch
 from conftest import TINY_FLAGS, run_script
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_tokens import NASTY
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import export_hf
 import sample
+import tokens
 import train
 
 LOAD = """
@@ -90,10 +93,33 @@ def test_what_the_folder_says_of_the_model(folder):
     assert json.loads((folder / "hf/generation_config.json").read_text(encoding="utf-8"))["max_length"] == 16
     assert AutoTokenizer.from_pretrained(folder / "hf").model_max_length == 16
     card = (folder / "hf/README.md").read_text(encoding="utf-8")
-    results = json.loads((folder / "run/results.json").read_text(encoding="utf-8"))
-    command = json.loads((folder / "run/config.json").read_text(encoding="utf-8"))["command"]
-    for text in ("16 tokens (of 32 positions", str(results["corpus_loss"]), command, "Memorisation"):
+    best = train.load_checkpoint(folder / "run/checkpoints/best.pt")
+    facts = json.loads((folder / "run/config.json").read_text(encoding="utf-8"))
+    for text in ("16 tokens (of 32 positions", f"(window) | {best['loss']}", facts["command"], "Memorisation"):
         assert text in card
+    modes = {path.stat().st_mode for path in (folder / "hf").iterdir()}
+    assert len(modes) == 1, "whoever may read one file may read all"
+
+
+def test_the_card_tells_of_these_weights_alone(folder, tmp_path):
+    """The last checkpoint has the losses measured at the end, the best of an earlier step its own."""
+    results = train.read_json(folder / "run/results.json")
+    cards = {}
+    for name, step in (("last", results["final_step"]), ("prev", results["final_step"] - 20)):
+        path = tmp_path / "run/checkpoints" / f"{name}.pt"
+        shutil.copytree(folder / "run", tmp_path / "run", dirs_exist_ok=True)
+        torch.save(train.load_checkpoint(folder / "run/checkpoints/last.pt") | {"step": step}, path)
+        assert export_hf.main(["--checkpoint", str(path), "--out", str(tmp_path / name)]) == 0
+        cards[name] = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    assert f"corpus loss, nats per token | {results['corpus_loss']}" in cards["last"]
+    assert "corpus loss" not in cards["prev"]
+
+
+def test_what_came_from_elsewhere_claims_no_text(folder, tmp_path):
+    assert export_hf.main(["--from_hf", str(folder / "hf"), "--out", str(tmp_path / "back.pt")]) == 0
+    assert export_hf.main(["--checkpoint", str(tmp_path / "back.pt"), "--out", str(tmp_path / "again")]) == 0
+    card = (tmp_path / "again/README.md").read_text(encoding="utf-8")
+    assert "from scratch" not in card and "input.txt" not in card and "SHA-256" not in card
 
 
 def test_and_back(folder, tmp_path):
@@ -117,8 +143,10 @@ def test_and_back(folder, tmp_path):
         (["--checkpoint=text.txt", "--out=new"], "text.txt is damaged or no checkpoint"),
         (["--checkpoint=run/checkpoints/best.pt", "--out=hf"], "--out hf is there already"),
         (["--out=new"], "give either --checkpoint"),
-        (["--from_hf=run", "--out=new"], "config.json is not that of a GPT-2"),
-        (["--from_hf=none", "--out=new"], "config.json does not exist"),
+        (["--checkpoint=run", "--out=new"], "--checkpoint run: is a folder"),
+        (["--checkpoint=run/checkpoints/best.pt", "--out=text.txt/new"], "text.txt is no folder"),
+        (["--from_hf=run", "--out=new"], "--from_hf run has no model.safetensors"),
+        (["--from_hf=none", "--out=new"], "--from_hf none has no config.json"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(folder, flags, message):
@@ -126,6 +154,72 @@ def test_what_is_wrong_is_said_in_one_line(folder, flags, message):
     result = run_script(*flags, cwd=folder, script="export_hf.py")
     assert result.returncode == 2 and message in result.stderr.replace("\\", "/") and result.stderr.count("\n") == 1
     assert set(folder.rglob("*")) == before
+
+
+def rewritten(folder: Path, target: Path, config: dict, weights: dict) -> Path:
+    """The exported folder with other values in its config.json and other weights."""
+    shutil.copytree(folder / "hf", target)
+    values = json.loads((target / "config.json").read_text(encoding="utf-8")) | config
+    (target / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    if weights:
+        save_file(load_file(target / "model.safetensors") | weights, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        ({"model_type": "llama"}, {}),
+        ({"activation_function": "relu"}, {}),
+        ({"layer_norm_epsilon": 0.1}, {}),
+        ({"scale_attn_weights": False}, {}),
+        ({"scale_attn_by_inverse_layer_idx": True}, {}),
+        ({"tie_word_embeddings": False}, {}),
+        ({"n_layer": "1"}, {}),
+        ({"n_layer": None}, {}),
+        ({"n_layer": 10**7}, {}),
+        ({"n_embd": 16.0}, {}),
+        ({"n_embd": 10**12}, {}),
+        ({"n_head": 0}, {}),
+        ({"n_head": 3}, {}),
+        ({"n_positions": -4}, {}),
+        ({"n_positions": 64}, {}),
+        ({"vocab_size": 17}, {}),
+        ({}, {"transformer.ln_f.bias": torch.zeros(3)}),
+        ({}, {"transformer.ln_f.bias": torch.full((32,), float("nan"))}),
+        ({}, {"ln_f.bias": torch.zeros(32)}),
+        ({"vocab_size": 17}, {"transformer.wte.weight": torch.zeros(17, 32)}),
+    ],
+    ids=str,
+)
+def test_another_model_is_not_taken_for_this_one(folder, tmp_path, capsys, config, weights):
+    other = rewritten(folder, tmp_path / "other", config, weights)
+    capsys.readouterr()
+    assert export_hf.main(["--from_hf", str(other), "--out", str(tmp_path / "x.pt")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith(f"export_hf.py: error: --from_hf {other}") for line in lines)
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_padding_behind_the_vocabulary_is_left_out(folder, tmp_path):
+    """And a folder that says nothing of generation knows all of its positions."""
+    before = train.load_checkpoint(folder / "run/checkpoints/best.pt")["model"]["wte.weight"]
+    rows = len(before) + 5
+    padded = torch.cat([before, torch.ones(5, 32)])
+    other = rewritten(folder, tmp_path / "other", {"vocab_size": rows}, {"transformer.wte.weight": padded})
+    (other / "generation_config.json").unlink()
+    assert export_hf.main(["--from_hf", str(other), "--out", str(tmp_path / "x.pt")]) == 0
+    checkpoint = train.load_checkpoint(tmp_path / "x.pt")
+    assert torch.equal(checkpoint["model"]["wte.weight"], before) and checkpoint["trained_context"] == 32
+
+
+def test_a_vocabulary_saved_by_transformers_is_the_same(folder, tmp_path):
+    AutoTokenizer.from_pretrained(folder / "hf").save_pretrained(tmp_path)
+    contents = {
+        tokens.OwnVocabulary((path / "tokenizer.json").read_text(encoding="utf-8"), "x").content
+        for path in (folder / "hf", tmp_path)
+    }
+    assert len(contents) == 1
 
 
 def test_a_disk_that_fills_leaves_nothing(folder, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A checkpoint is refused in one line when a byte of it is wrong, executes nothing, and the one before it steps in."""
 
 import io
+import math
 import os
 import pickle
 import random
@@ -147,11 +148,13 @@ def test_the_one_before_steps_in_aloud(run, damage):
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """A bit is either of no meaning at all (padding, dates), or the file is refused."""
     torch.manual_seed(0)
+    shape = dict(n_layer=1, n_head=1, n_embd=4, block_size=8, seq_len=8, vocab_size=8)
+    config = train.Config(**shape).resolved()
     content = {
-        "model": {"a": torch.randn(50, 7), "b": torch.randn(3)},
+        "model": train.GPT(config).state_dict(),
         "progress": {"step": 7, "recent_losses": [1.5, 2.5]},
     }
-    content |= {"format": train.CHECKPOINT_FORMAT, "config": train.Config().resolved().as_dict(), "step": 7}
+    content |= {"format": train.CHECKPOINT_FORMAT, "config": config.as_dict(), "step": 7, "trained_context": 8}
     content |= {"corpus_sha256": "x", "corpus_tokens": 3, "val_sha256": "", "tokenizer": {"content": ""}}
     good, path = saved(content), tmp_path / "last.pt"
     refused = 0
@@ -185,6 +188,8 @@ def crafted(path: Path, **changes: object) -> None:
     {"config__input_file": 5}, {"config__device": "foo"}, {"config__threads": 0}, {"config__batch_size": None},
     {"config__n_layer": "2"}, {"model__extra": torch.zeros(2)}, {"model__ln_f.bias": torch.zeros(2)},
     {"config__micro_batch": 0}, {"config__micro_batch": "4"}, {"config__micro_batch": 7},
+    {"trained_context": 0}, {"trained_context": "16"}, {"trained_context": 10**5}, {"config__vocab_size": 300},
+    {"model": {}}, {"model__wpe.weight": torch.zeros(2, 2)}, {"model__ln_f.bias": torch.full((32,), math.nan)},
     {"optimizer": {}}, {"optimizer": 3}, {"optimizer__muon": 7}, {"optimizer__adamw": {}},
     {"optimizer__muon__0__momentum_buffer": torch.ones(3)}, {"optimizer__adamw__0__exp_avg": torch.ones(3)},
     {"optimizer__adamw__99": {"exp_avg": torch.ones(3)}},

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, TINY_FLAGS, run_script
 
 import sample
+import tokens
 import train
 
 GREEDY = ["--temperature=0", "--amp=off", "--device=cpu", "--max_new_tokens=20"]
@@ -96,12 +97,11 @@ def test_a_character_is_written_when_it_is_whole(folder, monkeypatch):
 def test_copied_passages_are_found():
     tokenizer = train.load_tokenizer()
     corpus = "Before we proceed any further, hear me speak. You are all resolved rather to die than to famish?"
-    copied, share = sample.novelty("Now hear me speak. You are all resolved rather to dance.", corpus, tokenizer)
-    assert copied == " hear me speak. You are all resolved rather to d"
-    assert 0 < share < 1
-    assert sample.novelty(corpus, corpus, tokenizer) == (corpus, 1.0)
-    longest, share = sample.novelty("zqx", corpus, tokenizer)
-    assert len(longest) <= 1 and share == 0
+    found, text = sample.Corpus(corpus, tokenizer), "Now hear me speak. You are all resolved rather to dance."
+    assert found.longest_copy(text) == " hear me speak. You are all resolved rather to d"
+    assert 0 < found.share_copied(text) < 1
+    assert found.longest_copy(corpus) == corpus and found.share_copied(corpus) == 1
+    assert len(found.longest_copy("zqx")) <= 1 and found.share_copied("zqx") == 0
 
 
 def test_the_report_on_copies(folder):
@@ -118,6 +118,8 @@ def test_the_report_on_copies(folder):
         (["--prompt=a", "--prompt_file=text.txt"], "choose one"),
         (["--prompt_file=none.txt"], "none.txt does not exist"),
         (["--novelty=none.txt"], "none.txt does not exist"),
+        (["--prompt_file=run"], "run is a folder"),
+        (["--checkpoint=run"], "--checkpoint run: is a folder"),
         (["--temperature=-1"], "--temperature -1.0 is outside"),
         (["--top_p=0"], "--top_p 0.0 is outside"),
         (["--num_samples=0"], "--num_samples 0 is outside"),
@@ -129,6 +131,44 @@ def test_what_is_wrong_is_said_in_one_line(folder, flags, message):
     result = run(folder, *flags)
     assert result.returncode == 2 and message in result.stderr and result.stdout == ""
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("sample.py: error: ")
+
+
+def test_bytes_that_are_no_text(folder):
+    """Latin-1, typed or piped; and UTF-8 on a system that is told to speak ASCII."""
+    piped = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), "--checkpoint=run/checkpoints/best.pt"],
+        cwd=folder, input=b"caf\xe9", capture_output=True, timeout=100,
+    )  # fmt: skip
+    assert piped.returncode == 2 and b"the prompt from stdin is not UTF-8: byte 0xe9 at offset 3" in piped.stderr
+    if os.name != "nt":
+        typed = run(folder, "--prompt=caf\udce9")
+        assert typed.returncode == 2 and "is not UTF-8" in typed.stderr and typed.stderr.count("\n") == 1
+        ascii_only = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        assert run(folder, "--prompt=Line é", *GREEDY, env=ascii_only).stdout.startswith("Line é")
+
+
+def test_hardly_any_temperature_is_none(folder):
+    texts = {run(folder, "--prompt=Line 1: the", *GREEDY, f"--temperature={t}").stdout for t in ("0", "1e-300")}
+    assert len(texts) == 1
+
+
+def test_the_vocabulary_is_that_of_the_checkpoint(folder, tmp_path):
+    """Whatever lies by now where it once was read from."""
+    words = tmp_path / "tokenizer.json"
+    words.write_text(tokens.train_vocabulary([folder / "text.txt"], 300), encoding="utf-8")
+    flags = [*TINY_FLAGS, f"--input_file={folder / 'text.txt'}", f"--out_dir={tmp_path / 'run'}", "--steps=4"]
+    assert train.main([*flags, f"--tokenizer={words}", f"--cache_dir={tmp_path / 'cache'}"]) == 0
+    path = tmp_path / "run/checkpoints/best.pt"
+    before = sample.Sampler(path).tokenizer.content
+    words.write_text(tokens.train_vocabulary([folder / "text.txt"], 280), encoding="utf-8")
+    assert sample.Sampler(path).tokenizer.content == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+def test_nobody_listens_to_stderr(folder):
+    command = f"{sys.executable} {ROOT / 'sample.py'} --checkpoint run/checkpoints/best.pt --prompt Line 2>&-"
+    result = subprocess.run(f"{command} --max_new_tokens 3", cwd=folder, shell=True, capture_output=True, text=True)
+    assert result.returncode == 0 and "tok/s" not in result.stdout
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
