@@ -150,7 +150,8 @@ def model_card(checkpoint: dict, config: train.Config, facts: dict, results: dic
     rows = {
         "parameters": f"{config.n_params:,}",
         "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.n_embd}",
-        "trained context": f"{context} tokens (of {config.block_size} positions; the others are untrained)",
+        "trained context": f"{context} tokens"
+        + f" (of {config.block_size} positions; the others are untrained)" * (context < config.block_size),
         "vocabulary": f"{config.vocab_size:,} ({config.tokenizer})",
     }
     title = "GPT-2"
@@ -173,7 +174,8 @@ def model_card(checkpoint: dict, config: train.Config, facts: dict, results: dic
         }
     elif "loss" in checkpoint:
         rows["validation loss" if config.validates else "training loss (window)"] = checkpoint["loss"]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
+    cells = {name: f"{value:.6f}" if isinstance(value, float) else value for name, value in rows.items()}
+    table = "\n".join(f"| {name} | {value} |" for name, value in cells.items() if value is not None)
     command = f"Trained with\n\n```bash\n{facts['command']}\n```\n\n" if "command" in facts else ""
     return f"""---
 library_name: transformers

@@ -35,7 +35,7 @@ class Options:
     prompt: str | None = None
     """text to continue; \\n, \\t and \\\\ are decoded; None: from --prompt_file, from stdin, or asked for"""
     prompt_file: Path | None = None
-    """UTF-8 file with the text to continue"""
+    """UTF-8 file with the text to continue; from it, and from stdin, one newline at the end is left out"""
     num_samples: Annotated[int, Between(1, 10_000)] = 1
     """texts to write for each prompt"""
     max_new_tokens: Annotated[int, Between(1, 1_000_000)] = 200
@@ -125,15 +125,22 @@ def prompts(options: Options) -> Iterator[str]:
     if options.prompt is not None:
         yield train.decode_escapes(options.prompt)
     elif options.prompt_file is not None:
-        yield train.read_text(options.prompt_file, "--prompt_file")[0]
+        yield without_newline(train.read_text(options.prompt_file, "--prompt_file")[0])
     elif sys.stdin is None or not sys.stdin.isatty():
-        yield "" if sys.stdin is None else train.decode_text(sys.stdin.buffer.read(), "the prompt from stdin")
+        text = "" if sys.stdin is None else train.decode_text(sys.stdin.buffer.read(), "the prompt from stdin")
+        yield without_newline(text)
     else:
+        tell(f"(Ctrl-{'Z and Enter' if os.name == 'nt' else 'D'} ends)")
         while True:
             tell("prompt> ", end="")
             if not (line := sys.stdin.readline()):
                 return
-            yield train.decode_escapes(line.rstrip("\n"))
+            yield train.decode_escapes(without_newline(line))
+
+
+def without_newline(text: str) -> str:
+    """Without the line end that editors and `echo` leave."""
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def tell(line: str = "", end: str = "\n") -> None:
@@ -170,7 +177,7 @@ def run(options: Options) -> None:
                 tell(
                     f"[of what was added, {corpus.share_copied(added):.0%} of the {GRAM}-grams of tokens are in "
                     f"{options.novelty}; longest passage copied from it: {len(copied)} of {len(added)} characters: "
-                    f"{copied[:200]!r}]"
+                    f"{copied[:200]!r}{'...' * (len(copied) > 200)}]"
                 )
 
 

@@ -126,7 +126,7 @@ class Config:
 
     # batch and schedule
     steps: Annotated[int, Between(1, 10**9)] = 10_000
-    """optimizer updates at most"""
+    """optimizer updates at most; a preset's decay_steps goes with its own steps only"""
     batch_size: Annotated[int, Between(1, 65_536)] = 16
     """slices in one micro-batch"""
     seq_len: Annotated[int, Between(1, 65_536)] = 128
@@ -1612,8 +1612,10 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
     Raises FileNotFoundError, or ValueError when it is no checkpoint of this program or not a byte as written.
     """
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{flag} {path}: {problem}; name a checkpoint such as last.pt or best.pt")
+        problem = "a folder" if path.is_dir() else "no such file"
+        if (path / "model.safetensors").is_file():
+            problem = "a model for transformers, of which export_hf.py --from_hf makes a checkpoint"
+        raise FileNotFoundError(f"{flag} {path}: {problem}; name a checkpoint such as out/demo/checkpoints/best.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
@@ -2405,8 +2407,8 @@ def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, 
         f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps",
         f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after "
         f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}",
-        f"Loss: ln V = {math.log(c.vocab_size):.3f} at the start; floor of this corpus at seq_len {c.seq_len}: "
-        f"{floor:.4f}{' (an estimate)' if n_tokens > EXACT_FLOOR else ''}; {target}",
+        f"Loss: ln V = {math.log(c.vocab_size):.3f} for a model that knows nothing; floor of this corpus at seq_len "
+        f"{c.seq_len}: {floor:.4f}{' (an estimate)' if n_tokens > EXACT_FLOOR else ''}; {target}",
         *(f"{name.capitalize()}: {getattr(c, name)} ({reason})" for name, reason in reasons.items()),
     ]
 
@@ -2713,15 +2715,14 @@ def finished(setup: Setup) -> str | None:
         return None
     if any(setup.checkpoint.get("unwritten", {}).values()):
         return None  # rows that the disk had refused
+    anew = ", or choose another --out_dir (or --resume never) for a new run."
     match Progress(**setup.checkpoint["progress"]).stop_reason(setup.config):
         case "target":
-            return f"Already finished: the target was reached at step {step}. Lower --target_loss to go on."
+            return f"Already finished: the target was reached at step {step}. Lower --target_loss to go on{anew}"
         case "patience":
-            return (
-                f"Already finished: the validation loss fell no further up to step {step}. Raise --patience to go on."
-            )
+            return f"Already finished: no lower validation loss up to step {step}. Raise --patience to go on{anew}"
         case "steps":
-            return f"Already finished: all steps up to {step} are done. Raise --steps to go on."
+            return f"Already finished: all steps up to {step} are done. Raise --steps to go on{anew}"
 
 
 @contextmanager

@@ -172,8 +172,10 @@ def draw_loss_curve(out_dir: Path) -> Path:
     drawn = [table["loss"].min(), table["loss"].max()]
     for key, name, colour in LEVELS:
         if (value := number(run.results, key)) and value > 0:
-            axis.axhline(value, color=colour, linewidth=1, linestyle="--", label=f"{name} {value:.5g}")
-            drawn.append(value)
+            far = value < drawn[0] / 5  # or it would press the curves together
+            label = f"{name} {value:.5g}{', below' * far}"
+            axis.axhline(value, color=colour, linewidth=1, linestyle="--", label=label)
+            drawn += [] if far else [value]
     best, step = number(run.results, "best_loss"), number(run.results, "best_step")
     if (start := overfitting(run)) is not None:
         axis.axvline(start, color="#d94801", linewidth=1, linestyle=":", label=f"overfitting from step {start:.0f}")
@@ -193,7 +195,7 @@ def draw_loss_curve(out_dir: Path) -> Path:
     axis.set_ylabel("loss, nats per token (log scale)")
     if has_values(table, "lr"):
         right = axis.twinx()
-        right.plot("step", "lr", data=table, color="#fdae6b", linewidth=1.2, label="learning rate")
+        right.plot("step", "lr", data=table, color="#fdae6b", linewidth=0.8, alpha=0.8, label="learning rate")
         right.set_ylabel("learning rate")
         right.set_ylim(bottom=0)
         right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
@@ -300,7 +302,8 @@ def summary_section(run: Run, _readme: Path) -> str:
         rows.append(["model", cell(f"{flags.get('preset')} ({shape})")])
         rows.append(["device", cell(", ".join(str(flags.get(name)) for name in ("device", "amp")))])
     if isinstance(corpus, dict):
-        rows.append(["corpus", cell(f"{corpus.get('file')}, {corpus.get('tokens')} tokens")])
+        tokens = number(corpus, "tokens")
+        rows.append(["corpus", cell(f"{corpus.get('file')}, {'?' if tokens is None else f'{tokens:,.0f}'} tokens")])
     reason = run.results.get("stop_reason")
     rows.append(["outcome", OUTCOMES.get(reason if isinstance(reason, str) else "", "unknown")])
     add("target (window_loss)", "{:g} over {:.0f} steps", "target_loss", "target_window")
@@ -308,7 +311,8 @@ def summary_section(run: Run, _readme: Path) -> str:
     add(f"best {metric}", "**{:.6f}** at step {:,.0f}", "best_loss", "best_step")
     add("last step", "loss {:.6f} at step {:,.0f}", "final_loss", "final_step")
     corpus_loss = ("corpus_loss", "corpus_loss_standard_error", "corpus_loss_slices")
-    add("corpus loss", "{:.6f} ± {:.6f} (mean ± standard error, n = {:,.0f} random slices)", *corpus_loss)
+    part = " of the training part" * (metric == "val_loss")
+    add(f"corpus loss{part}", "{:.6f} ± {:.6f} (mean ± standard error, n = {:,.0f} random slices)", *corpus_loss)
     add("perplexity", "{:.4f}", "perplexity")
     add("bits per byte", "{:.4f}", "bits_per_byte")
     add("last val_loss", "{:.6f}, perplexity {:,.2f}", "val_loss", "val_perplexity")
@@ -336,10 +340,13 @@ def logs_section(run: Run, _readme: Path) -> str:
 
 
 def metrics_section(run: Run, _readme: Path) -> str:
-    """Rows of the CSV, evenly spaced, the first and the last among them."""
+    """Rows of the CSV, evenly spaced, the first and the last among them; of those with a validation loss, if there
+    are enough."""
     table = run.metrics
     if table.empty:
         return "No rows yet."
+    if has_values(table, "val_loss") and table["val_loss"].notna().sum() >= TABLE_ROWS:
+        table = table.dropna(subset=["val_loss"]).reset_index(drop=True)
     count = min(TABLE_ROWS, len(table))
     picked = [round(i * (len(table) - 1) / max(1, count - 1)) for i in range(count)]
     columns = [name for name in COLUMNS if has_values(table, name)]

@@ -4,8 +4,8 @@
     MODEL_DIR=../hf/gpt2 python app.py
 
 Runs as it lies as a Hugging Face Space. The model is a folder made by export_hf.py, beside this file as `model` or
-wherever MODEL_DIR says. What a visitor may ask for is bounded, one text is written at a time, and the queue is short,
-so that a public page cannot be made to eat its machine.
+wherever MODEL_DIR says. What a visitor may ask for and send is bounded, one text is written at a time, and the queue is
+short, so that a public page cannot be made to eat its machine.
 """
 
 import json
@@ -16,14 +16,16 @@ from threading import Event, Thread
 
 import gradio as gr
 import torch
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, set_seed
 
 MODEL_DIR = Path(os.environ.get("MODEL_DIR", Path(__file__).parent / "model"))
-MOST_CHARACTERS, MOST_TOKENS, QUEUE = 2000, 400, 20
-NO_MODEL = f"""
+MOST_CHARACTERS, MOST_TOKENS, MOST_BYTES, QUEUE = 8000, 400, 2**17, 20
+NO_MODEL = """
 # There is no model here yet
 
-This page needs a folder `{MODEL_DIR.name}` with an exported model, and found none. Make one with
+This page needs a folder `{folder}` with an exported model: {problem}. Make one with
 
 ```bash
 python export_hf.py --checkpoint out/demo/checkpoints/best.pt --out space/model
@@ -35,11 +37,18 @@ STYLE = "footer {display: none !important} #text textarea {font-family: monospac
 
 
 class Writer:
-    """The model, and the text it writes."""
+    """The model, and the text it writes. Raises one of many exceptions for a folder without a whole model."""
 
     def __init__(self, folder: Path):
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError("it found none")
+        if (kind := json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]) != "gpt2":
+            raise ValueError(f"what is there is a {kind}")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        if found["missing_keys"]:  # or transformers makes them up
+            raise ValueError(f"weights are missing from what is there, such as {min(found['missing_keys'])}")
+        self.model.eval()
         self.context = self.model.generation_config.max_length or self.model.config.n_positions
         self.most_tokens = max(1, min(MOST_TOKENS, self.context - 1))
         prompts = folder / "prompts.json"
@@ -51,23 +60,34 @@ class Writer:
         A prompt longer than the trained context leaves room for is continued from its end.
         """
         if len(prompt) > MOST_CHARACTERS:
-            raise gr.Error(f"That prompt has {len(prompt):,} characters; {MOST_CHARACTERS:,} are the most.")
-        length = max(1, min(int(length), self.most_tokens))
+            gr.Warning(
+                f"That text has {len(prompt):,} characters; {MOST_CHARACTERS:,} are the most. Delete its beginning: "
+                f"the model sees the last {self.context} tokens only."
+            )
+            yield prompt
+            return
+        length = int(bounded(length, 1, self.most_tokens, self.most_tokens))
+        temperature = bounded(temperature, 0, 2, 0.9)
         ids = self.tokenizer(prompt or "\n", return_tensors="pt")["input_ids"][:, -max(1, self.context - length) :]
-        stopped, streamer = Event(), TextIteratorStreamer(self.tokenizer, skip_prompt=True, timeout=60)
-        options = dict(do_sample=temperature > 0, max_new_tokens=length, max_length=None, streamer=streamer)
-        if temperature > 0:
-            options |= dict(temperature=float(temperature), top_k=int(top_k))
+        stopped, streamer, failures = Event(), TextIteratorStreamer(self.tokenizer, skip_prompt=True), []
+        options = dict(do_sample=temperature >= 0.01, max_new_tokens=length, max_length=None, streamer=streamer)
+        if temperature >= 0.01:
+            options |= dict(temperature=temperature, top_k=int(bounded(top_k, 1, 200, 50)))
 
         def generate() -> None:
-            set_seed(int(seed))
-            with torch.inference_mode():
-                self.model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    stopping_criteria=[lambda *_: torch.tensor([stopped.is_set()])],
-                    **options,
-                )
+            set_seed(int(bounded(seed, 0, 2**31 - 1, 1337)))
+            try:
+                with torch.inference_mode():
+                    self.model.generate(
+                        ids,
+                        attention_mask=torch.ones_like(ids),
+                        stopping_criteria=[lambda *_: torch.tensor([stopped.is_set()])],
+                        **options,
+                    )
+            except Exception as error:
+                failures.append(error)
+            finally:
+                streamer.end()  # or the visitor, and all who wait, would wait for ever
 
         thread = Thread(target=generate, daemon=True)
         thread.start()
@@ -80,15 +100,48 @@ class Writer:
         finally:
             stopped.set()
             thread.join()
+        if failures:
+            raise gr.Error("The model failed on this.") from failures[0]
+
+
+def bounded(value: float | None, low: float, high: float, default: float) -> float:
+    """The value, or the nearest that is allowed; the default for none at all and for NaN."""
+    return default if value is None or value != value else min(max(float(value), low), high)
+
+
+class SmallRequests:
+    """ASGI middleware that refuses a request when more than `MOST_BYTES` of it have come."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        """Pass the request on, counting what is read of it."""
+        taken = 0
+
+        async def counted() -> dict:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > MOST_BYTES:
+                raise HTTPException(413)
+            return message
+
+        await self.app(scope, counted, send)
 
 
 def page(folder: Path = MODEL_DIR) -> gr.Blocks:
     """The page; one that says what is missing where there is no model."""
-    if not (folder / "config.json").is_file():
+    try:
+        return writing_page(Writer(folder))
+    except Exception as error:  # transformers, tokenizers and safetensors fail in many ways
         with gr.Blocks(title="No model yet") as blocks:
-            gr.Markdown(NO_MODEL)
+            gr.Markdown(NO_MODEL.format(folder=folder.name, problem=str(error).partition("\n")[0]))
         return blocks
-    writer = Writer(folder)
+
+
+def writing_page(writer: Writer) -> gr.Blocks:
+    """The page with a model behind it."""
     with gr.Blocks(title="A small GPT-2") as blocks:
         gr.Markdown(
             "# A GPT-2 that read one text\n"
@@ -96,21 +149,22 @@ def page(folder: Path = MODEL_DIR) -> gr.Blocks:
             "heart, and nothing else; what it says is not true or false, only likely."
         )
         text = gr.Textbox(
-            label="Your text, and what follows", lines=10, max_lines=24, max_length=MOST_CHARACTERS * 4, elem_id="text"
+            label="Your text, and what follows", lines=10, max_lines=24, max_length=MOST_CHARACTERS, elem_id="text"
         )
         with gr.Row():
             go = gr.Button("Continue", variant="primary", elem_id="go")
-            stop = gr.Button("Stop", variant="stop", elem_id="stop")
+            stop = gr.Button("Stop", elem_id="stop")
         gr.Examples([[prompt] for prompt in writer.prompts], [text], label="Beginnings")
-        with gr.Accordion("How", open=False):
-            length = gr.Slider(1, writer.most_tokens, min(100, writer.most_tokens), step=1, label="tokens to add")
+        with gr.Accordion("How it writes", open=False):
+            most = max(2, writer.most_tokens)
+            length = gr.Slider(1, most, min(100, most), step=1, label="tokens to add")
             temperature = gr.Slider(0, 2, 0.9, step=0.05, label="temperature (0: always the likeliest)")
-            top_k = gr.Slider(1, 200, 50, step=1, label="choose among so many")
+            top_k = gr.Slider(1, 200, 50, step=1, label="top-k: choose among so many tokens")
             seed = gr.Number(1337, precision=0, minimum=0, maximum=2**31 - 1, label="seed (the same gives the same)")
         writing = go.click(writer.write, [text, length, temperature, top_k, seed], text, concurrency_limit=1)
         stop.click(None, cancels=[writing])
-    return blocks.queue(max_size=QUEUE)
+    return blocks.queue(max_size=QUEUE, api_open=False)
 
 
 if __name__ == "__main__":
-    page().launch(css=STYLE)
+    page().launch(css=STYLE, app_kwargs={"middleware": [Middleware(SmallRequests)]})

@@ -80,7 +80,7 @@ def test_every_numeric_flag_has_a_range():
         (["--steps"], "--steps"),
         (["--input_file=missing.txt"], "missing.txt does not exist"),
         (["--resume=missing.pt"], "--resume missing.pt: no such file"),
-        (["--resume=."], "--resume .: no such file"),
+        (["--resume=."], "--resume .: a folder; name a checkpoint"),
         (["--resume=input.txt"], "input.txt is damaged or no checkpoint"),
         (["--out_dir="], "--out_dir is empty or the current folder"),
         (["--out_dir=."], "--out_dir is empty or the current folder"),

@@ -131,7 +131,7 @@ def test_a_finished_run_started_again_says_so(launch, capsys, first, again, answ
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert launch("run", *first, *again) == 0
-    assert f"Already finished: {answer} to go on." in capsys.readouterr().out
+    assert f"Already finished: {answer} to go on, or choose another --out_dir" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
 
 

@@ -95,7 +95,7 @@ def test_what_the_folder_says_of_the_model(folder):
     card = (folder / "hf/README.md").read_text(encoding="utf-8")
     best = train.load_checkpoint(folder / "run/checkpoints/best.pt")
     facts = json.loads((folder / "run/config.json").read_text(encoding="utf-8"))
-    for text in ("16 tokens (of 32 positions", f"(window) | {best['loss']}", facts["command"], "Memorisation"):
+    for text in ("16 tokens (of 32 positions", f"(window) | {best['loss']:.6f}", facts["command"], "Memorisation"):
         assert text in card
     modes = {path.stat().st_mode for path in (folder / "hf").iterdir()}
     assert len(modes) == 1, "whoever may read one file may read all"
@@ -111,7 +111,7 @@ def test_the_card_tells_of_these_weights_alone(folder, tmp_path):
         torch.save(train.load_checkpoint(folder / "run/checkpoints/last.pt") | {"step": step}, path)
         assert export_hf.main(["--checkpoint", str(path), "--out", str(tmp_path / name)]) == 0
         cards[name] = (tmp_path / name / "README.md").read_text(encoding="utf-8")
-    assert f"corpus loss, nats per token | {results['corpus_loss']}" in cards["last"]
+    assert f"corpus loss, nats per token | {results['corpus_loss']:.6f}" in cards["last"]
     assert "corpus loss" not in cards["prev"]
 
 
@@ -143,7 +143,7 @@ def test_and_back(folder, tmp_path):
         (["--checkpoint=text.txt", "--out=new"], "text.txt is damaged or no checkpoint"),
         (["--checkpoint=run/checkpoints/best.pt", "--out=hf"], "--out hf is there already"),
         (["--out=new"], "give either --checkpoint"),
-        (["--checkpoint=run", "--out=new"], "--checkpoint run: is a folder"),
+        (["--checkpoint=run", "--out=new"], "--checkpoint run: a folder"),
         (["--checkpoint=run/checkpoints/best.pt", "--out=text.txt/new"], "text.txt is no folder"),
         (["--from_hf=run", "--out=new"], "--from_hf run has no model.safetensors"),
         (["--from_hf=none", "--out=new"], "--from_hf none has no config.json"),

@@ -119,7 +119,7 @@ def test_the_report_on_copies(folder):
         (["--prompt_file=none.txt"], "none.txt does not exist"),
         (["--novelty=none.txt"], "none.txt does not exist"),
         (["--prompt_file=run"], "run is a folder"),
-        (["--checkpoint=run"], "--checkpoint run: is a folder"),
+        (["--checkpoint=run"], "--checkpoint run: a folder"),
         (["--temperature=-1"], "--temperature -1.0 is outside"),
         (["--top_p=0"], "--top_p 0.0 is outside"),
         (["--num_samples=0"], "--num_samples 0 is outside"),

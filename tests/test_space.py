@@ -3,6 +3,7 @@
 With SPACE_CHECKPOINT and SPACE_PROMPT another model is asked, and screenshots go to the folder SCREENSHOTS names.
 """
 
+import json
 import os
 import re
 import shutil
@@ -10,11 +11,13 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY_FLAGS, run_script
+from safetensors.torch import load_file, save_file
 
 import train
 
@@ -116,7 +119,7 @@ def screenshot(page, name: str) -> None:
 
 
 def set_length(page, tokens: int) -> None:
-    page.get_by_text("How", exact=True).click()
+    page.get_by_text("How it writes", exact=True).click()
     page.get_by_label("number input for tokens to add").fill(str(tokens))
     page.keyboard.press("Tab")
 
@@ -159,10 +162,56 @@ def test_nothing_at_all_is_a_prompt(visit):
 
 def test_too_long_a_prompt_is_refused(visit):
     page = visit()
-    page.fill("#text textarea", "x" * 2001)
+    """The box takes no more than the server does; a text that has grown beyond that stays as it is."""
+    page.fill("#text textarea", "x" * 8001)
+    assert value(page) == "x" * 8000
     page.click("#go button, button#go")
-    page.wait_for_selector("text=2,000 are the most")
-    assert value(page) == "x" * 2001
+    text = settled(page)
+    assert len(text) > 8000
+    page.click("#go button, button#go")
+    page.wait_for_selector("text=8,000 are the most")
+    assert settled(page) == text
+
+
+def test_no_seed_is_one_too(visit):
+    page = visit()
+    set_length(page, 20)
+    page.get_by_label("seed").fill("")
+    page.keyboard.press("Tab")
+    page.fill("#text textarea", "Line 1:")
+    page.click("#go button, button#go")
+    assert len(settled(page)) > len("Line 1:")
+
+
+def ask(address: str, path: str, body: bytes, kind: str = "application/json") -> tuple[int, bytes]:
+    """What the server answers to a request that no page would send."""
+    request = urllib.request.Request(address + path, body, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=100) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_what_no_page_would_ask_holds_nobody_up(address):
+    """Each is answered with text, or refused, at once."""
+    for values in ([10**9, 0.9, 50, 1], [20, 1e-300, 50, 1], [20, float("nan"), 50, None], [20, 0.9, -5, -1]):
+        started = time.monotonic()
+        _, answer = ask(address, "/gradio_api/call/write", json.dumps({"data": ["Line", *values]}).encode())
+        event = json.loads(answer).get("event_id")
+        with urllib.request.urlopen(f"{address}/gradio_api/call/write/{event}", timeout=100) as stream:
+            assert b"event: " in stream.read()
+        assert time.monotonic() - started < 45
+
+
+def test_nobody_jumps_the_queue_or_fills_the_disk(address):
+    body = json.dumps({"data": ["Line", 20, 0.9, 50, 1], "session_hash": "x"}).encode()
+    assert ask(address, "/gradio_api/run/write", body)[0] >= 400
+    large = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n' + b"x" * 10**6 + b"\r\n--b--"
+    assert ask(address, "/gradio_api/upload", large, "multipart/form-data; boundary=b")[0] >= 400
+    assert (
+        ask(address, "/gradio_api/call/write", json.dumps({"data": ["x" * 10**6, 20, 0.9, 50, 1]}).encode())[0] >= 400
+    )
 
 
 def test_two_visitors_both_get_their_text(visit):
@@ -183,8 +232,17 @@ def test_on_a_phone_nothing_sticks_out(visit):
     screenshot(page, "space-phone.png")
 
 
-def test_without_a_model_it_says_so(browser, tmp_path):
-    for address in served(tmp_path / "none"):
+@pytest.mark.parametrize("damage", ["no folder", "weights cut short", "a weight missing"])
+def test_without_a_model_it_says_so(browser, model, tmp_path, damage):
+    folder = tmp_path / "none"
+    if damage != "no folder":
+        shutil.copytree(model, folder)
+        weights = load_file(folder / "model.safetensors")
+        del weights["transformer.ln_f.bias"]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    if damage == "weights cut short":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    for address in served(folder):
         page = browser.new_page()
         page.goto(address)
         page.wait_for_selector("text=There is no model here yet")
