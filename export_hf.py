@@ -16,14 +16,23 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import tyro
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+try:
+    import torch
+    import tyro
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-import tokens
-import train
+    import tokens
+    import train
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    print(
+        f"export_hf.py: error: {missing}: activate the virtual environment, or install requirements.txt",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 FIRST_WORDS = "Once upon a time"
 SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")  # as both programs call it

@@ -15,12 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-import torch
-import tyro
+try:
+    import numpy as np
+    import torch
+    import tyro
 
-import train
-from train import Between
+    import train
+    from train import Between
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    print(
+        f"sample.py: error: {missing}: activate the virtual environment, or install requirements.txt", file=sys.stderr
+    )
+    sys.exit(2)
 
 SEPARATOR = "=" * 80
 GRAM = 8  # tokens whose order is looked up in the corpus

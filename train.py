@@ -49,18 +49,24 @@ from pathlib import Path
 from threading import Thread
 from typing import Annotated, BinaryIO, Literal, Protocol, get_type_hints
 
-import numpy as np
-import tiktoken
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
-import tyro
-from filelock import FileLock, Timeout
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+try:
+    import numpy as np
+    import tiktoken
+    import torch
+    import torch.distributed as dist
+    import torch.nn as nn
+    import torch.nn.functional as F
+    import tyro
+    from filelock import FileLock, Timeout
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    print(f"train.py: error: {missing}: activate the virtual environment, or install requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 log = logging.getLogger("train")
 

@@ -24,8 +24,17 @@ from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
-import pandas as pd
-import tyro
+try:
+    import pandas as pd
+    import tyro
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    print(
+        f"update_readme.py: error: {missing}: activate the virtual environment, or install requirements.txt",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
 LOOKS_LIKE_MARKER = re.compile(r"<!--\s*AUTO\s*:", re.IGNORECASE)
@@ -173,7 +182,7 @@ def draw_loss_curve(out_dir: Path) -> Path:
     for key, name, colour in LEVELS:
         if (value := number(run.results, key)) and value > 0:
             far = value < drawn[0] / 5  # or it would press the curves together
-            label = f"{name} {value:.5g}{', below' * far}"
+            label = f"{name} {value:.5g}{', below' if far else ''}"
             axis.axhline(value, color=colour, linewidth=1, linestyle="--", label=label)
             drawn += [] if far else [value]
     best, step = number(run.results, "best_loss"), number(run.results, "best_step")

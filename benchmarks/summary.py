@@ -1,4 +1,4 @@
-"""Fill the README's tables: those of speed from the records of the other programs here, that of flags from train.py.
+"""Fill the tables of the two READMEs: from the records of the other programs here, that of flags from train.py.
 
     python benchmarks/summary.py              # with --check nothing is written; exit 1 when a table is stale
 
@@ -28,8 +28,6 @@ RECORDS = ROOT / "benchmarks" / "records"
 class Options:
     """Flags of the command line."""
 
-    readme: Path = ROOT / "README.md"
-    """Markdown file to fill"""
     check: bool = False
     """write nothing; exit 1 when a table is stale"""
 
@@ -165,39 +163,43 @@ def ladder() -> str:
     return "\n\n".join([markdown_table(header, [row for _, row in sorted(rows)]), source("tokens-to-target")])
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "FLAGS": flags,
-    "TOKENIZING": tokenizing,
-    "THROUGHPUT": lambda: throughput("throughput-8x128", "throughput-8x128-more"),
-    "LONG": lambda: throughput("throughput-8x1024"),
-    "GENERATION": generation,
-    "SAVES": saves,
-    "SCALING": scaling,
-    "LADDER": ladder,
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "FLAGS": flags,
+        "THROUGHPUT": lambda: throughput("throughput-8x128", "throughput-8x128-more"),
+        "LONG": lambda: throughput("throughput-8x1024"),
+        "GENERATION": generation,
+        "SAVES": saves,
+    },
+    "benchmarks/README.md": {"TOKENIZING": tokenizing, "SCALING": scaling, "LADDER": ladder},
 }
 
 
-def filled(text: str) -> str:
+def filled(readme: str, text: str) -> str:
     """The text with every table rewritten. Raises ValueError when one has no place."""
-    for name, table in TABLES.items():
+    for name, table in TABLES[readme].items():
         start, end = (f"<!--RECORD:{name}:{side}-->" for side in ("START", "END"))
         place = re.compile(f"{re.escape(start)}\n.*?{re.escape(end)}", re.DOTALL)
         if len(place.findall(text)) != 1:
             raise ValueError(f"{start} and {end} must stand in it once")
-        content = f"{start}\n{table()}\n{end}"
+        links = table().replace("](benchmarks/", "](" if readme.startswith("benchmarks/") else "](benchmarks/")
+        content = f"{start}\n{links}\n{end}"
         text = place.sub(lambda _, content=content: content, text)
     return text
 
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    before = options.readme.read_text(encoding="utf-8")
-    after = filled(before)
-    if options.check:
-        print(f"{options.readme}: {'up to date' if before == after else 'stale'}")
-        return int(before != after)
-    write_text(options.readme, after)
-    return 0
+    stale = 0
+    for readme in TABLES:
+        before = (ROOT / readme).read_text(encoding="utf-8")
+        after = filled(readme, before)
+        stale += before != after
+        if options.check:
+            print(f"{readme}: {'up to date' if before == after else 'stale'}")
+        else:
+            write_text(ROOT / readme, after)
+    return int(options.check and stale > 0)
 
 
 if __name__ == "__main__":

@@ -215,3 +215,13 @@ def test_importing_does_nothing(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "[]", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "export_hf.py", "update_readme.py"])
+def test_without_its_packages_a_script_says_what_to_do(script):
+    """As with the Python of the system instead of the virtual environment's."""
+    result = subprocess.run(
+        [sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True, encoding="utf-8", timeout=60
+    )
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"{script}: error: No module named ") and "virtual environment" in result.stderr

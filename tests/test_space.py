@@ -1,4 +1,4 @@
-"""The Space, in a headless browser: visitors get streamed text and cannot ask for too much.
+"""The Space, in a headless browser and beside it: visitors get streamed text and cannot ask for too much.
 
 With SPACE_CHECKPOINT and SPACE_PROMPT another model is asked, and screenshots go to the folder SCREENSHOTS names.
 """
@@ -22,9 +22,7 @@ from safetensors.torch import load_file, save_file
 import train
 
 pytest.importorskip("gradio", reason="needs gradio (space/requirements.txt)")
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +73,9 @@ def address(model):
 
 @pytest.fixture(scope="module")
 def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
