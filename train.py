@@ -1903,7 +1903,9 @@ class Interruption:
             with suppress(OSError, AttributeError):  # the terminal may be gone, and `print` may not be entered twice
                 os.write(sys.stderr.fileno(), b"" if self.silent else message)
 
-    def __exit__(self, *_exception) -> None:
+    def __exit__(self, kind: type | None, *_exception) -> None:
+        if kind is ConnectionError:
+            return  # torchrun's SIGTERM comes next, and must not keep this process from saying what happened
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # other programs may be busy; read when PyTorch is loaded
+
 import torch
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # other programs may be busy on this machine
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 

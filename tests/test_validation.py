@@ -202,7 +202,7 @@ def test_another_content_of_the_validation_text_is_another_measure(here):
     assert results("run")["best_step"] > 8, "the best so far was of another text"
 
 
-def test_a_run_that_ends_as_it_is_resumed_is_measured_too(here):
+def test_a_run_that_ends_as_it_is_resumed_is_measured_too(here, prompt_disk):
     flags = [*FLAGS, "--eval_every=1000", "--out_dir=run"]
     start = train.Trainer.update
 
