@@ -149,10 +149,13 @@ def test_and_back(folder, tmp_path):
         (["--from_hf=none", "--out=new"], "--from_hf none has no config.json"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(folder, flags, message):
+def test_what_is_wrong_is_said_in_one_line(folder, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(folder)
     before = set(folder.rglob("*"))
-    result = run_script(*flags, cwd=folder, script="export_hf.py")
-    assert result.returncode == 2 and message in result.stderr.replace("\\", "/") and result.stderr.count("\n") == 1
+    capsys.readouterr()
+    assert export_hf.main(flags) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and message in error.replace("\\", "/") and error.count("\n") == 1
     assert set(folder.rglob("*")) == before
 
 

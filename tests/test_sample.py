@@ -127,10 +127,13 @@ def test_the_report_on_copies(folder):
         (["--device=tpu"], "--device tpu"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(folder, flags, message):
-    result = run(folder, *flags)
-    assert result.returncode == 2 and message in result.stderr and result.stdout == ""
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("sample.py: error: ")
+def test_what_is_wrong_is_said_in_one_line(folder, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    assert sample.main(["--checkpoint=run/checkpoints/best.pt", *flags]) == 2
+    out, error = capsys.readouterr()
+    assert message in error and out == ""
+    assert error.count("\n") == 1 and error.startswith("sample.py: error: ")
 
 
 def test_bytes_that_are_no_text(folder):
