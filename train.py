@@ -427,7 +427,7 @@ def choose_tokenizer(config: Config, checkpoint: dict | None) -> Tokenizer:
     import tokens
 
     learned, read = config.tokenizer.startswith("bpe:"), Path(config.tokenizer).exists()
-    if checkpoint is not None and checkpoint["tokenizer"]["name"] == config.tokenizer and (learned or not read):
+    if checkpoint is not None and checkpoint["tokenizer"].get("name") == config.tokenizer and (learned or not read):
         return saved_tokenizer(checkpoint)
     if learned:
         content = tokens.train_vocabulary(list(config.input_file), int(config.tokenizer[4:]))
@@ -2583,12 +2583,10 @@ def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
     except (RuntimeError, MemoryError, ValueError, TypeError, KeyError, AttributeError) as error:
         if is_out_of_memory(error):
             raise OSError(f"out of memory while the model was built: choose a smaller --preset ({error})") from error
-        if setup.checkpoint is None and setup.start is None:
+        if setup.checkpoint is None:
             raise
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{setup.resumed_from or setup.config.init_from} does not fit this model ({type(error).__name__}: {reason})"
-        ) from error
+        raise ValueError(f"{setup.resumed_from} does not fit this model ({type(error).__name__}: {reason})") from error
 
 
 def configure_torch(config: Config) -> None:
