@@ -16,6 +16,8 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import parts.waiting_threads  # noqa: F401 (before PyTorch is loaded)
+
 try:
     import torch
     import tyro

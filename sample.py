@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import parts.waiting_threads  # noqa: F401 (before PyTorch is loaded)
+
 try:
     import numpy as np
     import torch

@@ -16,7 +16,7 @@ References:
   released code, github.com/openai/gpt-2 (src/model.py)
 - Hugging Face Transformers, GPT2LMHeadModel: the same weights give the same logits
 - Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (AdamW), arXiv 1711.05101
-- Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (PyTorch's torch.optim.Muon)
+- Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", and what parts/muon.py names
 - Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989 (loss and gradient of the head in chunks, in one function)
 - Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox)
 """
@@ -49,6 +49,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Annotated, BinaryIO, Literal, Protocol, get_type_hints
 
+import parts.waiting_threads  # noqa: F401 (before PyTorch is loaded)
+
 try:
     import numpy as np
     import tiktoken
@@ -62,6 +64,8 @@ try:
     from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from parts.muon import Muon
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
@@ -131,25 +135,30 @@ class Config:
     """standard deviation of the initial weights (GPT-2: 0.02, which suits a width of 768)"""
 
     # batch and schedule
-    steps: Annotated[int, Between(1, 10**9)] = 10_000
+    steps: Annotated[int, Between(1, 10**9)] = 2000
     """optimizer updates at most; a preset's decay_steps goes with its own steps only"""
-    batch_size: Annotated[int, Between(1, 65_536)] = 16
+    batch_size: Annotated[int, Between(1, 65_536)] = 32
     """slices in one micro-batch"""
     seq_len: Annotated[int, Between(1, 65_536)] = 128
     """tokens in one slice"""
+    slices: Literal["shuffled", "independent"] = "shuffled"
+    """where they start: shuffled: in random order, pass after pass, each of which leaves no token out; independent:
+    each anywhere"""
     grad_accum: Annotated[int, Between(1, 65_536)] = 1
     """micro-batches in one step"""
     micro_batch: Annotated[int | None, Between(1, 65_536)] = None
     """slices in one forward and backward pass, whatever the step consists of; None: batch_size, on a CPU what makes
     2,048 tokens; fewer when memory runs out"""
-    lr: Annotated[float, Between(1e-12, 10)] = 3e-3
-    """peak learning rate"""
+    lr: Annotated[float | None, Between(1e-12, 10)] = None
+    """peak learning rate; None: 6e-3 with muon, 1e-3 with adamw"""
     min_lr: Annotated[float | None, Between(0, 10)] = None
     """learning rate at decay_steps and after; None: a tenth of lr"""
     warmup_steps: Annotated[int | None, Between(0, 10**9)] = None
     """steps of linear warm-up; None: 200, but at most a tenth of decay_steps"""
     decay_steps: Annotated[int | None, Between(1, 10**9)] = None
-    """step at which the cosine ends; None: steps"""
+    """step at which min_lr is reached; None: steps"""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """line or half a cosine by which the learning rate falls from lr to min_lr"""
 
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -194,11 +203,11 @@ class Config:
     """the same bits in every run on CUDA too, at the cost of speed; on a CPU they always are the same"""
 
     # reporting
-    log_every: Annotated[int, Between(1, 10**9)] = 50
+    log_every: Annotated[int, Between(1, 10**9)] = 10
     """steps between log lines and CSV rows"""
-    save_every: Annotated[int, Between(1, 10**9)] = 500
+    save_every: Annotated[int, Between(1, 10**9)] = 100
     """steps between checkpoints"""
-    sample_every: Annotated[int, Between(1, 10**9)] = 500
+    sample_every: Annotated[int, Between(1, 10**9)] = 250
     """steps between text samples"""
     prompt: str = ""
     """start of sampled text; \\n, \\t and \\\\ are decoded; empty: the corpus's first words"""
@@ -245,6 +254,7 @@ class Config:
     def resolved(self) -> "Config":
         """The same flags with every `None` replaced, except `threads` (see `choose_runtime`)."""
         decay_steps = self.steps if self.decay_steps is None else self.decay_steps
+        lr = {"muon": 6e-3, "adamw": 1e-3}[self.optimizer] if self.lr is None else self.lr
         return replace(
             self,
             out_dir=Path("out") / self.preset if self.out_dir is None else self.out_dir,
@@ -253,7 +263,8 @@ class Config:
             else self.max_tokens,
             decay_steps=decay_steps,
             warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
-            min_lr=self.lr / 10 if self.min_lr is None else self.min_lr,
+            lr=lr,
+            min_lr=lr / 10 if self.min_lr is None else self.min_lr,
         )
 
     def contradictions(self) -> list[str]:
@@ -328,11 +339,11 @@ PRESETS: dict[str, dict] = {
         batch_size=4, steps=600, decay_steps=450, lr=4e-3, init_std=0.07, log_every=10, save_every=200,
         sample_every=200, num_prompts=1, temperature=0.0, max_new_tokens=120,
     ),
-    "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512, decay_steps=2400),
-    "gpt2": dict(decay_steps=2400),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, decay_steps=2400),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, decay_steps=2400),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, decay_steps=2400),
+    "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512, decay_steps=900),
+    "gpt2": dict(decay_steps=900),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, decay_steps=900),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, decay_steps=900),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, decay_steps=900),
 }  # fmt: skip
 
 
@@ -914,12 +925,8 @@ def build_optimizers(model: GPT, config: Config) -> dict[str, torch.optim.Optimi
     others = [model.wte.weight, model.wpe.weight]
     optimizers = {}
     if config.optimizer == "muon":
-        optimizers["muon"] = torch.optim.Muon(
-            matrices,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",  # updates as large as AdamW's: one rate for both (arXiv 2502.16982)
-        )
+        dtype = torch.bfloat16 if config.amp == "bf16" else torch.float32
+        optimizers["muon"] = Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, dtype=dtype)
     else:
         others += matrices
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -933,13 +940,15 @@ def build_optimizers(model: GPT, config: Config) -> dict[str, torch.optim.Optimi
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Rate of optimizer step 1, 2, …: linear warm-up, cosine down to min_lr at decay_steps, then flat."""
+    """Rate of optimizer step 1, 2, …: linear warm-up, then down to min_lr at decay_steps, then flat."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if step >= config.decay_steps:
         return config.min_lr
-    progress = (step - config.warmup_steps) / (config.decay_steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.lr - config.min_lr)
+    left = (config.decay_steps - step) / (config.decay_steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    return config.min_lr + left * (config.lr - config.min_lr)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1946,8 +1955,9 @@ class Trainer:
             optimizer.load_state_dict({"state": states.pop(name), "param_groups": groups})
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
-                    if value.dim() and value.shape != parameter.shape:
-                        raise ValueError(f"{key} of shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+                    shape = (len(parameter), 1) if key == "row_mean_square" else parameter.shape
+                    if value.dim() and value.shape != shape:
+                        raise ValueError(f"{key} of shape {tuple(value.shape)}, not {tuple(shape)}")
                     state[key] = value.contiguous()  # fused kernels trust shapes and strides
             held = sum(len(group["params"]) for group in optimizer.param_groups)
             if len(optimizer.state) < held and checkpoint["progress"]["skipped_steps"] < checkpoint["step"]:
@@ -1987,7 +1997,11 @@ class Trainer:
         """This process's share of one step's slices, on the device, (share, T + 1)."""
         c, tokens = self.config, self.corpus.tokens
         first = (step - 1) * c.global_batch
-        starts = covering_starts(c.seed, first, c.global_batch, len(tokens) - c.seq_len, c.seq_len)
+        n_starts = len(tokens) - c.seq_len
+        if c.slices == "shuffled":
+            starts = covering_starts(c.seed, first, c.global_batch, n_starts, c.seq_len)
+        else:
+            starts = slice_starts(c.seed, step, c.global_batch, n_starts)
         slices = take_slices(tokens, starts[self.ranks.rank * c.share :][: c.share], c.seq_len)
         if self.device.type == "cuda":
             return slices.pin_memory().to(self.device, non_blocking=True)
@@ -2559,9 +2573,9 @@ def log_resumption(setup: Setup, trainer: Trainer) -> None:
     config, saved = setup.config, setup.checkpoint["config"]
     log.info("Resuming from step %d (%s)", trainer.progress.step, setup.resumed_from)
     changes = [
-        f"--{name} {saved[name]!r} -> {value!r}"
+        f"--{name} {saved.get(name, 'unknown')!r} -> {value!r}"
         for name, value in config.as_dict().items()
-        if name in saved and saved[name] != value and name not in ("resume", "out_dir", "preset", "processes")
+        if saved.get(name, "unknown") != value and name not in ("resume", "out_dir", "preset", "processes")
     ]
     if changes:
         log.info("Changed from here on: %s", ", ".join(changes))

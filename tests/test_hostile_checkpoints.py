@@ -192,7 +192,8 @@ def crafted(path: Path, **changes: object) -> None:
     {"model": {}}, {"model__wpe.weight": torch.zeros(2, 2)}, {"model__ln_f.bias": torch.full((32,), math.nan)},
     {"optimizer": {}}, {"optimizer": 3}, {"optimizer__muon": 7}, {"optimizer__adamw": {}},
     {"optimizer__muon__0__momentum_buffer": torch.ones(3)}, {"optimizer__adamw__0__exp_avg": torch.ones(3)},
-    {"optimizer__adamw__99": {"exp_avg": torch.ones(3)}},
+    {"optimizer__adamw__99": {"exp_avg": torch.ones(3)}}, {"optimizer__muon__0__row_mean_square": torch.ones(3)},
+    {"optimizer__muon__0__momentum_buffer": torch.ones(96, 1)},
 ], ids=str)  # fmt: skip
 def test_contents_that_do_not_fit_are_refused(run, capsys, changes):
     """Some of these would make a fused kernel write outside its memory."""

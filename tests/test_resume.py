@@ -168,6 +168,33 @@ def test_resume_from_a_path_into_another_directory(launch):
     assert [row[0] for row in rows(Path("two"), "step")] == ["6", "8", "10", "12"]
 
 
+def test_a_checkpoint_of_pytorchs_muon_goes_on(launch, monkeypatch):
+    """Up to November 2026 `torch.optim.Muon` was the optimizer; its state is a part of ours."""
+
+    def pytorchs(matrices, dtype, **rest):
+        return torch.optim.Muon(matrices, **rest, adjust_lr_fn="match_rms_adamw")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Muon", pytorchs)
+        assert launch("run", "--optimizer=muon", "--steps=4", "--decay_steps=8") == 0
+    state = torch.load("run/checkpoints/last.pt", weights_only=True)["optimizer"]["muon"]
+    assert {key for one in state.values() for key in one} == {"momentum_buffer"}
+    assert launch("run", "--optimizer=muon", "--decay_steps=8") == 0
+    assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2", "4", "6", "8"]
+    state = torch.load("run/checkpoints/last.pt", weights_only=True)["optimizer"]["muon"]
+    assert {key for one in state.values() for key in one} == {"momentum_buffer", "row_mean_square"}
+
+
+def test_flags_that_an_older_checkpoint_does_not_know_are_named(launch):
+    assert launch("run", "--steps=4", "--decay_steps=8") == 0
+    last = Path("run/checkpoints/last.pt")
+    checkpoint = torch.load(last, weights_only=True)
+    del checkpoint["config"]["schedule"]
+    torch.save(checkpoint, last)
+    assert launch("run", "--decay_steps=8") == 0
+    assert "--schedule 'unknown' -> 'linear'" in log_text(Path("run"))
+
+
 def test_a_shortened_csv_is_cut_at_a_line_and_said(launch):
     assert launch("run", "--steps=4", "--decay_steps=8") == 0
     csv_file = Path("run/logs/train_metrics.csv")

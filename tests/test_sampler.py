@@ -69,6 +69,24 @@ def test_a_batch_depends_on_seed_and_step_alone(config):
     assert not first.equal(trainer.slices(4)) and not first.equal(other.slices(3))
 
 
+def test_independent_slices_start_anywhere(config):
+    """Uniform, with repetitions, a function of seed and step; shuffled ones repeat nothing within a pass."""
+    corpus = train.Corpus(np.arange(1000, dtype=np.uint16), "", 1000)
+
+    def starts(slices: str, seed: int = 1) -> list[int]:
+        trainer = train.Trainer(replace(config, slices=slices, seed=seed, batch_size=8), corpus, None)
+        return [start for step in range(1, 8) for start in trainer.slices(step)[:, 0].tolist()]
+
+    assert starts("independent") == starts("independent") != starts("independent", seed=2)
+    expected = [train.slice_starts(1, step, 8, 1000 - config.seq_len) for step in range(1, 8)]
+    assert starts("independent") == np.concatenate(expected).tolist()
+
+    def overlaps(found: list[int]) -> int:
+        return sum(abs(a - b) < config.seq_len for i, a in enumerate(found) for b in found[:i])
+
+    assert overlaps(starts("independent")) > 20 >= overlaps(starts("shuffled"))
+
+
 def test_the_cut_into_micro_batches_changes_no_slice(config):
     tokens = np.arange(1000, dtype=np.uint16)
     corpus = train.Corpus(tokens, "", len(tokens))

@@ -86,14 +86,14 @@ def test_muon_has_the_matrices_of_the_blocks(config):
 
 
 def test_a_muon_step_is_orthogonal_and_as_large_as_an_adamw_step(config, corpus):
-    """Its singular values lie in Muon's range around one, scaled so that the update's RMS is 0.2 lr."""
+    """Its singular values lie around one, as the Polar Express leaves them, scaled so that the RMS is 0.2 lr."""
     trainer = train.Trainer(replace(config, optimizer="muon", lr=0.1, weight_decay=0.0, clip_grad=0), corpus, None)
     before = trainer.model.h[0].mlp.c_fc.weight.detach().clone()
     _, _, lr = trainer.update()
     update = (before - trainer.model.h[0].mlp.c_fc.weight.detach()) / lr
     singular = torch.linalg.svdvals(update) / (0.2 * max(update.shape) ** 0.5)
-    assert singular.max() < 1.25 and 0.6 < singular.median() < 1.25
-    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.3)
+    assert singular.max() < 1.7 and 0.5 < singular.median() < 1.4
+    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -110,12 +110,14 @@ def test_weight_decay_shrinks_matrices_only(config, corpus, optimizer):
         torch.testing.assert_close(parameter, before[name] * factor, msg=name)
 
 
-def test_learning_rate_schedule(config):
-    config = replace(config, lr=1e-3, min_lr=1e-4, warmup_steps=10, decay_steps=110, steps=200)
+@pytest.mark.parametrize(("schedule", "quarter"), [("linear", 0.75), ("cosine", 0.8535534)])
+def test_learning_rate_schedule(config, schedule, quarter):
+    config = replace(config, lr=1e-3, min_lr=1e-4, warmup_steps=10, decay_steps=110, steps=200, schedule=schedule)
     rates = [train.learning_rate(step, config) for step in range(1, 201)]
     assert rates[0] == pytest.approx(1e-4) and rates[0] > 0
     assert rates[9] == max(rates) == 1e-3
     assert np.allclose(np.diff(rates[:10]), 1e-4)
+    assert rates[34] == pytest.approx(1e-4 + quarter * 9e-4)
     assert rates[59] == pytest.approx((1e-3 + 1e-4) / 2)
     assert rates[109] == pytest.approx(1e-4) and set(rates[109:]) == {1e-4}
     assert (np.diff(rates[9:110]) < 0).all()
