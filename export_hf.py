@@ -16,25 +16,19 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import parts.waiting_threads  # noqa: F401 (before PyTorch is loaded)
+from parts.start import packages_of
 
-try:
+with packages_of("export_hf.py", __name__):
     import torch
     import tyro
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    import tokens
-    import train
-except ModuleNotFoundError as missing:
-    if __name__ != "__main__":
-        raise
-    print(
-        f"export_hf.py: error: {missing}: activate the virtual environment, or install requirements.txt",
-        file=sys.stderr,
-    )
-    sys.exit(2)
+    from parts.checkpoint import CHECKPOINT_FORMAT, is_sound, load_checkpoint, shapes, write_checkpoint
+    from parts.config import Config, as_utf8, names, out_of_range
+    from parts.files import existing_part, read_if_there, read_json
+    from parts.text import DOCUMENT_END, OwnVocabulary, read_text, saved_tokenizer, vocabulary_folder
 
 FIRST_WORDS = "Once upon a time"
 SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")  # as both programs call it
@@ -66,13 +60,13 @@ def export(path: Path, out: Path) -> None:
     """Write the folder, which appears when it is whole. Raises OSError or ValueError."""
     if out.exists():
         raise FileExistsError(f"--out {out} is there already: remove it or choose another folder")
-    if not (existing := train.existing_part(out.parent)).is_dir():
+    if not (existing := existing_part(out.parent)).is_dir():
         raise NotADirectoryError(f"--out {out}: {existing} is no folder; choose another")
-    checkpoint = train.load_checkpoint(path, "--checkpoint")
-    train.saved_tokenizer(checkpoint)  # which complains if it is not that of the weights
-    config, facts, results = train.Config.from_dict(checkpoint["config"]), *run_files(path, checkpoint)
+    checkpoint = load_checkpoint(path, "--checkpoint")
+    saved_tokenizer(checkpoint)  # which complains if it is not that of the weights
+    config, facts, results = Config.from_dict(checkpoint["config"]), *run_files(path, checkpoint)
     vocabulary = hf_tokenizer(checkpoint["tokenizer"]["content"])
-    end = vocabulary.token_to_id(tokens.DOCUMENT_END)
+    end = vocabulary.token_to_id(DOCUMENT_END)
     weights = hf_weights(checkpoint.pop("model"))
     context = checkpoint["trained_context"]
     files = {
@@ -83,7 +77,7 @@ def export(path: Path, out: Path) -> None:
         },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, "add_prefix_space": False,
-            "bos_token": tokens.DOCUMENT_END, "eos_token": tokens.DOCUMENT_END, "unk_token": tokens.DOCUMENT_END,
+            "bos_token": DOCUMENT_END, "eos_token": DOCUMENT_END, "unk_token": DOCUMENT_END,
             "clean_up_tokenization_spaces": False,
         },
     }  # fmt: skip
@@ -105,7 +99,7 @@ def export(path: Path, out: Path) -> None:
 def run_files(path: Path, checkpoint: dict) -> tuple[dict, dict]:
     """config.json and results.json of the run that the checkpoint lies in; empty where that is not its own."""
     run = path.resolve().parent.parent
-    facts, results = train.read_json(run / "config.json"), train.read_json(run / "results.json")
+    facts, results = read_json(run / "config.json"), read_json(run / "results.json")
     corpus = facts.get("corpus")
     own = isinstance(corpus, dict) and corpus.get("sha256") == checkpoint["corpus_sha256"] != ""
     return (facts, results) if own else ({}, {})
@@ -114,7 +108,7 @@ def run_files(path: Path, checkpoint: dict) -> tuple[dict, dict]:
 def beginnings(path: Path) -> list[str]:
     """Prompts in the manner of the text, for space/app.py: that of the run's last samples, and their lines that end
     with a colon."""
-    samples = train.read_if_there(path.resolve().parent.parent / "samples" / "samples.txt").split("=" * 80)[-1]
+    samples = read_if_there(path.resolve().parent.parent / "samples" / "samples.txt").split("=" * 80)[-1]
     prompt = samples.partition("PROMPT:\n")[2].partition("\nOUTPUT:")[0]
     names = [line + "\n" for line in samples.splitlines() if line.endswith(":") and not line.isupper()]
     return [text for text in dict.fromkeys([prompt, *names]) if text][:5] or [FIRST_WORDS]
@@ -130,7 +124,7 @@ def transposed(name: str, value: torch.Tensor) -> torch.Tensor:
     return (value.T if name.endswith(TRANSPOSED) else value).contiguous()
 
 
-def hf_config(config: train.Config, end: int) -> dict:
+def hf_config(config: Config, end: int) -> dict:
     """The model's shape in transformers' words."""
     return {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
@@ -145,17 +139,17 @@ def hf_tokenizer(content: str) -> Tokenizer:
     """An own vocabulary, or GPT-2's where there is none, as transformers has it."""
     if content:
         return Tokenizer.from_str(content)
-    folder = train.vocabulary_folder()
+    folder = vocabulary_folder()
     merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer(models.BPE(ids, [tuple(line.split()) for line in merges if line]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(tokens.DOCUMENT_END, special=True, normalized=False)])
+    tokenizer.add_special_tokens([AddedToken(DOCUMENT_END, special=True, normalized=False)])
     return tokenizer
 
 
-def model_card(checkpoint: dict, config: train.Config, facts: dict, results: dict) -> str:
+def model_card(checkpoint: dict, config: Config, facts: dict, results: dict) -> str:
     """What the model is, from its checkpoint and the files of its run."""
     context = checkpoint["trained_context"]
     rows = {
@@ -167,7 +161,7 @@ def model_card(checkpoint: dict, config: train.Config, facts: dict, results: dic
     }
     title = "GPT-2"
     if checkpoint["corpus_sha256"]:
-        text = train.names(config.input_file)
+        text = names(config.input_file)
         start = "from scratch" if config.init_from is None else f"from the weights of {config.init_from.name}"
         title = f"GPT-2 trained {start} on {text}"
         rows |= {
@@ -231,19 +225,19 @@ def import_hf(folder: Path, out: Path) -> None:
                 f"--from_hf {folder} has no {name}: needed are config.json, model.safetensors (in one file) and "
                 "tokenizer.json, as save_pretrained of a model and of its fast tokenizer writes them"
             )
-    values = train.read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if other := [f"{name} {values[name]!r}" for name in SAME.keys() & values.keys() if values[name] != SAME[name]]:
         raise ValueError(f"--from_hf {folder}: config.json is not that of a GPT-2 like train.py's ({', '.join(other)})")
-    vocabulary = tokens.OwnVocabulary(train.read_text(folder / "tokenizer.json", "--from_hf")[0], "tokenizer.json")
+    vocabulary = OwnVocabulary(read_text(folder / "tokenizer.json", "--from_hf")[0], "tokenizer.json")
     own = not is_gpt2(vocabulary.content)
     try:
-        context = train.read_json(folder / "generation_config.json").get("max_length")
+        context = read_json(folder / "generation_config.json").get("max_length")
         context = context if type(context) is int and 1 <= context <= values["n_positions"] else values["n_positions"]
         shape = {name: values[name] for name in SHAPE} | {"block_size": values["n_positions"], "seq_len": context}
         if any(type(size) is not int for size in shape.values()):
             raise TypeError("sizes that are no whole numbers in config.json")
-        config = train.Config(**shape, device="cpu").resolved()
-        problems = train.out_of_range(config) or config.contradictions()
+        config = Config(**shape, device="cpu").resolved()
+        problems = out_of_range(config) or config.contradictions()
         weights = load_file(folder / "model.safetensors")
     except (KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"--from_hf {folder} is incomplete or damaged ({type(error).__name__}: {error})") from error
@@ -256,9 +250,9 @@ def import_hf(folder: Path, out: Path) -> None:
     }
     model = {short: weights[name] for name, short in names.items()}
     described = {
-        name: transposed(name, torch.empty(s, device="meta")).shape for name, s in train.shapes(config).items()
+        name: tuple(transposed(name, torch.empty(s, device="meta")).shape) for name, s in shapes(config).items()
     }
-    if {name: value.shape for name, value in model.items()} != described or len(model) < len(names):
+    if {name: tuple(value.shape) for name, value in model.items()} != described or len(model) < len(names):
         raise ValueError(f"--from_hf {folder}: the weights are not those that its config.json describes")
     if config.vocab_size < vocabulary.n_vocab:
         raise ValueError(f"--from_hf {folder}: {vocabulary.n_vocab:,} tokens, but weights for {config.vocab_size:,}")
@@ -266,27 +260,27 @@ def import_hf(folder: Path, out: Path) -> None:
     tokenizer = (folder / "tokenizer.json").as_posix() if own else "gpt2"
     config = replace(config, vocab_size=vocabulary.n_vocab, tokenizer=tokenizer)
     checkpoint = {
-        "format": train.CHECKPOINT_FORMAT, "config": config.as_dict(), "step": 0, "trained_context": context,
+        "format": CHECKPOINT_FORMAT, "config": config.as_dict(), "step": 0, "trained_context": context,
         "model": {name: transposed(name, value.float()) for name, value in model.items()},
         "tokenizer": {"name": tokenizer, "n_vocab": config.vocab_size, "content": vocabulary.content if own else ""},
         "corpus_sha256": "", "corpus_tokens": 0, "val_sha256": "",
     }  # fmt: skip
-    if not train.is_sound(checkpoint):
+    if not is_sound(checkpoint):
         raise ValueError(f"--from_hf {folder}: not all of its weights are finite")
     out.parent.mkdir(parents=True, exist_ok=True)
-    train.write_checkpoint(out, checkpoint)
+    write_checkpoint(out, checkpoint)
 
 
 def is_gpt2(content: str) -> bool:
     """Whether a vocabulary is GPT-2's own."""
-    ids = json.loads((train.vocabulary_folder() / "encoder.json").read_text(encoding="utf-8"))
+    ids = json.loads((vocabulary_folder() / "encoder.json").read_text(encoding="utf-8"))
     return Tokenizer.from_str(content).get_vocab() == ids
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 0, 2 for bad input, 130 after Ctrl-C."""
     try:
-        arguments = [train.as_utf8(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+        arguments = [as_utf8(argument) for argument in (sys.argv[1:] if argv is None else argv)]
         options = tyro.cli(
             Options, args=arguments, prog="export_hf.py", use_underscores=True,
             description=__doc__.split("\n\n")[0],

@@ -15,22 +15,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import parts.waiting_threads  # noqa: F401 (before PyTorch is loaded)
+from parts.start import packages_of
 
-try:
+with packages_of("sample.py", __name__):
     import numpy as np
     import torch
     import tyro
 
     import train
-    from train import Between
-except ModuleNotFoundError as missing:
-    if __name__ != "__main__":
-        raise
-    print(
-        f"sample.py: error: {missing}: activate the virtual environment, or install requirements.txt", file=sys.stderr
-    )
-    sys.exit(2)
+    from parts.checkpoint import load_checkpoint
+    from parts.config import Between, Config, as_utf8, decode_escapes, out_of_range
+    from parts.machine import autocast, choose_amp, choose_device, device_problem
+    from parts.text import Tokenizer, pieces, read_text, saved_tokenizer
 
 SEPARATOR = "=" * 80
 GRAM = 8  # tokens whose order is looked up in the corpus
@@ -70,13 +66,13 @@ class Sampler:
     """A checkpoint ready to continue prompts. Raises OSError or ValueError for a file that is none."""
 
     def __init__(self, path: Path, device: str = "auto", amp: str = "auto"):
-        checkpoint = train.load_checkpoint(path, "--checkpoint")
-        self.tokenizer = train.saved_tokenizer(checkpoint)
-        config = train.Config.from_dict(checkpoint["config"])
-        config = replace(config, device=train.choose_device()[0] if device == "auto" else device, threads=None)
-        if problem := train.device_problem(config.device):
+        checkpoint = load_checkpoint(path, "--checkpoint")
+        self.tokenizer = saved_tokenizer(checkpoint)
+        config = Config.from_dict(checkpoint["config"])
+        config = replace(config, device=choose_device()[0] if device == "auto" else device, threads=None)
+        if problem := device_problem(config.device):
             raise ValueError(problem)
-        amp = train.choose_amp(config.device)[0] if amp == "auto" else amp
+        amp = choose_amp(config.device)[0] if amp == "auto" else amp
         # As train.py samples: a CPU reads weights of fp16 faster than those of bf16.
         self.config = replace(config, amp="fp16" if (config.device, amp) == ("cpu", "bf16") else amp)
         self.context = checkpoint["trained_context"]
@@ -93,7 +89,7 @@ class Sampler:
             top_k=options.top_k, top_p=options.top_p, generators=[torch.Generator().manual_seed(int(seeds[number]))],
         )  # fmt: skip
         tokens, told = [], ""
-        with train.autocast(self.config):
+        with autocast(self.config):
             for (token,) in steps:
                 tokens.append(token)
                 text = self.tokenizer.decode(tokens)
@@ -106,7 +102,7 @@ class Sampler:
 class Corpus:
     """A text to look for copied passages in."""
 
-    def __init__(self, text: str, tokenizer: train.Tokenizer):
+    def __init__(self, text: str, tokenizer: Tokenizer):
         self.text, self.tokenizer = text, tokenizer
         self.grams = self.grams_of(text)
 
@@ -133,11 +129,11 @@ class Corpus:
 def prompts(options: Options) -> Iterator[str]:
     """What to continue: from the flags, from stdin, or asked for on a terminal until it is closed."""
     if options.prompt is not None:
-        yield train.decode_escapes(options.prompt)
+        yield decode_escapes(options.prompt)
     elif options.prompt_file is not None:
-        yield without_newline(train.read_text(options.prompt_file, "--prompt_file")[0])
+        yield without_newline(read_text(options.prompt_file, "--prompt_file")[0])
     elif sys.stdin is None or not sys.stdin.isatty():
-        text = "" if sys.stdin is None else train.decode_text(sys.stdin.buffer.read(), "the prompt from stdin")
+        text = "" if sys.stdin is None else "".join(pieces(sys.stdin.buffer, "the prompt from stdin"))
         yield without_newline(text)
     else:
         tell(f"(Ctrl-{'Z and Enter' if os.name == 'nt' else 'D'} ends)")
@@ -145,7 +141,7 @@ def prompts(options: Options) -> Iterator[str]:
             tell("prompt> ", end="")
             if not (line := sys.stdin.readline()):
                 return
-            yield train.decode_escapes(without_newline(line))
+            yield decode_escapes(without_newline(line))
 
 
 def without_newline(text: str) -> str:
@@ -161,12 +157,12 @@ def tell(line: str = "", end: str = "\n") -> None:
 
 def run(options: Options) -> None:
     """Write the samples. Raises OSError or ValueError."""
-    problems = train.out_of_range(options)
+    problems = out_of_range(options)
     if options.prompt is not None and options.prompt_file is not None:
         problems.append("--prompt and --prompt_file are two prompts: choose one")
     if problems:
         raise ValueError("\n".join(problems))
-    text = None if options.novelty is None else train.read_text(options.novelty, "--novelty")[0]
+    text = None if options.novelty is None else read_text(options.novelty, "--novelty")[0]
     sampler = Sampler(options.checkpoint, options.device, options.amp)
     corpus = None if text is None else Corpus(text, sampler.tokenizer)
     for prompt in prompts(options):
@@ -197,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        arguments = [train.as_utf8(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+        arguments = [as_utf8(argument) for argument in (sys.argv[1:] if argv is None else argv)]
         options = tyro.cli(
             Options, args=arguments, prog="sample.py", use_underscores=True,
             description=__doc__.split("\n\n")[0], config=(tyro.conf.FlagCreatePairsOff,),

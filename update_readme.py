@@ -24,17 +24,13 @@ from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
-try:
+from parts.start import packages_of
+
+with packages_of("update_readme.py", __name__):
     import pandas as pd
     import tyro
-except ModuleNotFoundError as missing:
-    if __name__ != "__main__":
-        raise
-    print(
-        f"update_readme.py: error: {missing}: activate the virtual environment, or install requirements.txt",
-        file=sys.stderr,
-    )
-    sys.exit(2)
+
+    from parts.files import replacing
 
 MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
 LOOKS_LIKE_MARKER = re.compile(r"<!--\s*AUTO\s*:", re.IGNORECASE)
@@ -212,12 +208,8 @@ def draw_loss_curve(out_dir: Path) -> Path:
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
 
     path = out_dir / "logs" / "loss_curve.png"
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, shared=True) as file:
+        figure.savefig(file, format="png")
     return path
 
 
@@ -490,13 +482,9 @@ def read_readme(readme: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole, its permissions kept."""
     path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(text.encode())
-        shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, shared=True) as file:
+        file.write(text.encode())
+        shutil.copymode(path, file.name)
 
 
 def git_ignored(path: Path) -> bool:

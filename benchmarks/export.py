@@ -21,11 +21,16 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dataclasses import replace
+
 import export_hf
 import sample
 import train
 from benchmarks.record import write_record
 from benchmarks.throughput import peak_rss_mb
+from parts.checkpoint import load_checkpoint, write_checkpoint
+from parts.config import PRESETS, parse_config
+from parts.corpus import Corpus
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -36,7 +41,7 @@ class Options:
 
     record: Path | None = None
     """JSON file to write"""
-    presets: tuple[str, ...] = tuple(train.PRESETS)
+    presets: tuple[str, ...] = tuple(PRESETS)
     """the largest needs 12 GB of memory and 25 GB of disk"""
     work: Path | None = None
     """folder for the models; None: a temporary one"""
@@ -49,11 +54,11 @@ def tokens_of(vocab_size: int) -> torch.Tensor:
 
 def make(preset: str) -> None:
     """A checkpoint of weights alone, with fresh ones."""
-    config = train.replace(train.parse_config([f"--preset={preset}"]), device="cpu")
-    corpus = train.Corpus(tokens_of(config.vocab_size)[0].numpy(), "", 64)
-    trainer = train.Trainer(train.replace(config, micro_batch=1), corpus, None)
+    config = replace(parse_config([f"--preset={preset}"]), device="cpu")
+    corpus = Corpus(tokens_of(config.vocab_size)[0].numpy(), "", 64)
+    trainer = train.Trainer(replace(config, micro_batch=1), corpus, None)
     checkpoint = trainer.description() | {"step": 0, "model": trainer.model.state_dict()}
-    train.write_checkpoint(Path("best.pt"), checkpoint)
+    write_checkpoint(Path("best.pt"), checkpoint)
 
 
 def ours() -> None:
@@ -81,7 +86,7 @@ def theirs() -> dict:
 
 def back() -> dict:
     """Whether the weights that come back are the same, bit for bit."""
-    before, after = (train.load_checkpoint(Path(name))["model"] for name in ("best.pt", "back.pt"))
+    before, after = (load_checkpoint(Path(name))["model"] for name in ("best.pt", "back.pt"))
     return {"same_weights": before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)}
 
 
@@ -115,7 +120,7 @@ def main() -> None:
             if code or back_code:
                 raise SystemExit(f"export_hf.py failed on {preset}")
             rows.append({
-                "preset": preset, "parameters": train.parse_config([f"--preset={preset}"]).n_params,
+                "preset": preset, "parameters": parse_config([f"--preset={preset}"]).n_params,
                 "folder_gb": round(sum(path.stat().st_size for path in Path(folder, "hf").iterdir()) / 1e9, 2),
                 "export_sec": round(seconds, 1), "export_peak_gb": round(memory, 1), **found,
                 "import_sec": round(back_seconds, 1), "import_peak_gb": round(back_memory, 1), **run("back")[2],

@@ -18,8 +18,12 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dataclasses import replace
+
 import train
 from benchmarks.record import write_record
+from parts.config import VOCAB_SIZE, Config
+from parts.machine import autocast, choose_runtime, configure_torch
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    config, _ = train.choose_runtime(train.Config(device=options.device, compile="off").resolved(), None)
-    train.configure_torch(config)
+    config, _ = choose_runtime(Config(device=options.device, compile="off").resolved(), None)
+    configure_torch(config)
     model, prompt = train.GPT(config).to(config.device), list(range(1000, 1016))
 
     def ours() -> None:
@@ -68,12 +72,12 @@ def main() -> None:
         sys.path.insert(0, str(options.nanogpt))
         from model import GPT, GPTConfig
 
-        nano = GPT(GPTConfig(vocab_size=train.VOCAB_SIZE, bias=True, dropout=0.0)).to(config.device).eval()
+        nano = GPT(GPTConfig(vocab_size=VOCAB_SIZE, bias=True, dropout=0.0)).to(config.device).eval()
         programs["nanoGPT"] = lambda: nano.generate(tokens, options.new_tokens, top_k=1)
 
     def timed(program: Callable[[], object], precision: str) -> float:
         started = time.perf_counter()
-        with train.autocast(train.replace(config, amp=precision)):
+        with autocast(replace(config, amp=precision)):
             program()
         if config.device.startswith("cuda"):
             torch.cuda.synchronize()

@@ -21,6 +21,10 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.record import write_record
+from parts.config import parse_config
+from parts.corpus import load_corpus
+from parts.machine import Ranks, choose_runtime, configure_torch
+from parts.text import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,12 @@ class Options:
 
 def one_process(options: Options, slices: int) -> None:
     """Seconds of each step, and bytes per second of averaging (0 alone), printed by rank 0."""
-    ranks = train.Ranks.join()
+    ranks = Ranks.join()
     flags = ["--optimizer=adamw", "--compile=off", "--threads=1", f"--input_file={options.input_file}"]
-    config = train.parse_config([f"--preset={options.preset}", f"--batch_size={slices}", *flags], ranks.count)
-    config, _ = train.choose_runtime(config, None)
-    train.configure_torch(config)
-    trainer = train.Trainer(config, train.load_corpus(config, train.load_tokenizer()), None, ranks)
+    config = parse_config([f"--preset={options.preset}", f"--batch_size={slices}", *flags], ranks.count)
+    config, _ = choose_runtime(config, None)
+    configure_torch(config)
+    trainer = train.Trainer(config, load_corpus(config, load_tokenizer()), None, ranks)
     seconds = []
     for _ in range(options.steps + 1):
         started = time.perf_counter()

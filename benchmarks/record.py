@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-import train
+from parts.config import Config
+from parts.files import replacing
+from parts.machine import choose_device
+from parts.report import environment, git_commit
 
 
 def write_record(
@@ -18,14 +21,14 @@ def write_record(
     print(pd.DataFrame(rows).drop(columns=list(hidden)).to_string(index=False), flush=True)
     if path is None:
         return
-    device, _ = train.choose_device()
+    device, _ = choose_device()
     record = {
         "date": date.today().isoformat(),
-        "commit": train.git_commit(),
+        "commit": git_commit(),
         "command": " ".join(["python", f"benchmarks/{Path(program).name}", *sys.argv[1:]]),
-        **train.environment(train.Config(device=device)),
+        **environment(Config(device=device)),
         "options": options,
         "rows": rows,
     }
-    with train.replacing(path) as file:
+    with replacing(path) as file:
         file.write((json.dumps(record, indent=1, default=str) + "\n").encode())

@@ -12,15 +12,21 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import math
+
 import train
 from benchmarks.record import write_record
+from parts.config import parse_config
+from parts.corpus import load_corpus
+from parts.files import RunDir
+from parts.machine import choose_runtime, configure_torch
+from parts.text import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,12 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         flags = [f"--{name}={getattr(options, name)}" for name in ("preset", "batch_size", "optimizer", "input_file")]
-        config = train.parse_config([*flags, f"--out_dir={folder}/run"])
-        config, _ = train.choose_runtime(config, None)
-        train.configure_torch(config)
-        corpus, run = train.load_corpus(config, train.load_tokenizer()), train.RunDir(config.out_dir)
-        trainer, writer = train.Trainer(config, corpus, None), train.Writer(run)
+        config = parse_config([*flags, f"--out_dir={folder}/run"])
+        config, _ = choose_runtime(config, None)
+        configure_torch(config)
+        corpus, run = load_corpus(config, load_tokenizer()), RunDir(config.out_dir)
+        trainer = train.Trainer(config, corpus, None)
+        saver = train.Saver(run, trainer, {}, 0)
         seconds: dict[str, list[float]] = {"none": [], "background": [], "waited for": []}
         with run.locked():
             run.claim()
@@ -58,14 +65,12 @@ def main() -> None:
             for number in tqdm(range(options.rounds + 1), desc="rounds"):
                 for kind, found in seconds.items():
                     started = time.perf_counter()
-                    one_round(trainer, run, writer, options.steps, kind)
+                    one_round(trainer, saver, options.steps, kind)
                     if number:  # the first allocates the buffers
                         found.append(time.perf_counter() - started)
-                    writer.finish()
+                    saver.writer.finish()
         held = sum(
-            b.numel() * b.element_size()
-            for s in (trainer.snapshot, *trainer.best_snapshots)
-            for b in s.buffers.values()
+            b.numel() * b.element_size() for s in (saver.snapshot, *saver.best_snapshots) for b in s.buffers.values()
         )
     step = statistics.median(seconds["none"]) / options.steps
     rows = []
@@ -81,22 +86,20 @@ def main() -> None:
     write_record(options.record, __file__, rows, asdict(options))
 
 
-def one_round(trainer: train.Trainer, run: train.RunDir, writer: train.Writer, steps: int, kind: str) -> None:
+def one_round(trainer: train.Trainer, saver: train.Saver, steps: int, kind: str) -> None:
     """Some steps, with a save after the first."""
     for number in range(steps):
         loss, grad_norm, lr = trainer.update()
         p = trainer.progress
-        run.append_metrics({"step": p.step, "loss": loss, "lr": lr, "tokens": p.tokens, "grad_norm": grad_norm})
-        writer.collect()
+        saver.run.append_metrics({"step": p.step, "loss": loss, "lr": lr, "tokens": p.tokens, "grad_norm": grad_norm})
+        saver.writer.collect()
         if number or kind == "none":
             continue
-        p.best_loss = train.math.inf  # a best at every chance
-        trainer.keep_best(at_end=True)
-        write_results = partial(run.write_json, run.results_json, train.results(trainer, "running", 0.0, None))
-        plot = train.Task("the plot", run.draw_plot)
-        writer.start([trainer.checkpoint(run), train.Task("results.json", write_results), plot])
+        p.best_loss = math.inf  # a best at every chance
+        saver.consider_window_loss(at_end=True)
+        saver.save()
         if kind == "waited for":
-            writer.finish()
+            saver.writer.finish()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fill the tables of the two READMEs: from the records of the other programs here, that of flags from train.py.
+"""Fill the tables of the two READMEs: from the records of the other programs here, that of flags from parts/config.py.
 
     python benchmarks/summary.py              # with --check nothing is written; exit 1 when a table is stale
 
@@ -48,8 +48,8 @@ def source(name: str) -> str:
 
 
 def flags() -> str:
-    """Every flag of train.py with its default and its help, as its source has them."""
-    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    """Every flag of train.py with its default and its help, as parts/config.py has them."""
+    tree = ast.parse((ROOT / "parts" / "config.py").read_text(encoding="utf-8"))
     (config,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
     rows = []
     for field, text in pairwise(config.body):

@@ -30,6 +30,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.record import write_record
+from parts.config import PRESETS, VOCAB_SIZE, Config, parse_config
+from parts.corpus import load_corpus
+from parts.machine import choose_device, choose_runtime, configure_torch
+from parts.text import load_tokenizer
 
 ROOM = 1.2  # a program is started where this many times the largest so far would fit
 # What train.py does for itself, as the environment of another program (see its `keep_freed_memory`).
@@ -67,17 +71,17 @@ Step = Callable[[], object]
 def ours(options: Options, *flags: str) -> Step:
     """train.py as the command line would run it, one `Trainer.update` a step."""
     shape = [f"--{name}={getattr(options, name)}" for name in ("batch_size", "seq_len", "grad_accum", "input_file")]
-    config = train.parse_config([f"--preset={options.preset}", *shape, f"--device={options.device}", *flags])
-    config, _ = train.choose_runtime(config, None)
-    train.configure_torch(config)
-    trainer = train.Trainer(config, train.load_corpus(config, train.load_tokenizer()), None)
+    config = parse_config([f"--preset={options.preset}", *shape, f"--device={options.device}", *flags])
+    config, _ = choose_runtime(config, None)
+    configure_torch(config)
+    trainer = train.Trainer(config, load_corpus(config, load_tokenizer()), None)
     trainer.compile()
     return trainer.update
 
 
 def peer(options: Options, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable) -> Step:
     """The usual loop around a model: bf16 autocast, accumulation, clipping to 1, one optimizer step."""
-    corpus = train.load_corpus(train.Config(input_file=(options.input_file,)).resolved(), train.load_tokenizer())
+    corpus = load_corpus(Config(input_file=(options.input_file,)).resolved(), load_tokenizer())
     count, T, device = options.batch_size * options.grad_accum, options.seq_len, next(model.parameters()).device
     step = 0
 
@@ -104,8 +108,8 @@ def nanogpt(options: Options, compiled: bool) -> Step:
     sys.path.insert(0, str(options.nanogpt))
     from model import GPT, GPTConfig
 
-    device = train.choose_device()[0] if options.device == "auto" else options.device
-    model = GPT(GPTConfig(vocab_size=train.VOCAB_SIZE, bias=True, dropout=0.0)).to(device)
+    device = choose_device()[0] if options.device == "auto" else options.device
+    model = GPT(GPTConfig(vocab_size=VOCAB_SIZE, bias=True, dropout=0.0)).to(device)
     optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), device)
     forward = torch.compile(model) if compiled else model
     return peer(options, model, optimizer, lambda x, y: forward(x, y)[1])
@@ -115,7 +119,7 @@ def hugging_face(options: Options, compiled: bool) -> Step:
     """GPT2LMHeadModel with SDPA and PyTorch's fused AdamW."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    device = train.choose_device()[0] if options.device == "auto" else options.device
+    device = choose_device()[0] if options.device == "auto" else options.device
     model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model) if compiled else model
@@ -128,10 +132,10 @@ def hugging_face(options: Options, compiled: bool) -> Step:
 
 def products(options: Options) -> Step:
     """The matrix products of one step, three for each layer: forward, gradient of input, gradient of weight."""
-    config = train.Config(**train.PRESETS[options.preset])
-    device = train.choose_device()[0] if options.device == "auto" else options.device
+    config = Config(**PRESETS[options.preset])
+    device = choose_device()[0] if options.device == "auto" else options.device
     C, N = config.n_embd, options.batch_size * options.seq_len
-    shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * config.n_layer + [(C, train.VOCAB_SIZE)]
+    shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * config.n_layer + [(C, VOCAB_SIZE)]
     made = {
         (i, o): tuple(torch.randn(*size, device=device).bfloat16() for size in ((N, i), (o, i), (N, o)))
         for i, o in shapes

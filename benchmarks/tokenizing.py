@@ -22,10 +22,12 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tokens
-import train
+import os
+
 from benchmarks.record import write_record
 from benchmarks.throughput import peak_rss_mb
+from parts.corpus import load
+from parts.text import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,11 @@ def is_utf8(data: bytes) -> bool:
 
 def one_way(text: Path, threads: int, folder: Path) -> None:
     """In a process of its own: encode, and print seconds, memory in MB, the number of ids and their hash."""
-    tokenizer = train.load_tokenizer()
+    tokenizer = load_tokenizer()
     tokenizer.encode_ordinary("a first word")
     before, started = peak_rss_mb(), time.perf_counter()
     if threads:
-        ids = tokens.load([text], tokenizer, "gpt2", folder, threads).tokens
+        ids = load([text], tokenizer, "gpt2", folder, threads).tokens
     else:
         ids = np.array(tokenizer.encode_ordinary(text.read_bytes().decode()), dtype=np.uint16)
     seconds, memory = time.perf_counter() - started, peak_rss_mb() - before
@@ -89,7 +91,7 @@ def main() -> None:
         part, whole = folder / "part.txt", folder / "whole.txt"
         make_text(part, options.plain_mb * 10**6, options.input_file)
         make_text(whole, options.size_mb * 10**6, options.input_file)
-        cores = train.os.cpu_count()
+        cores = os.cpu_count()
         for label, text, threads in (
             ("at once", part, 0),
             ("stream, 1 thread", part, 1),

@@ -26,6 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.record import write_record
 from parts import muon
+from parts.config import Config
+from parts.corpus import Corpus, load_corpus
+from parts.files import read_json
+from parts.machine import choose_runtime, configure_torch
+from parts.report import git_commit
+from parts.text import load_tokenizer
 
 BASE = dict(
     n_layer=4, n_head=4, n_embd=256, block_size=1024, seq_len=128, batch_size=16, init_std=0.02, target_window=20,
@@ -76,14 +82,14 @@ class Options:
     threads: int = 1
 
 
-def run(recipe: dict, seed: int, options: Options, corpus: train.Corpus, name: str) -> dict:
+def run(recipe: dict, seed: int, options: Options, corpus: Corpus, name: str) -> dict:
     """Train one recipe for the whole budget. Returns its row of the record."""
     flags = BASE | recipe
     own, iterations = flags.pop("muon", {}), flags.pop("iterations", len(muon.POLAR_EXPRESS))
     steps = options.tokens // (flags["batch_size"] * flags["seq_len"])
     flags |= dict(seed=seed, steps=steps, device="cpu", amp="bf16", compile="off", threads=options.threads)
-    config, _ = train.choose_runtime(train.Config(**flags, vocab_size=int(corpus.tokens.max()) + 1).resolved(), None)
-    train.configure_torch(config)
+    config, _ = choose_runtime(Config(**flags, vocab_size=int(corpus.tokens.max()) + 1).resolved(), None)
+    configure_torch(config)
     train.Muon, muon.POLAR_EXPRESS = variant(own), muon.POLAR_EXPRESS[:iterations]
     trainer = train.Trainer(config, corpus, None)
     p, reached, curve, milestones, seconds = trainer.progress, None, [], {}, 0.0
@@ -107,7 +113,7 @@ def run(recipe: dict, seed: int, options: Options, corpus: train.Corpus, name: s
         "tokens_to_target": reached, **{f"seconds_to_{m}": milestones.get(m) for m in MILESTONES},
         "window_loss": round(p.window_loss(config), 5), "corpus_loss": round(corpus_loss, 5),
         "standard_error": round(error, 5), "curve": curve, "seconds": round(seconds, 1),
-        "commit": train.git_commit(),
+        "commit": git_commit(),
     }  # fmt: skip
 
 
@@ -120,7 +126,7 @@ def variant(own: dict | str) -> type[torch.optim.Optimizer] | partial:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    whole = train.load_corpus(train.Config(input_file=(options.input_file,)).resolved(), train.load_tokenizer())
+    whole = load_corpus(Config(input_file=(options.input_file,)).resolved(), load_tokenizer())
     _, tokens = np.unique(whole.tokens[: int(len(whole.tokens) * options.fraction)], return_inverse=True)
     corpus = replace(whole, tokens=tokens.astype(np.uint16))
     polar_express = muon.POLAR_EXPRESS
@@ -130,13 +136,13 @@ def main() -> None:
             if recipe is None:
                 recipe = dict(change.split("=", 1) for change in text.split(","))
                 recipe = {flag: json.loads(value) if value[0].isdigit() else value for flag, value in recipe.items()}
-            known = train.read_json(options.record).get("rows", [])
+            known = read_json(options.record).get("rows", [])
             wanted = (text, seed, options.fraction, options.tokens)
             if any((r["recipe"], r["seed"], r["fraction"], r["budget"]) == wanted for r in known):
                 continue
             muon.POLAR_EXPRESS = polar_express
             row = run(recipe, seed, options, corpus, text)
-            rows = [*train.read_json(options.record).get("rows", []), row]
+            rows = [*read_json(options.record).get("rows", []), row]
             write_record(options.record, __file__, rows, asdict(options), hidden=("flags", "curve"))
 
 

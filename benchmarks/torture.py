@@ -27,7 +27,8 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
+from parts.checkpoint import load_checkpoint  # noqa: E402
+from parts.text import load_tokenizer  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class OurTrainer:
 
     def load(self, path: Path) -> int:
         """The step of a checkpoint; raises when it is damaged."""
-        return train.load_checkpoint(path)["step"]
+        return load_checkpoint(path)["step"]
 
     def logged_step(self, out: Path) -> int:
         """The last step that the log speaks of."""
@@ -103,7 +104,7 @@ class NanoGPT(OurTrainer):
         shutil.copytree(arguments.nanogpt, self.repo, ignore=shutil.ignore_patterns(".git"))
         data = self.repo / "data" / "torture"
         data.mkdir()
-        tokens = np.array(train.load_tokenizer().encode_ordinary(TEXT), dtype=np.uint16)
+        tokens = np.array(load_tokenizer().encode_ordinary(TEXT), dtype=np.uint16)
         for name in ("train.bin", "val.bin"):
             tokens.tofile(data / name)
         values = SHAPE | dict(
@@ -241,7 +242,7 @@ def differences(whole: Path, killed: Path) -> dict[str, object]:
         "samples differ": (whole / "samples/samples.txt").read_bytes() != (killed / "samples/samples.txt").read_bytes(),
     }
     for name in ("last.pt", "best.pt"):
-        first, second = (train.load_checkpoint(run / "checkpoints" / name) for run in (whole, killed))
+        first, second = (load_checkpoint(run / "checkpoints" / name) for run in (whole, killed))
         answer[f"weights of {name} that differ"] = differing(first["model"], second["model"])
         answer[f"step of {name} differs"] = first["step"] != second["step"]
         if name == "last.pt":

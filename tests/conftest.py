@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from parts.background import Task, Writer  # noqa: E402
+from parts.config import Config  # noqa: E402
+from parts.files import METRICS  # noqa: E402
+from parts.text import load_tokenizer  # noqa: E402
 
 TINY_MODEL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, seq_len=16, batch_size=2)
 TINY_FLAGS = [
@@ -28,17 +32,17 @@ TINY_FLAGS = [
 
 
 @pytest.fixture
-def config() -> train.Config:
+def config() -> Config:
     """A model small enough for a test, everything decided, fp32 on the CPU."""
     return replace(
-        train.Config(**TINY_MODEL), steps=8, device="cpu", amp="off", compile="off", threads=2, target_window=3,
+        Config(**TINY_MODEL), steps=8, device="cpu", amp="off", compile="off", threads=2, target_window=3,
         optimizer="adamw", micro_batch=TINY_MODEL["batch_size"],
     ).resolved()  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train.load_tokenizer()
+    return load_tokenizer()
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def rows(run: Path, *columns: str) -> list[tuple[str, ...]]:
     """Columns of the CSV; without timing when none are named."""
     with open(run / "logs" / "train_metrics.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
-    columns = columns or [name for name in train.METRICS if name not in ("tokens_per_sec", "elapsed_sec")]
+    columns = columns or [name for name in METRICS if name not in ("tokens_per_sec", "elapsed_sec")]
     return [tuple(row[name] for name in columns) for row in table]
 
 
@@ -118,13 +122,13 @@ def without_timing(path: Path) -> dict:
 @pytest.fixture
 def prompt_disk(monkeypatch):
     """As if each checkpoint were on disk before the next step: what then lies there does not depend on timing."""
-    start = train.Writer.start
+    start = Writer.start
 
-    def start_and_finish(writer: train.Writer, tasks: list[train.Task]) -> None:
+    def start_and_finish(writer: Writer, tasks: list[Task]) -> None:
         start(writer, tasks)
         writer.finish()
 
-    monkeypatch.setattr(train.Writer, "start", start_and_finish)
+    monkeypatch.setattr(Writer, "start", start_and_finish)
 
 
 @pytest.fixture

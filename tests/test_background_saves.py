@@ -8,11 +8,13 @@ import torch
 from conftest import log_text, unequal
 
 import train
+from parts.background import Snapshot
+from parts.checkpoint import load_checkpoint, write_checkpoint
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(launch, monkeypatch):
     """And one save at a time: those that fall due meanwhile come when it is done."""
-    write, update, spans, steps = train.write_checkpoint, train.Trainer.update, [], []
+    write, update, spans, steps = write_checkpoint, train.Trainer.update, [], []
 
     def slow(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
         began, deadline = len(steps), time.monotonic() + 20
@@ -30,18 +32,18 @@ def test_training_goes_on_while_a_checkpoint_is_written(launch, monkeypatch):
     assert first[1] == 5 and first[3] > first[2], "steps went by while it was written"
     saved = [step for name, step, _, _ in spans if name == "last.pt"]
     assert saved == sorted(set(saved)) and saved[-1] == 60 and len(saved) < 12
-    assert train.load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 60
-    prev = train.load_checkpoint(Path("run/checkpoints/prev.pt"))
+    assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 60
+    prev = load_checkpoint(Path("run/checkpoints/prev.pt"))
     assert prev["step"] == saved[-2]
     assert launch("short", f"--steps={prev['step']}", "--decay_steps=60", "--warmup_steps=6", "--num_prompts=0") == 0
-    expected = train.load_checkpoint(Path("short/checkpoints/last.pt"))
+    expected = load_checkpoint(Path("short/checkpoints/last.pt"))
     assert unequal(expected["model"], prev["model"]) == [], "the last save did not reach into the one before"
 
 
 def test_a_checkpoint_holds_its_own_step_however_late_it_is_written(launch, monkeypatch):
     """The same bits as one that was written at once, though the weights have moved on since."""
     assert launch("at_once", "--steps=4") == 0
-    write = train.write_checkpoint
+    write = write_checkpoint
 
     def late(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
         time.sleep(0.5)
@@ -51,13 +53,13 @@ def test_a_checkpoint_holds_its_own_step_however_late_it_is_written(launch, monk
 
     monkeypatch.setattr(train, "write_checkpoint", late)
     assert launch("late", "--steps=5000", "--decay_steps=4", "--warmup_steps=0") == 130
-    expected, found = (train.load_checkpoint(Path(run) / "checkpoints/last.pt") for run in ("at_once", "late"))
+    expected, found = (load_checkpoint(Path(run) / "checkpoints/last.pt") for run in ("at_once", "late"))
     assert found["step"] == 4 and all(torch.equal(found["model"][key], x) for key, x in expected["model"].items())
 
 
 def test_last_is_not_written_before_its_best(launch, monkeypatch):
     """A best that the disk refuses keeps last.pt back; both come at the next save."""
-    write, refusals, order = train.write_checkpoint, [], []
+    write, refusals, order = write_checkpoint, [], []
 
     def refusing(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
         if path.name == "best.pt" and not refusals:
@@ -73,7 +75,7 @@ def test_last_is_not_written_before_its_best(launch, monkeypatch):
 
 
 def test_snapshots_are_copies_in_memory_allocated_once():
-    snapshot = train.Snapshot()
+    snapshot = Snapshot()
     values = {"model": {"a": torch.ones(3), "b": torch.zeros(2, 2)}, "step": 7, "list": [1, 2]}
     first = snapshot.take(values)
     addresses = [tensor.data_ptr() for tensor in first["model"].values()]
@@ -88,8 +90,6 @@ def test_snapshots_are_copies_in_memory_allocated_once():
 def test_on_cuda_a_snapshot_is_that_of_its_step(launch):
     assert launch("run", "--device=cuda", "--steps=4") == 0
     assert launch("longer", "--device=cuda", "--steps=8", "--decay_steps=4", "--warmup_steps=0") == 0
-    short, longer = (
-        train.load_checkpoint(Path(name)) for name in ("run/checkpoints/last.pt", "longer/checkpoints/prev.pt")
-    )
+    short, longer = (load_checkpoint(Path(name)) for name in ("run/checkpoints/last.pt", "longer/checkpoints/prev.pt"))
     assert longer["step"] == 4
     torch.testing.assert_close(short["model"], longer["model"])

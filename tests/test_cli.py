@@ -1,7 +1,9 @@
 """The command line as a contract: files, formats, exit codes, resuming."""
 
+import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ import torch
 from conftest import ROOT, TINY_FLAGS, assert_same_run, log_text, rows, run_script, weights
 
 import train
+from parts.checkpoint import Progress, load_checkpoint
+from parts.config import Config
 
 STEP_LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \| INFO \| step (\d+)/(\d+) \| loss (\d+\.\d{6}) \| lr (\d\.\d\de[+-]\d\d)"
@@ -85,7 +89,7 @@ def test_results_and_config_say_what_happened(launch, text_file):
     config = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
     assert config["command"].startswith("python train.py --n_layer=2") and config["command"].endswith("--out_dir run")
     assert config["seed"] == 1337 and config["versions"]["torch"] == torch.__version__
-    assert config["corpus"]["sha256"] == train.hashlib.sha256(text_file.read_bytes()).hexdigest()
+    assert config["corpus"]["sha256"] == hashlib.sha256(text_file.read_bytes()).hexdigest()
     assert config["config"]["compile"] == "off" and config["config"]["warmup_steps"] == 0
     assert set(config["reasons"]) == {"device", "amp", "compile", "threads", "micro_batch"}
 
@@ -96,7 +100,7 @@ def test_checkpoints_describe_themselves(launch, config):
         checkpoint = torch.load(f"run/checkpoints/{name}.pt", weights_only=True)
         assert checkpoint["trained_context"] == 12
         assert checkpoint["tokenizer"] == {"name": "gpt2", "n_vocab": 50257, "content": ""}
-        model = train.GPT(train.Config.from_dict(checkpoint["config"]))
+        model = train.GPT(Config.from_dict(checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         assert "_orig_mod" not in " ".join(checkpoint["model"])
     assert checkpoint["step"] in (3, 6, 8)
@@ -150,7 +154,7 @@ def test_the_goal_that_was_missed_is_named(launch):
 
 
 def test_target_zero_is_no_target(launch):
-    assert not train.Progress(step=1, recent_losses=[0.0]).stop_reason(train.Config(target_loss=0, target_window=1))
+    assert not train.stop_reason(Progress(step=1, recent_losses=[0.0]), Config(target_loss=0, target_window=1))
 
 
 def test_extreme_sampling_and_loss(launch):
@@ -184,10 +188,10 @@ def test_a_compiler_that_fails_is_reported_and_done_without(launch, monkeypatch)
     assert "torch.compile failed, going on without: RuntimeError: Compiler: cl is not found." in log_text(Path("run"))
     config = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
     assert config["config"]["compile"] == "off" and config["reasons"]["compile"] == "torch.compile failed, see the log"
-    assert train.load_checkpoint(Path("run/checkpoints/last.pt"))["config"]["compile"] == "off", "for the next launch"
+    assert load_checkpoint(Path("run/checkpoints/last.pt"))["config"]["compile"] == "off", "for the next launch"
 
 
-@pytest.mark.skipif(train.shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_equals_eager(launch):
     """One model, with and without torch.compile, the losses to rounding; saved under the same names."""
     flags = ["--amp=off", "--lr=0.01", "--target_window=20"]
@@ -225,3 +229,28 @@ def test_without_its_packages_a_script_says_what_to_do(script):
     )
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"{script}: error: No module named ") and "virtual environment" in result.stderr
+
+
+def test_results_of_an_older_program_are_moved_aside_and_never_emptied(launch, capsys):
+    """Logs and samples without any file that says that train.py wrote them."""
+    old = {"logs/train_metrics.csv": "step,loss\n1,2.5\n2,2.25\n", "samples/samples.txt": "It was the best of times"}
+    for name, content in old.items():
+        Path("run", name).parent.mkdir(parents=True)
+        Path("run", name).write_text(content, encoding="utf-8")
+    assert launch("run") == 0
+    assert {name: Path("run/earlier-1", name).read_text(encoding="utf-8") for name in old} == old
+    assert f"Moved the run that was here to {Path('run/earlier-1')}" in capsys.readouterr().out
+
+
+def test_a_prompt_from_the_text_ends_in_a_whole_character(launch):
+    Path("emoji.txt").write_text("\N{FAMILY}\N{DROMEDARY CAMEL}" * 400, encoding="utf-8")
+    assert launch("run", "--input_file=emoji.txt", "--steps=2", "--num_prompts=1") == 0
+    samples = Path("run/samples/samples.txt").read_text(encoding="utf-8")
+    prompt = samples.partition("PROMPT:\n")[2].partition("\nOUTPUT")[0]
+    assert len(prompt) > 3 and "\ufffd" not in prompt
+
+
+def test_a_flag_without_its_value_is_answered_by_tyro(launch, capsys):
+    assert launch("run", "--steps") == 2
+    error = capsys.readouterr().err
+    assert "usage: train.py [-h] [--preset" not in error and "--steps" in error

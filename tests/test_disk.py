@@ -3,15 +3,20 @@
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY_FLAGS, assert_same_run, log_text, rows, run_script
 
 import train
+from parts.checkpoint import STATE_BYTES, WEIGHT_BYTES, load_checkpoint
+from parts.config import Config
+from parts.files import RunDir, replacing, temporary
 
 FLAGS = [*TINY_FLAGS, "--log_every=1", "--threads=1", "--amp=off", "--steps=60"]
 
@@ -70,7 +75,7 @@ def test_too_little_room_is_refused_before_training(small_disk, tmp_path, text_f
 
 def test_the_estimate_is_what_a_run_takes(launch):
     assert launch("run", "--amp=fp16") == 0
-    config = train.Config.from_dict(train.load_checkpoint(Path("run/checkpoints/last.pt"))["config"])
+    config = Config.from_dict(load_checkpoint(Path("run/checkpoints/last.pt"))["config"])
     for name, per_parameter in (("last", 12), ("prev", 12), ("best", 4)):
         size = Path(f"run/checkpoints/{name}.pt").stat().st_size
         assert size == pytest.approx(per_parameter * config.n_params, rel=0.01)
@@ -79,15 +84,16 @@ def test_the_estimate_is_what_a_run_takes(launch):
 def test_resuming_counts_what_it_will_replace(launch, monkeypatch):
     """Beside last, prev and best there has to be room for one more checkpoint only."""
     assert launch("run", "--steps=8") == 0
-    run = train.RunDir(Path("run"))
-    config = train.Config.from_dict(train.load_checkpoint(run.last)["config"])
+    run = RunDir(Path("run"))
+    config = Config.from_dict(load_checkpoint(run.last)["config"])
     monkeypatch.setattr(run, "free_bytes", lambda: 13 * config.n_params)
-    run.check_room(config, fresh=False)
+    room = (STATE_BYTES * config.n_params, WEIGHT_BYTES * config.n_params)
+    run.check_room(*room, fresh=False)
     with pytest.raises(OSError, match="checkpoints need"):
-        run.check_room(config, fresh=True)
+        run.check_room(*room, fresh=True)
     monkeypatch.setattr(run, "free_bytes", lambda: 11 * config.n_params)
     with pytest.raises(OSError, match="checkpoints need"):
-        run.check_room(config, fresh=False)
+        run.check_room(*room, fresh=False)
 
 
 def test_a_disk_that_fills_up_and_is_cleared(small_disk, at_step, launch):
@@ -119,7 +125,7 @@ def test_a_disk_that_stays_full(small_disk, at_step, launch, prompt_disk):
     assert launch("whole", *FLAGS) == 0
     at_step({10: lambda: filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - 5_000_000))})
     assert launch(str(disk / "run"), *FLAGS) == 1
-    assert train.load_checkpoint(disk / "run/checkpoints/last.pt")["step"] == 8
+    assert load_checkpoint(disk / "run/checkpoints/last.pt")["step"] == 8
     assert "At the end, step 60, these could not be written: " in log_text(disk / "run")
     assert "Training complete" not in log_text(disk / "run")
     filler.unlink()
@@ -142,8 +148,8 @@ def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
         pytest.skip("this kernel does not let go of the disk")
     assert process.returncode == 1 and "Traceback" not in output
     assert output.count("Could not write") == 1 and "these could not be written" in output
-    step = train.load_checkpoint(disk / "run/checkpoints/last.pt")["step"]
-    assert 4 <= train.load_checkpoint(prev)["step"] < step < 150
+    step = load_checkpoint(disk / "run/checkpoints/last.pt")["step"]
+    assert 4 <= load_checkpoint(prev)["step"] < step < 150
 
 
 def test_a_directory_that_is_removed_during_the_run(at_step, launch, prompt_disk):
@@ -152,8 +158,8 @@ def test_a_directory_that_is_removed_during_the_run(at_step, launch, prompt_disk
     assert launch("run", *FLAGS) == 0
     assert log_text(Path("run")).count("Could not write") == 1
     assert rows(Path("run")) == rows(Path("whole"))[9:], "the rows from there on, below a header"
-    last, whole = (train.load_checkpoint(Path(name) / "checkpoints/last.pt") for name in ("run", "whole"))
-    assert all(train.torch.equal(last["model"][key], value) for key, value in whole["model"].items())
+    last, whole = (load_checkpoint(Path(name) / "checkpoints/last.pt") for name in ("run", "whole"))
+    assert all(torch.equal(last["model"][key], value) for key, value in whole["model"].items())
     assert (Path("run") / "checkpoints/prev.pt").exists() and (Path("run") / "config.json").exists()
 
 
@@ -184,7 +190,7 @@ def test_a_csv_that_another_program_keeps(at_step, launch, prompt_disk):
     shutil.rmtree("run")
     at_step({10: keep})
     assert launch("run", *FLAGS) == 1, "not all of it could be written"
-    assert train.load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 60
+    assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 60
     release()
     assert launch("run", *FLAGS) == 0, "and the rows are there after the next start"
     assert_same_run(Path("whole"), Path("run"))
@@ -224,3 +230,35 @@ def test_room_is_that_where_the_checkpoints_go(small_disk, launch):
     Path("run").mkdir()
     Path("run/checkpoints").symlink_to(disk, target_is_directory=True)
     assert launch("run", *FLAGS) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no fsync of folders")
+def test_a_rename_is_brought_to_the_disk(tmp_path, monkeypatch):
+    """First the contents, then the rename, then the folder that holds the name: else a power cut may undo it."""
+    done, fsync, replace_file = [], os.fsync, os.replace
+
+    def recorded_fsync(number: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "contents")
+        fsync(number)
+
+    def recorded_replace(*paths) -> None:
+        done.append("rename")
+        replace_file(*paths)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    with replacing(tmp_path / "file") as file:
+        file.write(b"whole")
+    assert done == ["contents", "rename", "folder"] and (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_programs_that_write_one_file_do_not_share_a_temporary_one(tmp_path):
+    path, other = tmp_path / "plot.png", "from parts.files import temporary; from pathlib import Path; "
+    program = other + f"print(temporary(Path({str(path)!r}), shared=True))"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert Path(found).parent == tmp_path and Path(found) != temporary(path, shared=True)
+    Path(found).write_bytes(b"left by a kill")
+    run = RunDir(tmp_path)
+    run.files.append(path)
+    run.clean()
+    assert not Path(found).exists()

@@ -16,8 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import export_hf
 import sample
-import tokens
 import train
+from parts.checkpoint import load_checkpoint
+from parts.config import PRESETS, Config, parse_config
+from parts.corpus import load_corpus
+from parts.files import read_json
+from parts.text import OwnVocabulary, choose_tokenizer
 
 LOAD = """
 import os, sys
@@ -52,9 +56,9 @@ def test_the_same_model(folder):
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (no mapping)
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_has_the_shapes_of_transformers(preset):
-    config = train.parse_config([f"--preset={preset}"])
+    config = parse_config([f"--preset={preset}"])
     with torch.device("meta"):
         ours, theirs = train.GPT(config), GPT2LMHeadModel(GPT2Config(**export_hf.hf_config(config, 50_256)))
     exported = {name: value.shape for name, value in export_hf.hf_weights(ours.state_dict()).items()}
@@ -93,7 +97,7 @@ def test_what_the_folder_says_of_the_model(folder):
     assert json.loads((folder / "hf/generation_config.json").read_text(encoding="utf-8"))["max_length"] == 16
     assert AutoTokenizer.from_pretrained(folder / "hf").model_max_length == 16
     card = (folder / "hf/README.md").read_text(encoding="utf-8")
-    best = train.load_checkpoint(folder / "run/checkpoints/best.pt")
+    best = load_checkpoint(folder / "run/checkpoints/best.pt")
     facts = json.loads((folder / "run/config.json").read_text(encoding="utf-8"))
     for text in ("16 tokens (of 32 positions", f"(window) | {best['loss']:.6f}", facts["command"], "Memorisation"):
         assert text in card
@@ -103,12 +107,12 @@ def test_what_the_folder_says_of_the_model(folder):
 
 def test_the_card_tells_of_these_weights_alone(folder, tmp_path):
     """The last checkpoint has the losses measured at the end, the best of an earlier step its own."""
-    results = train.read_json(folder / "run/results.json")
+    results = read_json(folder / "run/results.json")
     cards = {}
     for name, step in (("last", results["final_step"]), ("prev", results["final_step"] - 20)):
         path = tmp_path / "run/checkpoints" / f"{name}.pt"
         shutil.copytree(folder / "run", tmp_path / "run", dirs_exist_ok=True)
-        torch.save(train.load_checkpoint(folder / "run/checkpoints/last.pt") | {"step": step}, path)
+        torch.save(load_checkpoint(folder / "run/checkpoints/last.pt") | {"step": step}, path)
         assert export_hf.main(["--checkpoint", str(path), "--out", str(tmp_path / name)]) == 0
         cards[name] = (tmp_path / name / "README.md").read_text(encoding="utf-8")
     assert f"corpus loss, nats per token | {results['corpus_loss']:.6f}" in cards["last"]
@@ -124,8 +128,8 @@ def test_what_came_from_elsewhere_claims_no_text(folder, tmp_path):
 
 def test_and_back(folder, tmp_path):
     assert export_hf.main(["--from_hf", str(folder / "hf"), "--out", str(tmp_path / "back.pt")]) == 0
-    before = train.load_checkpoint(folder / "run/checkpoints/best.pt")
-    after = train.load_checkpoint(tmp_path / "back.pt")
+    before = load_checkpoint(folder / "run/checkpoints/best.pt")
+    after = load_checkpoint(tmp_path / "back.pt")
     assert before["model"].keys() == after["model"].keys() and after["trained_context"] == 16
     assert all(torch.equal(value, after["model"][name]) for name, value in before["model"].items())
     assert after["tokenizer"]["n_vocab"] == before["tokenizer"]["n_vocab"]
@@ -206,20 +210,20 @@ def test_another_model_is_not_taken_for_this_one(folder, tmp_path, capsys, confi
 
 def test_padding_behind_the_vocabulary_is_left_out(folder, tmp_path):
     """And a folder that says nothing of generation knows all of its positions."""
-    before = train.load_checkpoint(folder / "run/checkpoints/best.pt")["model"]["wte.weight"]
+    before = load_checkpoint(folder / "run/checkpoints/best.pt")["model"]["wte.weight"]
     rows = len(before) + 5
     padded = torch.cat([before, torch.ones(5, 32)])
     other = rewritten(folder, tmp_path / "other", {"vocab_size": rows}, {"transformer.wte.weight": padded})
     (other / "generation_config.json").unlink()
     assert export_hf.main(["--from_hf", str(other), "--out", str(tmp_path / "x.pt")]) == 0
-    checkpoint = train.load_checkpoint(tmp_path / "x.pt")
+    checkpoint = load_checkpoint(tmp_path / "x.pt")
     assert torch.equal(checkpoint["model"]["wte.weight"], before) and checkpoint["trained_context"] == 32
 
 
 def test_a_vocabulary_saved_by_transformers_is_the_same(folder, tmp_path):
     AutoTokenizer.from_pretrained(folder / "hf").save_pretrained(tmp_path)
     contents = {
-        tokens.OwnVocabulary((path / "tokenizer.json").read_text(encoding="utf-8"), "x").content
+        OwnVocabulary((path / "tokenizer.json").read_text(encoding="utf-8"), "x").content
         for path in (folder / "hf", tmp_path)
     }
     assert len(contents) == 1
@@ -247,10 +251,10 @@ def test_training_goes_on_from_what_came_back(folder, tmp_path, monkeypatch):
     log = (tmp_path / "more/logs/train.log").read_text(encoding="utf-8")
     assert f"Starting from the weights of {back}" in log
     loss = float(log.split("step 1/3 | loss ")[1].split(" ")[0])
-    checkpoint = train.load_checkpoint(back)
-    saved = train.load_checkpoint(tmp_path / "more/checkpoints/last.pt")
-    config = train.Config.from_dict(saved["config"])
-    trainer = train.Trainer(config, train.load_corpus(config, train.choose_tokenizer(config, saved)), None)
+    checkpoint = load_checkpoint(back)
+    saved = load_checkpoint(tmp_path / "more/checkpoints/last.pt")
+    config = Config.from_dict(saved["config"])
+    trainer = train.Trainer(config, load_corpus(config, choose_tokenizer(config, saved)), None)
     trainer.model.load_state_dict(checkpoint["model"])
     slices = trainer.slices(1)
     assert loss == pytest.approx(trainer.model(slices[:, :-1], slices[:, 1:]).item(), rel=1e-5)

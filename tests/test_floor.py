@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-import train
+from parts.corpus import loss_floor, smallest_seq_len
+from parts.text import read_text
 
 
 def brute_force(tokens: list[int], T: int) -> float:
@@ -27,25 +28,25 @@ def brute_force(tokens: list[int], T: int) -> float:
 @pytest.mark.parametrize("alphabet", [1, 2, 5, 200])
 def test_equals_brute_force(T, alphabet):
     tokens = np.random.default_rng(T).integers(0, alphabet, 120).astype(np.uint16)
-    assert train.loss_floor(tokens, T) == pytest.approx(brute_force(tokens.tolist(), T), abs=1e-12)
+    assert loss_floor(tokens, T) == pytest.approx(brute_force(tokens.tolist(), T), abs=1e-12)
 
 
 def test_a_single_slice_costs_nothing():
-    assert train.loss_floor(np.arange(17, dtype=np.uint16), 16) == 0
+    assert loss_floor(np.arange(17, dtype=np.uint16), 16) == 0
 
 
 def test_published_row_of_tiny_shakespeare(tiny_shakespeare, tokenizer):
-    tokens = np.array(tokenizer.encode_ordinary(train.read_text(tiny_shakespeare)[0]), dtype=np.uint16)
+    tokens = np.array(tokenizer.encode_ordinary(read_text(tiny_shakespeare)[0]), dtype=np.uint16)
     assert len(tokens) == 338_025
     published = {32: 0.2005, 64: 0.1002, 128: 0.0501, 256: 0.0251, 512: 0.0125, 1024: 0.0063}
-    floors = {T: train.loss_floor(tokens, T) for T in published}
+    floors = {T: loss_floor(tokens, T) for T in published}
     assert floors == pytest.approx(published, abs=5.1e-5)
-    assert train.smallest_seq_len(tokens, 0.099999, 1024) == 65
-    assert train.smallest_seq_len(tokens, 0.001, 1024) is None
+    assert smallest_seq_len(tokens, 0.099999, 1024) == 65
+    assert smallest_seq_len(tokens, 0.001, 1024) is None
 
 
 def test_smallest_seq_len_is_the_first_that_reaches_the_target():
     tokens = np.random.default_rng(0).integers(0, 4, 400).astype(np.uint16)
     target = 0.3
-    expected = next(T for T in range(1, 100) if train.loss_floor(tokens, T) <= target)
-    assert train.smallest_seq_len(tokens, target, 100) == expected
+    expected = next(T for T in range(1, 100) if loss_floor(tokens, T) <= target)
+    assert smallest_seq_len(tokens, target, 100) == expected

@@ -14,6 +14,8 @@ import torch
 from conftest import TINY_FLAGS, assert_same_run, log_text, unequal
 
 import train
+from parts.checkpoint import CHECKPOINT_FORMAT, load_checkpoint
+from parts.config import Config
 
 
 class Bomb:
@@ -149,12 +151,12 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """A bit is either of no meaning at all (padding, dates), or the file is refused."""
     torch.manual_seed(0)
     shape = dict(n_layer=1, n_head=1, n_embd=4, block_size=8, seq_len=8, vocab_size=8)
-    config = train.Config(**shape).resolved()
+    config = Config(**shape).resolved()
     content = {
         "model": train.GPT(config).state_dict(),
         "progress": {"step": 7, "recent_losses": [1.5, 2.5]},
     }
-    content |= {"format": train.CHECKPOINT_FORMAT, "config": config.as_dict(), "step": 7, "trained_context": 8}
+    content |= {"format": CHECKPOINT_FORMAT, "config": config.as_dict(), "step": 7, "trained_context": 8}
     content |= {"corpus_sha256": "x", "corpus_tokens": 3, "val_sha256": "", "tokenizer": {"content": ""}}
     good, path = saved(content), tmp_path / "last.pt"
     refused = 0
@@ -163,7 +165,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
         damaged[position // 8] ^= 1 << position % 8
         path.write_bytes(damaged)
         try:
-            assert unequal(content, train.load_checkpoint(path)) == [], position
+            assert unequal(content, load_checkpoint(path)) == [], position
         except ValueError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1

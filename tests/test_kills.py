@@ -1,13 +1,16 @@
 """SIGKILL at any instant: there is always a whole checkpoint, and the run ends as if nothing had been."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import assert_same_run
 
-import train
 from benchmarks import torture
+from parts.checkpoint import load_checkpoint
+from parts.files import RunDir, replacing, temporary
 
 
 def test_torture(tmp_path):
@@ -33,9 +36,9 @@ def test_the_torture_notices(tmp_path, launch):
     metrics = Path("killed/logs/train_metrics.csv")
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
     metrics.write_text("".join([lines[0], lines[2], *lines[2:]]), encoding="utf-8")
-    checkpoint = train.load_checkpoint(Path("killed/checkpoints/last.pt"))
+    checkpoint = load_checkpoint(Path("killed/checkpoints/last.pt"))
     checkpoint["model"]["ln_f.bias"][3] += 1e-6
-    train.torch.save(checkpoint, "killed/checkpoints/last.pt")
+    torch.save(checkpoint, "killed/checkpoints/last.pt")
     Path("killed/checkpoints/last.pt.tmp").touch()
     found = {name: value for name, value in torture.differences(Path("whole"), Path("killed")).items() if value}
     assert found == {
@@ -60,7 +63,7 @@ def test_death_at_every_system_call_of_a_save(tmp_path, links):
         child = os.fork()
         if child == 0:
             die_at(deadly, links)
-            with train.replacing(last, prev) as file:
+            with replacing(last, prev) as file:
                 file.write(b"third")
             os._exit(0)
         died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -72,7 +75,7 @@ def test_death_at_every_system_call_of_a_save(tmp_path, links):
         if not died:
             assert whole == {"last.pt": b"third", "prev.pt": b"second"}
             break
-        with train.replacing(last, prev) as file:
+        with replacing(last, prev) as file:
             file.write(b"fourth")
         assert last.read_bytes() == b"fourth" and prev.read_bytes() in (b"first", b"second", b"third")
     assert deadly >= 5
@@ -102,8 +105,8 @@ def die_at(number: int, links: bool) -> None:
 
 def test_what_a_kill_left_half_written_is_cleaned_up(launch):
     assert launch("run", "--steps=4") == 0
-    run = train.RunDir(Path("run"))
-    leftovers = [train.temporary(path) for path in run.files]
+    run = RunDir(Path("run"))
+    leftovers = [temporary(path) for path in run.files]
     for path in leftovers:
         path.write_bytes(b"half")
     assert launch("run") == 0
@@ -124,7 +127,7 @@ def test_a_file_that_another_program_holds(launch, monkeypatch, held):
     assert launch("run", "--steps=4") == 0
     before = Path("run/checkpoints/last.pt").read_bytes()
     monkeypatch.setattr(os, "replace", refused)
-    monkeypatch.setattr(train.time, "sleep", sleeps.append)
+    monkeypatch.setattr(time, "sleep", sleeps.append)
     assert launch("run", "--steps=8") == (0 if held == 2 else 1)
     assert (Path("run/checkpoints/last.pt").read_bytes() == before) is (held == 99)
     assert 0.1 < sum(sleeps) < 5 and not list(Path("run").rglob("*.tmp"))

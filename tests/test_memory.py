@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,22 @@ import torch
 from conftest import ROOT, TINY_FLAGS, log_text, rows
 
 import train
+from parts.checkpoint import load_checkpoint
+from parts.config import Config
+from parts.machine import choose_micro_batch
 
 # From step 1 on the process may take so many MiB of addresses more: an allocation that fails, as on a full GPU.
 LIMITED = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
-accumulate, room = train.Trainer.accumulate, int(sys.argv.pop(1)) * 2**20
+accumulate, room, first = train.Trainer.accumulate, int(sys.argv.pop(1)) * 2**20, [None]
 def limited(trainer, step, slices):
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
-    if step == trainer.saved_step + 1:
+    if first[0] is None:
+        first[0] = step
+    if step == first[0]:
         resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
     try:
         return accumulate(trainer, step, slices)
@@ -58,7 +64,7 @@ def test_the_next_smaller_divisor_is_taken_recorded_and_kept(launch, tmp_path, t
 def test_other_flags_overrule_what_the_run_settled_on(launch):
     assert launch("run", "--batch_size=4", "--steps=4") == 0
     path = Path("run/checkpoints/last.pt")
-    checkpoint = train.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     torch.save(checkpoint | {"config": checkpoint["config"] | {"micro_batch": 2}}, path)
 
     def micro_batch(*flags: str) -> int:
@@ -76,9 +82,9 @@ def test_other_flags_overrule_what_the_run_settled_on(launch):
     [(8, 1, 256, 8), (8, 2, 128, 16), (8, 1, 1024, 2), (6, 1, 1024, 2), (5, 1, 1024, 1), (1, 8, 4096, 1)],
 )
 def test_a_cpu_works_on_2048_tokens_at_once(batch_size, grad_accum, seq_len, expected):
-    config = train.Config(batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len, block_size=4096, device="cpu")
-    assert train.choose_micro_batch(config)[0] == expected
-    assert train.choose_micro_batch(train.replace(config, device="cuda")) == (batch_size, "--batch_size")
+    config = Config(batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len, block_size=4096, device="cpu")
+    assert choose_micro_batch(config)[0] == expected
+    assert choose_micro_batch(replace(config, device="cuda")) == (batch_size, "--batch_size")
 
 
 def test_when_one_slice_is_too_much_it_is_one_line_with_a_remedy(launch, monkeypatch):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,15 @@ import torch
 from conftest import log_text, rows, unequal
 
 import train
+from parts.background import Task
+from parts.corpus import Corpus
+from parts.files import RunDir
 
 
 @pytest.fixture
-def corpus() -> train.Corpus:
+def corpus() -> Corpus:
     tokens = np.random.default_rng(0).integers(0, 500, 300).astype(np.uint16)
-    return train.Corpus(tokens, "made up", len(tokens))
+    return Corpus(tokens, "made up", len(tokens))
 
 
 def states(trainer: train.Trainer) -> dict:
@@ -31,7 +35,7 @@ def states(trainer: train.Trainer) -> dict:
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_one_bad_gradient_in_one_group_stops_the_update_of_all(config, corpus, optimizer, amp, name, value):
     """Of matrices, embeddings, biases or LayerNorms: a step is skipped for all of them or for none."""
-    trainer = train.Trainer(train.replace(config, amp=amp, lr=1e-2, optimizer=optimizer), corpus, None)
+    trainer = train.Trainer(replace(config, amp=amp, lr=1e-2, optimizer=optimizer), corpus, None)
     trainer.update()
     parameter = trainer.model.get_parameter(name)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
@@ -87,7 +91,7 @@ def test_a_run_that_diverges_exits_1_and_leaves_no_bad_checkpoint(launch, prompt
 
 
 def test_a_loss_that_stays_at_ln_v_is_pointed_out_once(launch, monkeypatch):
-    monkeypatch.setattr(train, "STUCK_AFTER", 10)
+    monkeypatch.setattr("parts.report.STUCK_AFTER", 10)
     flags = ["--log_every=1", "--warmup_steps=4", "--decay_steps=20", "--steps=20", "--save_every=50"]
     assert launch("stuck", *flags, "--lr=1e-7", "--min_lr=0") == 0
     (line,) = [line for line in log_text(Path("stuck")).splitlines() if "ln V = 10.825, that of guessing" in line]
@@ -105,7 +109,7 @@ def test_a_save_that_a_skipped_step_prevented_follows_at_the_next(launch, monkey
     saved = []
     save = train.Trainer.checkpoint
 
-    def checkpoint(trainer: train.Trainer, run: train.RunDir) -> train.Task:
+    def checkpoint(trainer: train.Trainer, run: RunDir) -> Task:
         saved.append(trainer.progress.step)
         return save(trainer, run)
 

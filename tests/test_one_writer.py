@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT, TINY_FLAGS, run_script
 
 import train
+from parts.checkpoint import load_checkpoint
+from parts.files import RunDir
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_the_lock_of_a_dead_process_stops_nobody(running, tmp_path, text_file, m
     running.wait()
     monkeypatch.chdir(tmp_path)
     assert (tmp_path / "run/run.pid").read_text(encoding="utf-8").startswith(f"{running.pid} on ")
-    step = train.load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] + 4
+    step = load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] + 4
     assert train.main([*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", f"--steps={step}"]) == 0
 
 
@@ -97,7 +99,7 @@ def files(folder: str) -> dict[Path, bytes]:
 
 def test_a_refused_command_changes_nothing(launch, tmp_path):
     assert launch("run", "--steps=4") == 0
-    run = train.RunDir(Path("run"))
+    run = RunDir(Path("run"))
     with run.locked():
         before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
         assert launch("run", "--steps=8") == 2

@@ -157,7 +157,7 @@ def test_processes_that_see_different_texts_do_not_train(here):
         encoding="utf-8",
     )
     result = torchrun(2, "--out_dir=run", script=script)
-    assert result.returncode == 1 and result.stderr.count("the processes do not see the same checkpoint and text") == 1
+    assert result.returncode == 1 and result.stderr.count("the processes do not agree on ") == 1
     assert not Path("w0/run/logs").exists()
 
 

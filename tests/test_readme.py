@@ -11,8 +11,9 @@ from conftest import ROOT, run_script
 
 import export_hf
 import sample
-import train
 import update_readme
+from parts.config import DEMO_CORPUS, Config, parse_config
+from parts.text import load_tokenizer, read_text
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(bash|powershell)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -37,11 +38,11 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize("arguments", commands_of("train.py"), ids=" ".join)
 def test_every_train_command_is_accepted(arguments):
     if "--help" not in arguments:
-        train.parse_config(arguments)
+        parse_config(arguments)
 
 
 def test_every_flag_named_is_a_flag():
-    known = {field.name for field in fields(train.Config)} | {f.name for f in fields(update_readme.Arguments)}
+    known = {field.name for field in fields(Config)} | {f.name for f in fields(update_readme.Arguments)}
     known |= {field.name for program in (sample, export_hf) for field in fields(program.Options)}
     foreign = {"help", "index", "standalone", "nproc_per_node", "max_restarts"}  # of any program, pip and torchrun
     named = set(re.findall(r"(?<![\w-])--([a-z0-9_]+)", README))
@@ -77,9 +78,7 @@ def test_the_demo_reaches_its_target_and_fills_a_readme(tmp_path):
     assert results["target_window"] == 20
     first = update_readme.read_metrics(run / "logs/train_metrics.csv")["loss"][0]
     assert abs(first - results["ln_vocab"]) < 0.5  # GPT-2's own initialisation keeps 0.3, see test_model.py
-    corpus = train.load_tokenizer().decode(
-        train.load_tokenizer().encode_ordinary(train.read_text(train.DEMO_CORPUS)[0])[:1500]
-    )
+    corpus = load_tokenizer().decode(load_tokenizer().encode_ordinary(read_text(DEMO_CORPUS)[0])[:1500])
     sample = (run / "samples/samples.txt").read_text(encoding="utf-8").rsplit("OUTPUT:\n", 1)[1].strip()
     spans = [sample[i : i + 40] for i in range(0, len(sample) - 40, 10)]
     assert sum(span in corpus for span in spans) > len(spans) / 2, sample

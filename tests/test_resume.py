@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,13 @@ import torch
 from conftest import assert_same_run, log_text, rows
 
 import train
+from parts.checkpoint import load_checkpoint
+from parts.config import Config
+from parts.corpus import load_corpus
+from parts.text import load_tokenizer
 
-OPTIMIZERS = typing.get_args(typing.get_type_hints(train.Config)["optimizer"])
-compiler = pytest.mark.skipif(train.shutil.which("g++") is None, reason="no C++ compiler")
+OPTIMIZERS = typing.get_args(typing.get_type_hints(Config)["optimizer"])
+compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 
 @pytest.fixture
@@ -79,7 +84,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_results(launch, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "measure_corpus_loss", killed)
+        patch.setattr(train.Trainer, "measure_corpus_loss", killed)
         assert launch("parts", *flags) == 130
     assert launch("parts", *flags) == 0
     assert_same_run(Path("whole"), Path("parts"))
@@ -88,10 +93,10 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_results(launch, monkey
 def test_resuming_needs_no_second_copy_of_the_state(launch, config, text_file):
     assert launch("run", "--steps=4") == 0
     path = Path("run/checkpoints/last.pt")
-    checkpoint = train.load_checkpoint(path) | {"own": True}
-    tokenizer = train.load_tokenizer()
-    saved = train.Config.from_dict(checkpoint["config"])
-    train.Trainer(saved, train.load_corpus(replace(saved, input_file=(text_file,)), tokenizer), checkpoint)
+    checkpoint = load_checkpoint(path)
+    tokenizer = load_tokenizer()
+    saved = Config.from_dict(checkpoint["config"])
+    train.Trainer(saved, load_corpus(replace(saved, input_file=(text_file,)), tokenizer), checkpoint)
     assert not any(isinstance(value, torch.Tensor) for value in leaves(checkpoint))
 
 
@@ -128,7 +133,7 @@ def test_another_cut_into_micro_batches_gives_the_same_run_to_rounding(launch):
 def test_automatic_choices_are_kept(launch, monkeypatch):
     assert launch("run", "--steps=4", "--amp=auto") == 0
     first = torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["amp"]
-    monkeypatch.setattr(train, "choose_amp", lambda _device: ("fp16", "another machine"))
+    monkeypatch.setattr("parts.machine.choose_amp", lambda _device: ("fp16", "another machine"))
     assert launch("run", "--amp=auto") == 0
     assert torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["amp"] == first != "fp16"
     assert f"Amp: {first} (as in the run so far)" in log_text(Path("run"))
@@ -147,7 +152,7 @@ def test_resume_never_keeps_the_old_run(launch):
 def test_no_run_is_overwritten_by_a_fresh_one(launch, resume):
     """Also what is left of it: here, as in a clone that has no checkpoints."""
     assert launch("run", "--steps=4") == 0
-    train.shutil.rmtree("run/checkpoints")
+    shutil.rmtree("run/checkpoints")
     if resume == "never":
         Path("run/config.json").unlink()
         Path("run/results.json").unlink()
@@ -234,7 +239,7 @@ def test_a_csv_with_other_line_ends_is_cut_at_a_line_and_said(launch):
 def test_a_foreign_checkpoint_empties_no_directory(launch):
     for name in ("one", "two"):
         assert launch(name, "--steps=4") == 0
-    train.shutil.rmtree("two/checkpoints")
+    shutil.rmtree("two/checkpoints")
     kept = Path("two/samples/samples.txt").read_bytes()
     assert launch("two", "--resume", "one/checkpoints/last.pt") == 0
     assert Path("two/earlier-1/samples/samples.txt").read_bytes() == kept
@@ -245,7 +250,7 @@ def test_a_missing_best_is_made_again(launch):
     Path("run/checkpoints/best.pt").unlink()
     assert launch("run", "--steps=9", "--lr=1e-8", "--min_lr=0") == 0
     results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
-    assert train.load_checkpoint(Path("run/checkpoints/best.pt"))["step"] == results["best_step"] == 9
+    assert load_checkpoint(Path("run/checkpoints/best.pt"))["step"] == results["best_step"] == 9
     assert "best.pt is missing" in log_text(Path("run"))
 
 

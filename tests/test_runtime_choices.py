@@ -4,10 +4,15 @@ import os
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import train
+from parts.config import Config
+from parts.corpus import Corpus
+from parts.machine import choose_compile, choose_runtime, cpu_only_hint, device_problem, largest_divisor
+from parts.report import forebodings, launch_command
 
 cpu_only = pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
 
@@ -23,9 +28,9 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 @cpu_only
 def test_a_cpu_only_pytorch_beside_an_nvidia_card(nvidia_smi, text_file, tmp_path, capsys):
-    hint = train.cpu_only_hint()
+    hint = cpu_only_hint()
     assert "CPU-only build: pip install" in hint and "/whl/cu" in hint
-    assert "CPU-only build" in train.device_problem("cuda")
+    assert "CPU-only build" in device_problem("cuda")
     flags = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--seq_len=8", "--steps=1", "--num_prompts=0"]
     out_dir = tmp_path / "run"
     assert train.main([*flags, "--device=auto", f"--input_file={text_file}", f"--out_dir={out_dir}"]) == 0
@@ -37,13 +42,13 @@ def test_a_cpu_only_pytorch_beside_an_nvidia_card(nvidia_smi, text_file, tmp_pat
 @cpu_only
 def test_without_an_nvidia_card_there_is_no_hint(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert train.cpu_only_hint() is None
-    assert "no usable NVIDIA driver" in train.device_problem("cuda:0")
+    assert cpu_only_hint() is None
+    assert "no usable NVIDIA driver" in device_problem("cuda:0")
 
 
 def test_every_automatic_choice_has_a_value_and_a_reason(config):
     asked = replace(config, device="auto", amp="auto", compile="auto", threads=None, micro_batch=None)
-    chosen, reasons = train.choose_runtime(asked, None)
+    chosen, reasons = choose_runtime(asked, None)
     assert set(reasons) == {"device", "amp", "compile", "threads", "micro_batch"} and all(reasons.values())
     assert chosen.device in ("cuda", "mps", "cpu") and chosen.amp in ("off", "bf16", "fp16")
     assert chosen.compile in ("on", "off") and chosen.threads >= 1
@@ -52,7 +57,7 @@ def test_every_automatic_choice_has_a_value_and_a_reason(config):
 def test_flags_overrule_and_earlier_choices_stand(config):
     asked = replace(config, device="cpu", amp="auto", compile="off", threads=None)
     earlier = replace(config, device="cpu", amp="fp16", compile="on", threads=7)
-    chosen, reasons = train.choose_runtime(asked, earlier)
+    chosen, reasons = choose_runtime(asked, earlier)
     assert (chosen.amp, chosen.compile, chosen.threads) == ("fp16", "off", 7)
     assert reasons["compile"] == "--compile" and reasons["amp"] == "as in the run so far"
 
@@ -61,7 +66,7 @@ def test_flags_overrule_and_earlier_choices_stand(config):
 def test_a_run_that_moves_to_a_machine_without_its_device_says_so(config):
     asked = replace(config, device="auto", amp="auto", compile="off", threads=None)
     earlier = replace(config, device="cuda", amp="bf16", compile="on", threads=4)
-    chosen, reasons = train.choose_runtime(asked, earlier)
+    chosen, reasons = choose_runtime(asked, earlier)
     assert chosen.device != "cuda"
     assert "the run so far used cuda, so results agree to rounding only" in reasons["device"]
 
@@ -79,20 +84,39 @@ def test_compilation_has_to_pay(config, monkeypatch, tmp_path, flags, answer, re
     compiler.write_bytes(b"")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    config = replace(train.Config(), device="cpu", **flags)
-    assert train.choose_compile(config)[0] == answer and reason in train.choose_compile(config)[1]
+    config = replace(Config(), device="cpu", **flags)
+    assert choose_compile(config)[0] == answer and reason in choose_compile(config)[1]
     monkeypatch.setenv("CXX", str(tmp_path / "missing"))
-    assert train.choose_compile(config) == ("off", f"no C++ compiler ({tmp_path / 'missing'}) was found")
+    assert choose_compile(config) == ("off", f"no C++ compiler ({tmp_path / 'missing'}) was found")
 
 
 def test_the_124m_preset_on_a_cpu_is_warned_of(config):
-    corpus = train.Corpus(train.np.arange(2000, dtype=train.np.uint16), "made up", 2000)
-    gpt2 = replace(train.Config(target_loss=0).resolved(), device="cpu", amp="off", compile="off", threads=2)
-    (warning,) = train.forebodings(gpt2, corpus, 0.01)
+    corpus = Corpus(np.arange(2000, dtype=np.uint16), "made up", 2000)
+    gpt2 = replace(Config(target_loss=0).resolved(), device="cpu", amp="off", compile="off", threads=2)
+    (warning,) = forebodings(gpt2, corpus, 0.01)
     assert warning.startswith("124M parameters on a CPU take hours to days") and "--preset demo" in warning
-    assert train.forebodings(replace(gpt2, n_layer=4), corpus, 0.01) == []
+    assert forebodings(replace(gpt2, n_layer=4), corpus, 0.01) == []
 
 
 @pytest.mark.parametrize(("number", "at_most", "answer"), [(64, 5, 4), (64, 64, 64), (7, 6, 1), (12, 100, 12)])
 def test_the_micro_batch_divides_the_global_batch(number, at_most, answer):
-    assert train.largest_divisor(number, at_most) == answer
+    assert largest_divisor(number, at_most) == answer
+
+
+def test_the_recorded_command_names_torchrun(monkeypatch):
+    assert launch_command(["--steps", "5"], Config()) == "python train.py --steps 5"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    two, four = (replace(Config(), processes=n) for n in (2, 4))
+    assert launch_command([], two) == "torchrun --standalone --nproc_per_node=2 train.py"
+    assert launch_command(["--steps", "5"], four) == "torchrun --nnodes=2 --nproc_per_node=2 train.py --steps 5"
+
+
+def test_machines_may_choose_threads_and_compilation_for_themselves(config):
+    corpus = Corpus(np.zeros(100, dtype=np.uint16), "made up", 100)
+
+    def agreement(**flags) -> dict:
+        setup = train.Setup([], replace(config, **flags), {}, corpus, None, None, None, None, None, None)
+        return train.agreement(setup)
+
+    assert agreement() == agreement(threads=7, compile="on", micro_batch=1)
+    assert agreement() != agreement(amp="bf16") and agreement() != agreement(lr=1.0)

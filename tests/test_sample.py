@@ -10,8 +10,10 @@ import torch
 from conftest import ROOT, TINY_FLAGS, run_script
 
 import sample
-import tokens
 import train
+from parts.checkpoint import load_checkpoint
+from parts.config import Config
+from parts.text import load_tokenizer, train_vocabulary
 
 GREEDY = ["--temperature=0", "--amp=off", "--device=cpu", "--max_new_tokens=20"]
 
@@ -35,10 +37,10 @@ def run(folder: Path, *flags: str, **options) -> subprocess.CompletedProcess:
 
 def expected(folder: Path, prompt: str) -> str:
     """What train.py's own generate adds, greedily in fp32."""
-    checkpoint = train.load_checkpoint(folder / "run/checkpoints/best.pt")
-    model = train.GPT(train.Config.from_dict(checkpoint["config"]))
+    checkpoint = load_checkpoint(folder / "run/checkpoints/best.pt")
+    model = train.GPT(Config.from_dict(checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
-    tokenizer = train.load_tokenizer()
+    tokenizer = load_tokenizer()
     options = dict(context=checkpoint["trained_context"], temperature=0.0, top_k=0, generators=[torch.Generator()])
     return tokenizer.decode(train.generate(model, [tokenizer.encode_ordinary(prompt)], 20, **options)[0])
 
@@ -95,7 +97,7 @@ def test_a_character_is_written_when_it_is_whole(folder, monkeypatch):
 
 
 def test_copied_passages_are_found():
-    tokenizer = train.load_tokenizer()
+    tokenizer = load_tokenizer()
     corpus = "Before we proceed any further, hear me speak. You are all resolved rather to die than to famish?"
     found, text = sample.Corpus(corpus, tokenizer), "Now hear me speak. You are all resolved rather to dance."
     assert found.longest_copy(text) == " hear me speak. You are all resolved rather to d"
@@ -158,12 +160,12 @@ def test_hardly_any_temperature_is_none(folder):
 def test_the_vocabulary_is_that_of_the_checkpoint(folder, tmp_path):
     """Whatever lies by now where it once was read from."""
     words = tmp_path / "tokenizer.json"
-    words.write_text(tokens.train_vocabulary([folder / "text.txt"], 300), encoding="utf-8")
+    words.write_text(train_vocabulary([folder / "text.txt"], 300), encoding="utf-8")
     flags = [*TINY_FLAGS, f"--input_file={folder / 'text.txt'}", f"--out_dir={tmp_path / 'run'}", "--steps=4"]
     assert train.main([*flags, f"--tokenizer={words}", f"--cache_dir={tmp_path / 'cache'}"]) == 0
     path = tmp_path / "run/checkpoints/best.pt"
     before = sample.Sampler(path).tokenizer.content
-    words.write_text(tokens.train_vocabulary([folder / "text.txt"], 280), encoding="utf-8")
+    words.write_text(train_vocabulary([folder / "text.txt"], 280), encoding="utf-8")
     assert sample.Sampler(path).tokenizer.content == before
 
 

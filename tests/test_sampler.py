@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 import train
+from parts.corpus import Corpus
 
 
 def test_every_start_is_equally_likely():
@@ -59,7 +60,7 @@ def test_a_corpus_of_one_slice_has_one_start():
 
 def test_a_batch_depends_on_seed_and_step_alone(config):
     tokens = np.arange(1000, dtype=np.uint16)
-    corpus = train.Corpus(tokens, "", len(tokens))
+    corpus = Corpus(tokens, "", len(tokens))
     trainer, other = (train.Trainer(replace(config, seed=seed), corpus, None) for seed in (1, 2))
     np.random.seed(0)
     first = trainer.slices(3)
@@ -71,7 +72,7 @@ def test_a_batch_depends_on_seed_and_step_alone(config):
 
 def test_independent_slices_start_anywhere(config):
     """Uniform, with repetitions, a function of seed and step; shuffled ones repeat nothing within a pass."""
-    corpus = train.Corpus(np.arange(1000, dtype=np.uint16), "", 1000)
+    corpus = Corpus(np.arange(1000, dtype=np.uint16), "", 1000)
 
     def starts(slices: str, seed: int = 1) -> list[int]:
         trainer = train.Trainer(replace(config, slices=slices, seed=seed, batch_size=8), corpus, None)
@@ -89,7 +90,7 @@ def test_independent_slices_start_anywhere(config):
 
 def test_the_cut_into_micro_batches_changes_no_slice(config):
     tokens = np.arange(1000, dtype=np.uint16)
-    corpus = train.Corpus(tokens, "", len(tokens))
+    corpus = Corpus(tokens, "", len(tokens))
     whole = train.Trainer(replace(config, batch_size=8, grad_accum=1), corpus, None).slices(5)
     parts = train.Trainer(replace(config, batch_size=2, grad_accum=4), corpus, None).slices(5)
     assert whole.equal(parts)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS
 
-import train
+from parts.checkpoint import load_checkpoint
+from parts.machine import Interruption
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows delivers no POSIX signals")
 ANNOUNCEMENT = "Finishing this step, then saving. Ctrl-C once more breaks off without saving."
@@ -75,7 +76,7 @@ def test_the_second_leaves_at_once(start, tmp_path, number):
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130 and err.strip() == ANNOUNCEMENT
     assert "Broken off without saving; the same command continues from the last checkpoint" in out
-    assert train.load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 4
+    assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 4
 
 
 def test_in_the_middle_of_a_save_the_old_checkpoint_stays(launch, monkeypatch):
@@ -102,7 +103,7 @@ def test_a_terminal_that_is_gone_keeps_no_run_from_saving(start, tmp_path, numbe
     process = start("-c", program, steps=100_000, rows=5)
     process.send_signal(number)
     assert process.wait(60) == code
-    assert train.load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] >= 5
+    assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] >= 5
 
 
 def test_nohup_keeps_the_run_at_work(tmp_path, text_file):
@@ -117,7 +118,7 @@ def test_nohup_keeps_the_run_at_work(tmp_path, text_file):
 
 def test_a_run_interrupted_before_its_first_step_leaves_no_trace_in_the_way(launch, monkeypatch):
     """Again and again: nothing is moved aside."""
-    enter = train.Interruption.__enter__
+    enter = Interruption.__enter__
 
     def at_once(interruption):
         enter(interruption)
@@ -125,6 +126,6 @@ def test_a_run_interrupted_before_its_first_step_leaves_no_trace_in_the_way(laun
         return interruption
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Interruption, "__enter__", at_once)
+        patch.setattr(Interruption, "__enter__", at_once)
         assert [launch("run") for _ in range(3)] == [143] * 3
     assert launch("run") == 0 and not list(Path("run").glob("earlier-*"))

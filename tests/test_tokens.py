@@ -1,6 +1,8 @@
 """tokens.py: any cut of the text leaves its ids as they are, and the file of ids is whole or not there."""
 
 import copy
+import hashlib
+import io
 import json
 import os
 import random
@@ -18,8 +20,22 @@ from conftest import ROOT, TINY_FLAGS, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokens
 import train
+from parts import corpus
+from parts.checkpoint import Progress, load_checkpoint
+from parts.config import Config
+from parts.corpus import Corpus, load_corpus, loss_floor
+from parts.report import plan
+from parts.text import (
+    DOCUMENT_END,
+    OwnVocabulary,
+    encode,
+    find_files,
+    load_tokenizer,
+    pieces,
+    separate,
+    train_vocabulary,
+)
 
 NASTY = [
     " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x1c", "\x85", "\x0b", "'", "'s", "'ll",
@@ -31,7 +47,7 @@ NASTY = [
 def in_pieces(text: str, path: Path, size: int, tokenizer) -> np.ndarray:
     """Ids by way of pieces of about `size` bytes."""
     path.write_bytes(text.encode())
-    parts = [tokens.encode(piece, tokenizer) for piece in tokens.pieces(path)]
+    parts = [encode(piece, tokenizer) for piece in pieces(io.BytesIO(text.encode()), "text")]
     return np.concatenate([np.zeros(0, dtype=np.uint32), *parts])
 
 
@@ -41,7 +57,7 @@ def test_pieces_have_the_ids_of_the_whole(words, size, tokenizer, tmp_path_facto
     text = "".join(words)
     path = tmp_path_factory.getbasetemp() / "nasty.txt"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "CHUNK", size)
+        patch.setattr("parts.text.CHUNK", size)
         found = in_pieces(text, path, size, tokenizer)
     expected = tokenizer.encode_ordinary(text.removeprefix("\ufeff"))
     assert found.tolist() == expected
@@ -60,7 +76,7 @@ def test_every_place_that_may_be_cut_may_be_cut(tokenizer):
         text = "".join(generator.choices(NASTY, k=12))
         whole = tokenizer.encode_ordinary(text)
         for place in range(1, len(text)):
-            if tokens.separate(text[place - 1], text[place]):
+            if separate(text[place - 1], text[place]):
                 assert tokenizer.encode_ordinary(text[:place]) + tokenizer.encode_ordinary(text[place:]) == whole, text
                 cuts += 1
     assert cuts > 10_000
@@ -68,10 +84,10 @@ def test_every_place_that_may_be_cut_may_be_cut(tokenizer):
 
 @pytest.mark.parametrize("text", ["漢字仮名交り文、" * 3000, "abc123" * 4000, "a-b" * 8000, "x" * 20_000 + " end"])
 def test_text_without_white_space_is_cut_elsewhere(text, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK", 1000)
+    monkeypatch.setattr("parts.text.CHUNK", 1000)
     path = tmp_path / "dense.txt"
     assert in_pieces(text, path, 1000, tokenizer).tolist() == tokenizer.encode_ordinary(text)
-    longest = max(len(piece) for piece in tokens.pieces(path))
+    longest = max(len(piece) for piece in pieces(io.BytesIO(path.read_bytes()), str(path)))
     assert longest <= 1003 or "x" in text, "only a single endless word must not be cut"
 
 
@@ -83,7 +99,7 @@ def test_endless_white_space(white, tokenizer, tmp_path):
 
 
 def load(*inputs, tokenizer, folder, threads=2):
-    return tokens.load([Path(path) for path in inputs], tokenizer, "gpt2", Path(folder), threads)
+    return corpus.load([Path(path) for path in inputs], tokenizer, "gpt2", Path(folder), threads)
 
 
 @pytest.fixture
@@ -100,9 +116,9 @@ def test_documents_are_joined_in_a_stable_order(texts, tokenizer):
     decoded = tokenizer.decode(found.tokens.tolist())
     assert decoded == "First text, é.\r\n<|endoftext|>Second text.\n<|endoftext|>Third"
     assert (found.tokens == 50_256).sum() == 2 and found.n_bytes == sum(
-        p.stat().st_size for p in tokens.find_files([Path("b"), Path("b/other.md")])
+        p.stat().st_size for p in find_files([Path("b"), Path("b/other.md")])
     )
-    assert tokens.find_files([Path("b/two.txt"), Path("b")]) == [Path("b/two.txt"), Path("b/a/one.txt")], "none twice"
+    assert find_files([Path("b/two.txt"), Path("b")]) == [Path("b/two.txt"), Path("b/a/one.txt")], "none twice"
 
 
 def test_the_file_is_used_again_and_a_changed_text_is_noticed(texts, tokenizer, caplog, monkeypatch):
@@ -135,15 +151,15 @@ def test_a_damaged_file_is_noticed_whatever_the_damage(texts, tokenizer, caplog,
 
 def test_one_text_has_the_hash_of_its_bytes(texts, tokenizer):
     found = load("b/two.txt", tokenizer=tokenizer, folder="cache")
-    assert found.sha256 == train.hashlib.sha256(b"Second text.\n").hexdigest()
+    assert found.sha256 == hashlib.sha256(b"Second text.\n").hexdigest()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"good \xff bad", "two.txt is not UTF-8: offset 5"),
-        (b"x" * 300_000 + b"\xc3(", "two.txt is not UTF-8: offset 300000"),
-        (b"cut \xe2\x82", "two.txt is not UTF-8: offset 4"),
+        (b"good \xff bad", "two.txt is not UTF-8: byte 0xff at offset 5"),
+        (b"x" * 300_000 + b"\xc3(", "two.txt is not UTF-8: byte 0xc3 at offset 300000"),
+        (b"cut \xe2\x82", "two.txt is not UTF-8: byte 0xe2 at offset 4"),
         ("utf-16".encode("utf-16"), "two.txt is UTF-16"),
     ],
 )
@@ -185,8 +201,8 @@ def test_a_build_that_was_killed_starts_again(tmp_path, tokenizer):
     text = " ".join(str(n) for n in range(600_000))
     Path(tmp_path / "long.txt").write_text(text, encoding="utf-8")
     program = (
-        "import tokens, train; from pathlib import Path;"
-        "tokens.load([Path('long.txt')], train.load_tokenizer(), 'gpt2', Path('cache'), 1)"
+        "from parts import corpus, text; from pathlib import Path;"
+        "corpus.load([Path('long.txt')], text.load_tokenizer(), 'gpt2', Path('cache'), 1)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment)
@@ -207,7 +223,7 @@ def test_training_on_a_folder_equals_training_on_the_joined_ids(texts, tokenizer
     Path("b/two.txt").write_text(long, encoding="utf-8")
     flags = [*TINY_FLAGS, "--steps=4", "--input_file=b/two.txt"]
     assert train.main([*flags, "--out_dir=memory"]) == 0
-    monkeypatch.setattr(train, "SMALL_TEXT", 100)
+    monkeypatch.setattr("parts.corpus.SMALL_TEXT", 100)
     assert train.main([*flags, "--out_dir=disk"]) == 0
     losses = [
         re.findall(r"\| loss ([\d.]+)", Path(run, "logs/train.log").read_text(encoding="utf-8"))
@@ -219,7 +235,7 @@ def test_training_on_a_folder_equals_training_on_the_joined_ids(texts, tokenizer
 
 @pytest.fixture
 def vocabulary(tiny_shakespeare):
-    return tokens.OwnVocabulary(tokens.train_vocabulary([tiny_shakespeare], 1000), "bpe:1000")
+    return OwnVocabulary(train_vocabulary([tiny_shakespeare], 1000), "bpe:1000")
 
 
 def test_an_own_vocabulary(vocabulary, tiny_shakespeare):
@@ -227,7 +243,7 @@ def test_an_own_vocabulary(vocabulary, tiny_shakespeare):
     text = tiny_shakespeare.read_text(encoding="utf-8")[:20_000]
     found = vocabulary.encode_ordinary(text)
     assert vocabulary.decode(found) == text and max(found) < 1000 and len(text) / len(found) > 2
-    assert tokens.train_vocabulary([tiny_shakespeare], 1000) == vocabulary.content, "learned the same twice"
+    assert train_vocabulary([tiny_shakespeare], 1000) == vocabulary.content, "learned the same twice"
     special = vocabulary.encode_ordinary("<|endoftext|>")
     assert len(special) > 1 and vocabulary.eot_token not in special, "special tokens in a text are plain text"
 
@@ -242,7 +258,7 @@ def test_pieces_have_the_ids_of_the_whole_under_an_own_vocabulary(words, size, o
 def own(tmp_path_factory):
     path = tmp_path_factory.mktemp("own") / "text.txt"
     path.write_text("".join(random.Random(2).choices(NASTY, k=20_000)), encoding="utf-8")
-    return tokens.OwnVocabulary(tokens.train_vocabulary([path], 400), "bpe:400")
+    return OwnVocabulary(train_vocabulary([path], 400), "bpe:400")
 
 
 def test_a_run_with_an_own_vocabulary_keeps_it(texts):
@@ -250,32 +266,32 @@ def test_a_run_with_an_own_vocabulary_keeps_it(texts):
     Path("b/two.txt").write_text(text, encoding="utf-8")
     flags = [*TINY_FLAGS, "--input_file=b/two.txt", "--tokenizer=bpe:300", "--out_dir=run"]
     assert train.main([*flags, "--steps=4"]) == 0
-    saved = train.load_checkpoint(Path("run/checkpoints/last.pt"))
+    saved = load_checkpoint(Path("run/checkpoints/last.pt"))
     assert saved["tokenizer"]["content"] == Path("run/tokenizer.json").read_text(encoding="utf-8")
     assert saved["config"]["vocab_size"] == 300 == len(saved["model"]["wte.weight"])
     assert train.main([*flags, "--steps=6"]) == 0, "and continues with it"
     # The vocabulary that was learned can be named, and is the same one.
     named = [*TINY_FLAGS, "--input_file=b/two.txt", "--tokenizer=run/tokenizer.json", "--out_dir=named", "--steps=4"]
     assert train.main(named) == 0
-    other = train.load_checkpoint(Path("named/checkpoints/last.pt"))["model"]
+    other = load_checkpoint(Path("named/checkpoints/last.pt"))["model"]
     assert all((value == other[name]).all() for name, value in saved["model"].items())
     assert train.main([*flags[:-2], "--out_dir=run", "--tokenizer=gpt2"]) == 2, "another vocabulary is another model"
 
 
 def test_the_floor_of_a_large_corpus_is_estimated(monkeypatch):
     corpus = np.random.default_rng(0).integers(0, 50, 20_000).astype(np.uint16)
-    exact = train.loss_floor(corpus, 16)
-    monkeypatch.setattr(train, "EXACT_FLOOR", 10_000)
-    assert train.loss_floor(corpus, 16) == pytest.approx(exact, rel=0.01)
-    config = replace(train.Config().resolved(), device="cpu")
-    corpus = train.Corpus(corpus, "made up", len(corpus), 3.0)
-    assert any("(an estimate)" in line for line in train.plan(config, corpus, {}, exact, train.Progress()))
+    exact = loss_floor(corpus, 16)
+    monkeypatch.setattr("parts.corpus.EXACT_FLOOR", 10_000)
+    assert loss_floor(corpus, 16) == pytest.approx(exact, rel=0.01)
+    config = replace(Config().resolved(), device="cpu")
+    corpus = Corpus(corpus, "made up", len(corpus), 3.0)
+    assert any("(an estimate)" in line for line in plan(config, corpus, {}, exact, Progress()))
 
 
 def test_a_file_is_read_once_whatever_its_names(texts):
     os.symlink(".", "b/loop")
     os.symlink("two.txt", "b/three.txt")
-    found = tokens.find_files([Path("b"), Path("b/**/*.txt"), Path("b/loop/two.txt")])
+    found = find_files([Path("b"), Path("b/**/*.txt"), Path("b/loop/two.txt")])
     assert sorted(path.resolve().name for path in found) == ["one.txt", "two.txt"]
 
 
@@ -284,8 +300,8 @@ def test_globs_in_folder_names(texts):
     for folder in ("x/one", "x/two"):
         Path(folder).mkdir(parents=True)
         Path(folder, "in.txt").write_text(text, encoding="utf-8")
-    config = train.Config(input_file=(Path("x/*/in.txt"),), threads=1, seq_len=16).resolved()
-    assert train.load_corpus(config, train.load_tokenizer()).tokens.tolist().count(50_256) == 1
+    config = Config(input_file=(Path("x/*/in.txt"),), threads=1, seq_len=16).resolved()
+    assert load_corpus(config, load_tokenizer()).tokens.tolist().count(50_256) == 1
 
 
 @pytest.fixture(scope="session")
@@ -312,11 +328,11 @@ def test_a_vocabulary_that_would_lose_text_is_refused(good, change, required):
     used = {token["content"] for token in parts["added_tokens"]} | set(tokens_of_bytes())
     names = [name for name in parts["model"]["vocab"] if name in used]
     parts["model"]["vocab"] = {name: number for number, name in enumerate(names)}
-    parts["added_tokens"][0]["id"] = parts["model"]["vocab"][tokens.DOCUMENT_END]
-    tokens.OwnVocabulary(json.dumps(parts), "good.json")
+    parts["added_tokens"][0]["id"] = parts["model"]["vocab"][DOCUMENT_END]
+    OwnVocabulary(json.dumps(parts), "good.json")
     change(parts)
     with pytest.raises(ValueError, match=r"bad\.json") as refusal:
-        tokens.OwnVocabulary(json.dumps(parts), "bad.json")
+        OwnVocabulary(json.dumps(parts), "bad.json")
     assert required in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -334,7 +350,7 @@ def test_another_vocabulary_under_the_same_name_is_another_model(texts, own, cap
     assert train.main([*flags, "--tokenizer=own.json"]) == 0
     Path("same.json").write_text(own.content, encoding="utf-8")
     assert train.main([*flags, "--tokenizer=same.json", "--steps=5"]) == 0, "the same one under another name"
-    Path("own.json").write_text(tokens.train_vocabulary([Path("b/two.txt")], 300), encoding="utf-8")
+    Path("own.json").write_text(train_vocabulary([Path("b/two.txt")], 300), encoding="utf-8")
     assert train.main([*flags, "--tokenizer=own.json", "--steps=6"]) == 2
     assert "has another vocabulary" in capsys.readouterr().err
 
@@ -345,8 +361,8 @@ def test_bytes_between_documents_are_no_text(texts):
     for number in range(40):
         (many / f"{number}.txt").write_text(f"Line {number}.\n", encoding="utf-8")
     for flags in (dict(val_fraction=0.5), dict(val_file=(many,))):
-        config = train.Config(input_file=(many,), threads=1, seq_len=4, **flags).resolved()
-        corpus = train.load_corpus(config, train.load_tokenizer())
+        config = Config(input_file=(many,), threads=1, seq_len=4, **flags).resolved()
+        corpus = load_corpus(config, load_tokenizer())
         size = sum(path.stat().st_size for path in many.glob("*.txt"))
         n_tokens = 40 * 5 - 1 if flags.get("val_file") else len(corpus.val_tokens) + len(corpus.tokens)
         assert corpus.val_bytes_per_token == pytest.approx(size / n_tokens, rel=0.05)
@@ -354,8 +370,8 @@ def test_bytes_between_documents_are_no_text(texts):
 
 def test_bytes_per_token_are_those_of_the_part_that_is_trained_on(texts):
     Path("mix.txt").write_text("Plain English words here. " * 200 + "漢字仮名交り文" * 400, encoding="utf-8")
-    config = train.Config(input_file=(Path("mix.txt"),), max_tokens=500, seq_len=16).resolved()
-    assert train.load_corpus(config, train.load_tokenizer()).bytes_per_token == pytest.approx(26 / 5, rel=0.01)
+    config = Config(input_file=(Path("mix.txt"),), max_tokens=500, seq_len=16).resolved()
+    assert load_corpus(config, load_tokenizer()).bytes_per_token == pytest.approx(26 / 5, rel=0.01)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
@@ -365,7 +381,27 @@ def test_a_cache_that_cannot_be_written_can_be_read(texts, tokenizer, monkeypatc
     def refuse(_lock, timeout=None):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(tokens.FileLock, "acquire", refuse)
+    monkeypatch.setattr("parts.corpus.FileLock.acquire", refuse)
     assert load("b", tokenizer=tokenizer, folder="cache").tokens.tolist() == expected
     with pytest.raises(OSError, match="--cache_dir cache: Read-only"):
         load("b/two.txt", tokenizer=tokenizer, folder="cache")
+
+
+def test_an_empty_text_yields_no_vocabulary_and_is_called_empty(texts):
+    Path("nothing.txt").write_text("", encoding="utf-8")
+    result = run_script("--tokenizer=bpe:4000", "--input_file=nothing.txt", "--out_dir=run", cwd=texts)
+    assert result.returncode == 2 and "nothing.txt is empty" in result.stderr and "257" not in result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGTERM")
+def test_sigterm_while_a_text_is_encoded_leaves_nothing_half_written(tmp_path):
+    text = " ".join(str(n) for n in range(3_000_000))
+    Path(tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    command = [sys.executable, str(ROOT / "train.py"), "--preset=demo", "--input_file=long.txt", "--out_dir=run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any(path.stat().st_size > 100_000 for path in tmp_path.glob("data/cache/*.tmp")):
+        assert process.poll() is None, "it was done before it could be stopped"
+        time.sleep(0.005)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not list(tmp_path.glob("data/cache/*.tmp")) and not Path(tmp_path, "run").exists()

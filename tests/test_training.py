@@ -8,12 +8,16 @@ import pytest
 import torch
 
 import train
+from parts.checkpoint import Progress
+from parts.config import VOCAB_SIZE, Config
+from parts.corpus import Corpus
+from parts.files import RunDir
 
 
 @pytest.fixture
-def corpus() -> train.Corpus:
+def corpus() -> Corpus:
     tokens = np.random.default_rng(0).integers(0, 500, 300).astype(np.uint16)
-    return train.Corpus(tokens, "made up", len(tokens))
+    return Corpus(tokens, "made up", len(tokens))
 
 
 def gradients(trainer: train.Trainer) -> dict[str, torch.Tensor]:
@@ -44,7 +48,7 @@ def test_the_loss_is_the_mean_over_the_global_batch_before_the_update(config, co
         expected = trainer.model(slices[:, :-1], slices[:, 1:]).item()
     loss, _, _ = trainer.update()
     assert loss == pytest.approx(expected, abs=1e-5)
-    assert abs(loss - math.log(train.VOCAB_SIZE)) < 0.3, "not divided by grad_accum, not the last micro-batch"
+    assert abs(loss - math.log(VOCAB_SIZE)) < 0.3, "not divided by grad_accum, not the last micro-batch"
 
 
 def test_grad_norm_is_that_before_clipping(config, corpus):
@@ -130,7 +134,7 @@ def test_learning_rate_without_warmup_starts_at_the_peak(config):
 
 def test_default_warmup_is_at_most_a_tenth_of_the_run():
     for steps, warmup in ((5, 0), (100, 10), (10_000, 200), (10**6, 200)):
-        assert train.Config(steps=steps).resolved().warmup_steps == warmup
+        assert Config(steps=steps).resolved().warmup_steps == warmup
 
 
 def test_the_rate_moves_once_per_step_whatever_the_accumulation(config, corpus):
@@ -186,7 +190,7 @@ def test_a_non_finite_loss_never_reaches_the_weights(config, corpus):
 
 
 def test_window_loss_needs_a_full_window(config):
-    progress = train.Progress(recent_losses=[3.0, 2.0])
+    progress = Progress(recent_losses=[3.0, 2.0])
     assert progress.window_loss(config) is None
     progress.recent_losses.append(1.0)
     assert progress.window_loss(config) == 2.0
@@ -201,22 +205,23 @@ def test_window_loss_needs_a_full_window(config):
 ])  # fmt: skip
 def test_stop_reason(config, losses, step, reason):
     config = replace(config, target_loss=0.25, steps=8)
-    assert train.Progress(step=step, recent_losses=losses).stop_reason(config) == reason
+    assert train.stop_reason(Progress(step=step, recent_losses=losses), config) == reason
 
 
-def test_best_is_the_lowest_window_with_the_weights_after_its_step(config, corpus):
+def test_best_is_the_lowest_window_with_the_weights_after_its_step(config, corpus, tmp_path):
     trainer = train.Trainer(replace(config, lr=1e-2), corpus, None)
+    saver = train.Saver(RunDir(tmp_path / "run"), trainer, {}, 0)
     for _ in range(6):
         trainer.update()
-    trainer.keep_best(at_end=False)
+    saver.consider_window_loss()
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     best_loss = trainer.progress.best_loss
     assert best_loss == trainer.progress.window_loss(trainer.config) and trainer.progress.best_step == 6
     trainer.update()
     trainer.progress.recent_losses = [99.0] * 3
-    trainer.keep_best(at_end=True)
+    saver.consider_window_loss(at_end=True)
     assert (trainer.progress.best_loss, trainer.progress.best_step) == (best_loss, 6)
-    assert all(torch.equal(trainer.best["model"][name], value) for name, value in weights.items())
+    assert all(torch.equal(saver.best["model"][name], value) for name, value in weights.items())
 
 
 def test_corpus_loss_is_the_mean_over_slices_with_its_standard_error(config, corpus):
@@ -245,7 +250,7 @@ def test_dropout_is_a_function_of_seed_and_step(config, corpus):
 
 def test_progress_is_plain_values():
     """Checkpoints hold nothing that would need a pickle to execute code."""
-    assert all(isinstance(value, int | float | list) for value in asdict(train.Progress()).values())
+    assert all(isinstance(value, int | float | list) for value in asdict(Progress()).values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -7,7 +7,7 @@ import tree_sitter
 import tree_sitter_powershell
 from conftest import ROOT
 
-import train
+from parts.config import parse_config
 
 SOURCE = (ROOT / "training.ps1").read_bytes()
 CODE = re.sub(r"(?m)(^|\s)#.*$", "", SOURCE.decode("ascii"))
@@ -41,7 +41,7 @@ def test_the_flags_are_the_trainers(tree):
     array = CODE[CODE.index("$trainArgs = @(") : CODE.index(")")]
     arguments = re.findall(r"'([^']*)'", array)
     assert arguments[0] == "--preset"
-    config = train.parse_config(arguments)
+    config = parse_config(arguments)
     assert (config.preset, config.out_dir.as_posix()) == ("gpt2", "out/gpt2")
 
 

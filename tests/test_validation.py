@@ -15,6 +15,11 @@ from conftest import TINY_FLAGS
 
 import train
 import update_readme
+from parts.checkpoint import Progress, load_checkpoint
+from parts.config import VOCAB_SIZE, Config
+from parts.corpus import Corpus, load_corpus
+from parts.report import plan
+from parts.text import load_tokenizer
 
 FLAGS = [*TINY_FLAGS, "--val_fraction=0.2", "--eval_every=3", "--input_file=input.txt", "--amp=off"]
 
@@ -35,8 +40,8 @@ def results(run: str) -> dict:
 
 
 def test_the_tail_is_held_out(config, text_file, tokenizer):
-    whole = train.load_corpus(replace(config, input_file=(text_file,)), tokenizer)
-    split = train.load_corpus(replace(config, input_file=(text_file,), val_fraction=0.25), tokenizer)
+    whole = load_corpus(replace(config, input_file=(text_file,)), tokenizer)
+    split = load_corpus(replace(config, input_file=(text_file,), val_fraction=0.25), tokenizer)
     assert np.array_equal(np.concatenate([split.tokens, split.val_tokens]), whole.tokens)
     assert len(split.val_tokens) == round(len(whole.tokens) / 4)
     text = tokenizer.decode(split.val_tokens.tolist())
@@ -51,13 +56,13 @@ def test_the_tail_is_held_out(config, text_file, tokenizer):
 def test_another_text_can_be_the_split(config, text_file, tokenizer):
     other = text_file.with_name("other.txt")
     other.write_text("Quite another text, long enough for a slice or two of it, is held here. " * 3, encoding="utf-8")
-    corpus = train.load_corpus(replace(config, input_file=(text_file,), val_file=(other,)), tokenizer)
+    corpus = load_corpus(replace(config, input_file=(text_file,), val_file=(other,)), tokenizer)
     assert tokenizer.decode(corpus.val_tokens.tolist()) == other.read_text(encoding="utf-8")
-    assert len(corpus.tokens) == len(train.load_corpus(replace(config, input_file=(text_file,)), tokenizer).tokens)
+    assert len(corpus.tokens) == len(load_corpus(replace(config, input_file=(text_file,)), tokenizer).tokens)
 
 
 def test_the_loss_is_the_mean_over_evenly_spread_slices(config):
-    tokens = np.random.default_rng(0).integers(0, train.VOCAB_SIZE, 1000).astype(np.uint16)
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, 1000).astype(np.uint16)
     model = train.GPT(config)
     found = train.validation_loss(model, tokens, config)
     T = config.seq_len
@@ -97,9 +102,9 @@ def test_it_stands_in_rows_lines_and_results(here):
     expected = (
         found["val_loss"]
         / math.log(2)
-        / train.load_corpus(
-            train.Config.from_dict(train.load_checkpoint(Path("run/checkpoints/last.pt"))["config"]),
-            train.load_tokenizer(),
+        / load_corpus(
+            Config.from_dict(load_checkpoint(Path("run/checkpoints/last.pt"))["config"]),
+            load_tokenizer(),
         ).val_bytes_per_token
     )
     assert found["val_bits_per_byte"] == pytest.approx(expected)
@@ -113,13 +118,13 @@ def test_the_best_is_the_one_with_the_lowest_validation_loss(here):
     measured = {int(row["step"]): float(row["val_loss"]) for row in table("run") if row["val_loss"]}
     lowest = min(measured, key=measured.get)
     assert lowest < 150 and measured[150] > 1.01 * measured[lowest], "it should overfit"
-    best = train.load_checkpoint(Path("run/checkpoints/best.pt"))
+    best = load_checkpoint(Path("run/checkpoints/best.pt"))
     assert best["step"] == lowest == results("run")["best_step"]
     assert best["loss"] == pytest.approx(measured[lowest], abs=1e-7)
-    config = train.Config.from_dict(best["config"])
+    config = Config.from_dict(best["config"])
     model = train.GPT(config)
     model.load_state_dict(best["model"])
-    corpus = train.load_corpus(config, train.load_tokenizer())
+    corpus = load_corpus(config, load_tokenizer())
     assert train.validation_loss(model, corpus.val_tokens, config) == pytest.approx(best["loss"], rel=1e-6)
     log = Path("run/logs/train.log").read_text(encoding="utf-8")
     assert f"Validation loss was lowest at step {lowest} " in log and "overfits" in log
@@ -147,7 +152,7 @@ def test_a_resumed_run_is_the_same_run(here):
     first, second = ([row for row in table(run) if int(row["step"]) % 3 == 0] for run in ("whole", "parts"))
     for name in ("step", "loss", "val_loss"):
         assert [row[name] for row in first] == [row[name] for row in second]
-    last = [train.load_checkpoint(Path(run, "checkpoints/last.pt"))["model"] for run in ("whole", "parts")]
+    last = [load_checkpoint(Path(run, "checkpoints/last.pt"))["model"] for run in ("whole", "parts")]
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
 
 
@@ -179,15 +184,15 @@ def test_what_cannot_be_validated_is_refused(here, capsys, flags, message):
 @pytest.mark.parametrize(
     ("n_tokens", "flags", "steps"),
     [
-        (338_025, dict(), "165.1 steps"),
+        (338_025, dict(), "82.5 steps"),
         (338_025, dict(batch_size=8, seq_len=128, grad_accum=16), "20.6 steps"),
         (116_944_985, dict(seq_len=1024, batch_size=4, grad_accum=8), "3,568.9 steps"),
     ],
 )
 def test_the_steps_of_a_pass(n_tokens, flags, steps):
-    corpus = train.Corpus(np.broadcast_to(np.uint16(0), n_tokens), "made up", n_tokens, 3.3)
-    config = train.Config(**flags).resolved()
-    text = "\n".join(train.plan(config, corpus, {}, 0.1, train.Progress()))
+    corpus = Corpus(np.broadcast_to(np.uint16(0), n_tokens), "made up", n_tokens, 3.3)
+    config = Config(**flags).resolved()
+    text = "\n".join(plan(config, corpus, {}, 0.1, Progress()))
     assert f"a pseudo-epoch of {n_tokens:,} tokens is {steps}" in text
     planned = config.steps * config.batch_size * config.grad_accum * config.seq_len
     assert f"{planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs" in text

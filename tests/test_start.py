@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from parts.waiting_threads import SPINS
+from parts.start import SPINS
 
 
 def spin_count(script: str, **environment: str) -> str:

@@ -1,0 +1,96 @@
+"""Training never waits for a disk: copies in memory, written by a thread."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Thread
+
+import torch
+
+from parts.files import RunDir
+
+
+class Snapshot:
+    """A copy of tensors in memory that is allocated once, page-locked where they lie on a GPU."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, values: object, stream: "torch.cuda.Stream | None" = None) -> object:
+        """The same nested dictionaries with the copies in them.
+
+        On a GPU the copies are made on a stream of their own, beside the next forward and backward pass, which only
+        read; they are complete once the stream is synchronised.
+        """
+        if stream is None:
+            return self._copied(values)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            return self._copied(values)
+
+    def _copied(self, values: object, path: str = "") -> object:
+        if isinstance(values, dict):
+            return {key: self._copied(value, f"{path}/{key}") for key, value in values.items()}
+        if not isinstance(values, torch.Tensor):
+            return values
+        if path not in self.buffers:
+            self.buffers[path] = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+        return self.buffers[path].copy_(values, non_blocking=values.is_cuda)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to write, and what to do when it is written."""
+
+    name: str
+    write: Callable[[], None]  # raises OSError
+    done: Callable[[], None] = lambda: None
+
+
+class Writer:
+    """Works through tasks on a thread of its own while training goes on, one list of them at a time.
+
+    The thread only writes; logging and bookkeeping are left to `collect`, so that nothing needs a lock.
+    """
+
+    def __init__(self, run: RunDir):
+        self.run = run
+        self._tasks: list[Task] = []
+        self._errors: list[BaseException | None] = []
+        self._thread: Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a task is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, tasks: list[Task]) -> None:
+        """Begin with these, after any earlier ones."""
+        self.finish()
+        self._tasks, self._errors = tasks, []
+        self._thread = Thread(target=self._work, daemon=True)  # a second Ctrl-C does not wait for it
+        self._thread.start()
+
+    def _work(self) -> None:
+        for task in self._tasks:
+            try:
+                task.write()
+                self._errors.append(None)
+            except BaseException as error:
+                self._errors.append(error)
+
+    def collect(self) -> None:
+        """Report what became of the tasks, once all are done. Raises what is no OSError."""
+        if self._thread is None or self.busy:
+            return
+        self._thread = None
+        for task, error in zip(self._tasks, self._errors, strict=True):
+            with self.run.attempt(task.name):
+                if error is not None:
+                    raise error
+                task.done()
+
+    def finish(self) -> None:
+        """Wait for the tasks under way, and report."""
+        if self._thread is not None:
+            self._thread.join()
+        self.collect()

@@ -1,0 +1,205 @@
+"""Checkpoints: written whole, read without trust; which one a run continues from."""
+
+import errno
+import math
+import statistics
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from parts.config import Config, names, out_of_range
+from parts.files import RunDir, read_json, replacing
+from parts.machine import is_out_of_memory
+
+CHECKPOINT_FORMAT = 3
+WEIGHT_BYTES, STATE_BYTES = 4, 12  # of a parameter: in fp32, and with both moments of AdamW (with Muon it is less)
+
+
+@dataclass
+class Progress:
+    """How far a run has come: all of its state beside weights, optimizer and gradient scale."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_sec: float = 0.0
+    loss: float = math.nan  # of the latest step
+    recent_losses: list[float] = field(default_factory=list)  # at most target_window, oldest first
+    best_loss: float = math.inf
+    best_step: int = 0
+    skipped_steps: int = 0  # because of a non-finite loss or gradient
+    skipped_in_a_row: int = 0
+    trained_context: int = 0  # the longest seq_len trained
+    sampled_step: int = 0  # at which text was last sampled
+    val_loss: float = math.inf  # of the latest measurement
+    val_step: int = 0  # of the latest measurement; 0: none yet
+    measured_in_vain: int = 0  # in a row, without a new lowest
+
+    def window_loss(self, config: Config) -> float | None:
+        """Mean of the last target_window step losses, None before there are so many."""
+        if len(self.recent_losses) < config.target_window:
+            return None
+        return statistics.fmean(self.recent_losses[-config.target_window :])
+
+    def forget_best(self) -> None:
+        """What the best was does not compare with what comes."""
+        self.best_loss, self.best_step, self.measured_in_vain = math.inf, 0, 0
+
+
+def write_checkpoint(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
+    """Write a checkpoint as a whole. Raises OSError, which torch.save may hide behind an error of its own."""
+    try:
+        with replacing(path, previous) as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError | KeyboardInterrupt) else error from None
+
+
+def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
+    """Read a checkpoint onto the CPU; nothing in the file is executed (tensors and plain values only).
+
+    Raises FileNotFoundError, or ValueError when it is no checkpoint of this program or not a byte as written.
+    """
+    if not path.is_file():
+        problem = "a folder" if path.is_dir() else "no such file"
+        if (path / "model.safetensors").is_file():
+            problem = "a model for transformers, of which export_hf.py --from_hf makes a checkpoint"
+        raise FileNotFoundError(f"{flag} {path}: {problem}; name a checkpoint such as out/demo/checkpoints/best.pt")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("packed, which PyTorch never does")
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # the disk's fault, or the permissions'
+        if is_out_of_memory(error):
+            raise OSError(f"{path} does not fit into memory: close other programs and try again") from error
+        reason = str(error).partition("\n")[0][:100] if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{path} is damaged or no checkpoint ({reason})") from error
+    if isinstance(checkpoint, dict) and checkpoint.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path} has format {checkpoint['format']!r}, this train.py reads {CHECKPOINT_FORMAT}")
+    if not is_sound(checkpoint):
+        raise ValueError(f"{path} is no checkpoint of train.py")
+    return checkpoint
+
+
+def is_sound(checkpoint: object) -> bool:
+    """Whether everything is there and of the right kind, and the weights are finite and those of the config."""
+    if not isinstance(checkpoint, dict):
+        return False
+    start = asdict(Progress())
+    try:
+        config, progress = Config.from_dict(checkpoint["config"]), checkpoint.get("progress", {})
+        return (
+            not out_of_range(config)
+            and not config.contradictions()
+            and {name: tuple(value.shape) for name, value in checkpoint["model"].items()} == shapes(config)
+            and all(value.is_floating_point() and value.isfinite().all() for value in checkpoint["model"].values())
+            and all(isinstance(checkpoint[name], str) for name in ("corpus_sha256", "val_sha256"))
+            and isinstance(checkpoint["tokenizer"]["content"], str)
+            and all(type(checkpoint[name]) is int for name in ("corpus_tokens", "step", "trained_context"))
+            and 1 <= checkpoint["trained_context"] <= config.block_size
+            and all(type(value) in (type(start[name]), float) for name, value in progress.items())
+            and all(isinstance(loss, float) for loss in progress.get("recent_losses", []))
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+
+
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Those of the model's tensors, by name; linear weights are (out, in)."""
+    C = config.n_embd
+    linear = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    found = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C)}
+    for layer in range(config.n_layer):
+        for name, (rows, columns) in linear.items():
+            found[f"h.{layer}.{name}.weight"], found[f"h.{layer}.{name}.bias"] = (rows, columns), (rows,)
+        for name in ("ln_1", "ln_2"):
+            found[f"h.{layer}.{name}.weight"] = found[f"h.{layer}.{name}.bias"] = (C,)
+    return found | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+
+
+def find_checkpoints(config: Config, run: RunDir) -> list[Path]:
+    """The checkpoints to continue from as --resume asks, the newest first; none for a fresh start.
+
+    Raises ValueError when a foreign checkpoint would overwrite another run.
+    """
+    own = [path for path in (run.last, run.prev) if path.exists()]
+    if config.resume == "never":
+        return []
+    path = Path(config.resume)
+    if config.resume == "auto":
+        return own
+    if not own or run.owns(path):
+        return [path]
+    flags = read_json(run.config_json).get("config")
+    if isinstance(flags, dict) and flags.get("resume") == config.resume:
+        return own  # the same command once more: the run it began goes on
+    raise ValueError(f"--out_dir {run.root} holds another run than --resume {path}: choose another --out_dir")
+
+
+def load_newest(paths: list[Path]) -> tuple[Path | None, dict | None, str | None]:
+    """The first of the checkpoints that is whole: its path, what it holds, and what is wrong with the one before.
+
+    Raises FileNotFoundError, or ValueError when none is whole.
+    """
+    damage = None
+    for path in paths:
+        try:
+            return path, load_checkpoint(path), damage
+        except ValueError as error:
+            damage = damage or str(error)
+    if damage:
+        raise ValueError(f"{damage}: name another with --resume, or --resume never moves the run aside and starts anew")
+    return None, None, None
+
+
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")  # flags that weights do not survive
+
+
+def load_start(config: Config, vocabulary: str) -> dict[str, torch.Tensor] | None:
+    """The weights that --init_from names. Raises OSError, or ValueError when they are of another model."""
+    if config.init_from is None:
+        return None
+    checkpoint = load_checkpoint(config.init_from, "--init_from")
+    if other := difference(checkpoint["config"], config, ("vocab_size", *SHAPE)):
+        raise ValueError(f"--init_from {config.init_from} has {other}")
+    if checkpoint["tokenizer"]["content"] != vocabulary:
+        raise ValueError(f"--init_from {config.init_from} has another vocabulary than --tokenizer {config.tokenizer}")
+    return checkpoint["model"]
+
+
+def difference(saved: dict, config: Config, flags: tuple[str, ...]) -> str | None:
+    """The first of these flags that the checkpoint's config and this one have otherwise, in words."""
+    for name in flags:
+        if saved.get(name) != getattr(config, name):
+            return f"--{name} {saved.get(name)} (--preset {saved.get('preset')}), not {getattr(config, name)}"
+    return None
+
+
+def check_same_run(path: Path, checkpoint: dict, config: Config, vocabulary: str, sha256: str, n_tokens: int) -> None:
+    """Raises ValueError when the checkpoint has other weights or another corpus than the flags ask for."""
+    remedy = "choose another --out_dir, or --resume never to move that run aside and start anew"
+    saved, texts = checkpoint["config"], names(config.input_file)
+    if not {"optimizer", "scaler", "progress", "offsets"} <= checkpoint.keys():
+        raise ValueError(
+            f"{path} holds weights alone, without the optimizer: continue from last.pt or prev.pt, or start a new run "
+            "from it with --init_from"
+        )
+    if checkpoint["tokenizer"]["content"] != vocabulary:
+        raise ValueError(
+            f"{path} has another vocabulary (--tokenizer {saved.get('tokenizer')}) than {config.tokenizer}: {remedy}"
+        )
+    if other := difference(saved, config, SHAPE):
+        raise ValueError(f"{path} has {other}: {remedy}")
+    if checkpoint["corpus_sha256"] != sha256:
+        raise ValueError(f"{path} was trained on another text than {texts}: {remedy}")
+    if checkpoint["corpus_tokens"] != n_tokens:
+        raise ValueError(
+            f"{path} was trained on {checkpoint['corpus_tokens']:,} tokens of {texts}, not {n_tokens:,}: set "
+            f"--max_tokens {saved.get('max_tokens')} --val_fraction {saved.get('val_fraction')}, or {remedy}"
+        )

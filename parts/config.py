@@ -1,0 +1,319 @@
+"""Each flag once: its type, range, default and help; what cannot be together; the presets."""
+
+import argparse
+import os
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal, get_type_hints
+
+import tyro
+
+DEMO_CORPUS = Path("pydoc_data.topics")  # the language reference that ships inside every Python
+VOCAB_SIZE = 50_257
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+@dataclass(frozen=True)
+class Between:
+    """The inclusive range of values a numeric flag accepts; NaN lies in no range."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every flag, once: type, range, default, help. `None` and `auto` are decided by `resolved`
+    and `choose_runtime`."""
+
+    preset: Literal["demo", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    """named set of defaults; any other flag overrides it"""
+
+    # corpus and run directory
+    input_file: tuple[Path, ...] = (Path("data/input.txt"),)
+    """UTF-8 texts to train on: files, folders of .txt files, globs (pydoc_data.topics: what ships with Python)"""
+    tokenizer: str = "gpt2"
+    """gpt2; bpe:N for N tokens learned from the text; or a tokenizer.json"""
+    vocab_size: tyro.conf.Suppress[Annotated[int, Between(2, 10**7)]] = VOCAB_SIZE
+    """the tokenizer's, found out when it is loaded"""
+    cache_dir: Path = Path("data/cache")
+    """where the token ids of large or several texts are kept between runs"""
+    max_tokens: Annotated[int | None, Between(0, 10**12)] = None
+    """train on the first so many tokens; 0: on all; None: on all, or 1,500 of the text that ships with Python"""
+    out_dir: Path | None = None
+    """run directory; None: out/PRESET"""
+    resume: str = "auto"
+    """auto: continue the run in out_dir, if any; never: move it aside, start anew; or a last.pt to continue from"""
+    init_from: Path | None = None
+    """checkpoint whose weights a new run starts from, with a fresh optimizer"""
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 1337
+    """of weights, slices, dropout and sampled text, each with a stream of its own"""
+
+    # model
+    block_size: Annotated[int, Between(1, 65_536)] = 1024
+    """positions the model has; seq_len may be shorter"""
+    n_layer: Annotated[int, Between(1, 1024)] = 12
+    """transformer blocks"""
+    n_head: Annotated[int, Between(1, 1024)] = 12
+    """attention heads; must divide n_embd"""
+    n_embd: Annotated[int, Between(1, 65_536)] = 768
+    """width of the model"""
+    dropout: Annotated[float, Between(0, 0.99)] = 0.0
+    """probability of dropping an activation while training"""
+    init_std: Annotated[float, Between(1e-6, 1)] = 0.02
+    """standard deviation of the initial weights (GPT-2: 0.02, which suits a width of 768)"""
+
+    # batch and schedule
+    steps: Annotated[int, Between(1, 10**9)] = 2000
+    """optimizer updates at most; a preset's decay_steps goes with its own steps only"""
+    batch_size: Annotated[int, Between(1, 65_536)] = 32
+    """slices in one micro-batch"""
+    seq_len: Annotated[int, Between(1, 65_536)] = 128
+    """tokens in one slice"""
+    slices: Literal["shuffled", "independent"] = "shuffled"
+    """where they start: shuffled: in random order, pass after pass, each of which leaves no token out; independent:
+    each anywhere"""
+    grad_accum: Annotated[int, Between(1, 65_536)] = 1
+    """micro-batches in one step"""
+    micro_batch: Annotated[int | None, Between(1, 65_536)] = None
+    """slices in one forward and backward pass, whatever the step consists of; None: batch_size, on a CPU what makes
+    2,048 tokens; fewer when memory runs out"""
+    lr: Annotated[float | None, Between(1e-12, 10)] = None
+    """peak learning rate; None: 6e-3 with muon, 1e-3 with adamw"""
+    min_lr: Annotated[float | None, Between(0, 10)] = None
+    """learning rate at decay_steps and after; None: a tenth of lr"""
+    warmup_steps: Annotated[int | None, Between(0, 10**9)] = None
+    """steps of linear warm-up; None: 200, but at most a tenth of decay_steps"""
+    decay_steps: Annotated[int | None, Between(1, 10**9)] = None
+    """step at which min_lr is reached; None: steps"""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """line or half a cosine by which the learning rate falls from lr to min_lr"""
+
+    # optimizer
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for the matrices of the blocks, AdamW for all else; adamw: AdamW for all"""
+    weight_decay: Annotated[float, Between(0, 10)] = 0.1
+    """decay of matrices and embeddings, times the learning rate, each step"""
+    beta1: Annotated[float, Between(0, 0.999999)] = 0.9
+    """decay of AdamW's mean of gradients"""
+    beta2: Annotated[float, Between(0, 0.999999)] = 0.95
+    """decay of AdamW's mean of squared gradients"""
+    clip_grad: Annotated[float, Between(0, 1e9)] = 1.0
+    """largest global gradient norm, larger ones are scaled down; 0: no clipping"""
+
+    # stopping
+    target_loss: Annotated[float, Between(0, 100)] = 0.099999
+    """stop when window_loss is at or below this; 0: run all steps"""
+    target_window: Annotated[int, Between(1, 100_000)] = 20
+    """step losses in window_loss; 1: stop on a single step"""
+
+    # validation
+    val_fraction: Annotated[float, Between(0, 0.5)] = 0.0
+    """part of the tokens, at their end, that is held out; 0: none"""
+    val_file: tuple[Path, ...] = ()
+    """texts to validate on instead"""
+    eval_every: Annotated[int, Between(1, 10**9)] = 250
+    """steps between measurements of the validation loss"""
+    patience: Annotated[int, Between(0, 10**6)] = 0
+    """stop after so many measurements in a row without a new lowest; 0: never"""
+
+    # device
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """precision of matrix products; weights and optimizer stay in fp32"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; without a working compiler the run goes on without, and says why"""
+    threads: Annotated[int | None, Between(1, 4096)] = None
+    """CPU threads; None: PyTorch's choice"""
+    processes: tyro.conf.Suppress[Annotated[int, Between(1, 10**6)]] = 1
+    """those that torchrun started for this run, each with an equal share of every step's slices"""
+    deterministic: bool = False
+    """the same bits in every run on CUDA too, at the cost of speed; on a CPU they always are the same"""
+
+    # reporting
+    log_every: Annotated[int, Between(1, 10**9)] = 10
+    """steps between log lines and CSV rows"""
+    save_every: Annotated[int, Between(1, 10**9)] = 100
+    """steps between checkpoints"""
+    sample_every: Annotated[int, Between(1, 10**9)] = 250
+    """steps between text samples"""
+    prompt: str = ""
+    """start of sampled text; \\n, \\t and \\\\ are decoded; empty: the corpus's first words"""
+    num_prompts: Annotated[int, Between(0, 256)] = 2
+    """samples drawn from the prompt each time; 0: none"""
+    max_new_tokens: Annotated[int, Between(1, 65_536)] = 200
+    """tokens added to the prompt"""
+    top_k: Annotated[int, Between(0, 10**6)] = 50
+    """sample among the k likeliest tokens; 0: among all"""
+    temperature: Annotated[float, Between(0, 100)] = 0.9
+    """divides the logits before sampling; 0: always the likeliest token"""
+
+    @property
+    def global_batch(self) -> int:
+        """Slices in one step."""
+        return self.batch_size * self.grad_accum
+
+    @property
+    def share(self) -> int:
+        """Of them, those of each process."""
+        return self.global_batch // self.processes
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.seq_len
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the model, the tied head counted once."""
+        C = self.n_embd
+        block = 12 * C * C + 13 * C  # c_attn, c_proj, c_fc, c_proj with biases; two LayerNorms
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation split, which then decides what is best."""
+        return bool(self.val_fraction or self.val_file)
+
+    def resolved(self) -> "Config":
+        """The same flags with every `None` replaced, except `threads` (see `choose_runtime`)."""
+        decay_steps = self.steps if self.decay_steps is None else self.decay_steps
+        lr = {"muon": 6e-3, "adamw": 1e-3}[self.optimizer] if self.lr is None else self.lr
+        return replace(
+            self,
+            out_dir=Path("out") / self.preset if self.out_dir is None else self.out_dir,
+            max_tokens=(1500 if self.input_file == (DEMO_CORPUS,) else 0)
+            if self.max_tokens is None
+            else self.max_tokens,
+            decay_steps=decay_steps,
+            warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
+            lr=lr,
+            min_lr=lr / 10 if self.min_lr is None else self.min_lr,
+        )
+
+    def contradictions(self) -> list[str]:
+        """Everything about resolved flags, each in its range, that cannot be together, a sentence each."""
+        below, above = (n * self.processes for n in (self.share, self.share + 1))
+        nearest = " or ".join(str(n) for n in (below, above) if n)
+        slices = f"--batch_size x --grad_accum = {self.global_batch}"
+        among = f", shared by {self.processes} processes" * (self.processes > 1)
+        vocabulary = re.fullmatch(r"bpe:(\d{3,7})|gpt2|.+\.json", self.tokenizer)
+        wrong = {
+            f"--seq_len {self.seq_len} exceeds --block_size {self.block_size}: lower the one or raise the other":
+                self.seq_len > self.block_size,
+            f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}": self.n_embd % self.n_head,
+            f"a model of {self.n_params:,} parameters is beyond one device: lower --n_embd or --n_layer":
+                self.n_params > 20e9,
+            f"--batch_size x --grad_accum x --seq_len = {self.tokens_per_step:,} tokens per step exceeds {2**26:,}":
+                self.tokens_per_step > 2**26,
+            f"{slices} slices do not divide evenly among {self.processes} processes: {nearest} would":
+                self.global_batch % self.processes,
+            f"--micro_batch {self.micro_batch} does not divide {slices}{among}":
+                self.global_batch % self.processes == 0 and self.share % (self.micro_batch or 1),
+            f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}":
+                self.warmup_steps > self.decay_steps,
+            "--out_dir is empty or the current folder: name a folder for the run": self.out_dir == Path(),
+            "--val_fraction and --val_file are two ways to validate: choose one": self.val_fraction and self.val_file,
+            f"--patience {self.patience} needs a validation split: --val_fraction or --val_file":
+                self.patience and not self.validates,
+            "--input_file is empty or the current folder: name a text, or a folder with texts":
+                not self.input_file or Path() in self.input_file,
+            "--val_file is empty or the current folder: name a text, or a folder with texts": Path() in self.val_file,
+            "--cache_dir is empty or the current folder: name a folder for token ids": self.cache_dir == Path(),
+            f"--tokenizer {self.tokenizer} is none of gpt2, bpe:N with N from 257 to 1,000,000, PATH.json":
+                not vocabulary or not 257 <= int(vocabulary[1] or 257) <= 10**6,
+            f"{DEMO_CORPUS} goes with --tokenizer gpt2 only: name a text with --input_file":
+                self.tokenizer != "gpt2" and DEMO_CORPUS in self.input_file,
+            f"--min_lr {self.min_lr} exceeds --lr {self.lr}": self.min_lr > self.lr,
+            f"--device {self.device} is none of auto, cpu, cuda, cuda:N, mps": not DEVICE.fullmatch(self.device),
+        }  # fmt: skip
+        return [sentence for sentence, holds in wrong.items() if holds]
+
+    def as_dict(self) -> dict[str, str | int | float | list[str] | None]:
+        """Plain values for JSON and checkpoints; paths with forward slashes."""
+        values = {k: v.as_posix() if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        return values | {name: [path.as_posix() for path in values[name]] for name in ("input_file", "val_file")}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """The inverse of `as_dict`; keys that are no flags are ignored, missing ones default."""
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        for name in ("cache_dir", "out_dir", "init_from"):
+            if known.get(name) is not None:
+                known[name] = Path(known[name])
+        for name in known.keys() & {"input_file", "val_file"}:
+            known[name] = tuple(map(Path, known[name]))
+        return cls(**known)
+
+
+def out_of_range(flags: object) -> list[str]:
+    """Every numeric flag of a dataclass whose value its `Between` excludes, a sentence each."""
+    return [
+        f"--{name} {value} is outside {limit.low:,} to {limit.high:,}"
+        for name, hint in get_type_hints(type(flags), include_extras=True).items()
+        for limit in getattr(hint, "__metadata__", ())
+        if isinstance(limit, Between) and (value := getattr(flags, name)) is not None
+        if not limit.low <= value <= limit.high
+    ]
+
+
+PRESETS: dict[str, dict] = {
+    "demo": dict(
+        input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,
+        batch_size=4, steps=600, decay_steps=450, lr=4e-3, init_std=0.07, log_every=10, save_every=200,
+        sample_every=200, num_prompts=1, temperature=0.0, max_new_tokens=120,
+    ),
+    "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512, decay_steps=900),
+    "gpt2": dict(decay_steps=900),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, decay_steps=900),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, decay_steps=900),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, decay_steps=900),
+}  # fmt: skip
+
+
+def as_utf8(argument: str) -> str:
+    """An argument whose bytes are UTF-8, whatever the system took them for. Raises ValueError for other bytes."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"{argument!a} is not UTF-8") from error
+
+
+def parse_config(argv: list[str], processes: int = 1, silent: bool = False) -> Config:
+    """Command line to validated, resolved flags.
+
+    Raises ValueError with one line per problem, and SystemExit where tyro answers itself
+    (--help, an unknown flag, a value of the wrong type).
+    """
+    argv = [as_utf8(argument) for argument in argv]
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--preset", nargs="?", default="gpt2")
+    first_look.add_argument("--steps", nargs="?")
+    asked = first_look.parse_known_args(argv)[0]
+    defaults = Config(**PRESETS.get(asked.preset, {}), processes=processes)
+    if asked.steps is not None:
+        defaults = replace(defaults, decay_steps=None)  # the preset's belongs to the preset's steps
+    config = tyro.cli(
+        Config,
+        args=argv,
+        default=defaults,
+        prog="train.py",
+        use_underscores=True,
+        description=__doc__.split("\n\n")[0],
+        config=(tyro.conf.FlagCreatePairsOff,),
+        console_outputs=not silent,
+    )
+    if problems := out_of_range(config) or config.resolved().contradictions():
+        raise ValueError("\n".join(problems))
+    return config.resolved()
+
+
+def decode_escapes(text: str) -> str:
+    r"""Turn \n, \t and \\ into what they stand for, since a shell passes them as written."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
+
+
+def names(inputs: tuple[Path, ...]) -> str:
+    """Texts as messages and files call them."""
+    return ", ".join(path.as_posix() for path in inputs)

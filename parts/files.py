@@ -1,0 +1,382 @@
+"""Whole files or none; one writer per run; training never waits for a disk."""
+
+import errno
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+log = logging.getLogger("train")
+
+
+METRICS = {  # column of the CSV: number format
+    "step": "d",
+    "loss": ".8f",
+    "lr": ".8e",
+    "tokens_per_sec": ".2f",
+    "elapsed_sec": ".2f",
+    "tokens": "d",
+    "window_loss": ".8f",
+    "grad_norm": ".6f",
+    "val_loss": ".8f",  # empty but at measurements
+    "val_perplexity": ".4f",
+    "bits_per_byte": ".6f",  # of window_loss
+    "val_bits_per_byte": ".6f",
+}
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename over what is at `target`; under Windows another program may hold that for a while, so try for 3 s."""
+    for pause in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, None):
+        try:
+            os.replace(source, target)
+            break
+        except PermissionError:
+            if pause is None:
+                raise
+            time.sleep(pause)
+    settle(target.parent)
+
+
+def settle(folder: Path) -> None:
+    """Bring the names in a folder to the disk, or a power cut may undo a rename; Windows and some network file systems
+    cannot be asked for that."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def also_named(path: Path, previous: Path) -> None:
+    """Give the file at `path` the name `previous` as well, in place of the file that has it now."""
+    link = temporary(previous)
+    try:
+        os.link(path, link)
+    except OSError:  # FAT has no links: there will be an instant without a file at `path`
+        return move(path, previous)
+    try:
+        move(link, previous)
+    finally:
+        link.unlink(missing_ok=True)  # still there when both were one file already
+
+
+def temporary(path: Path, shared: bool = False) -> Path:
+    """Where a file is written before it moves to `path`; one that several programs write has a place for each."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else path.name + ".tmp")
+
+
+@contextmanager
+def replacing(path: Path, previous: Path | None = None, shared: bool = False) -> Iterator[BinaryIO]:
+    """Write a file beside `path` and move it into place when the block ends well; what was there becomes `previous`,
+    if given. Whatever happens when, there is a whole file at `path`. Several programs may write a `shared` one."""
+    beside = temporary(path, shared)
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            also_named(path, previous)
+        move(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def existing_part(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next((part for part in (path, *path.parents) if part.exists() or part.is_symlink()), path)
+
+
+def read_if_there(path: Path) -> str:
+    """Text of a small file; empty when there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; an empty one when the file is missing or damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def gigabytes(n_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{n_bytes / 1e9:.2f} GB"
+
+
+class RunDir:
+    """The files of one run, and all writing into them. Nothing is created before `locked` and `make`.
+
+    A checkpoint, JSON file or plot stands under its name only when it is whole. Lines that the disk refuses
+    wait in memory for the next ones. A write that fails while the run goes on is an `attempt`.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.config_json = root / "config.json"
+        self.results_json = root / "results.json"
+        self.tokenizer_json = root / "tokenizer.json"  # of an own vocabulary
+        self.train_log = root / "logs" / "train.log"
+        self.metrics_csv = root / "logs" / "train_metrics.csv"
+        self.loss_curve = root / "logs" / "loss_curve.png"
+        self.samples_txt = root / "samples" / "samples.txt"
+        self.last = root / "checkpoints" / "last.pt"
+        self.prev = root / "checkpoints" / "prev.pt"
+        self.best = root / "checkpoints" / "best.pt"
+        self.files = [path for path in vars(self).values() if path != root]
+        self.lock = FileLock(root / "run.lock")
+        self.owner = root / "run.pid"  # of the process that holds the lock
+        self.me = f"{os.getpid()} on {platform.node()}"
+        self.unwritten: dict[Path, str] = {}  # lines that wait for the disk
+        self.refused: dict[str, int | None] = {}  # what could not be written of late, and the errno
+
+    def check_writable(self) -> None:
+        """Raises OSError when a folder or file of the run could not be written, without writing one."""
+        folders = [existing_part(self.root), *(path.parent for path in (self.train_log, self.samples_txt, self.last))]
+        for folder in folders:
+            if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+                raise NotADirectoryError(f"--out_dir {self.root}: {folder} is no directory; choose another --out_dir")
+            if folder.is_dir() and not os.access(folder, os.W_OK):
+                raise PermissionError(f"--out_dir {self.root}: {folder} is not writable; choose another --out_dir")
+        for path in self.files:
+            if path.exists() and not path.is_file():
+                raise FileExistsError(f"--out_dir {self.root}: {path} is no file; choose another --out_dir")
+
+    def check_room(self, state: int, weights: int, fresh: bool) -> None:
+        """Raises OSError when the disk cannot hold last, prev and a checkpoint being written, `state` bytes each, and
+        best, of `weights` bytes."""
+        paths = () if fresh else (self.last, self.prev, self.best, temporary(self.last), temporary(self.best))
+        present = {path.stat().st_ino: path.stat().st_size for path in paths if path.exists()}  # two names, one file
+        needed, free = 3 * state + weights - sum(present.values()), self.free_bytes()
+        if needed > free:
+            raise OSError(
+                f"--out_dir {self.root}: checkpoints need {gigabytes(needed)} more (last, prev and one being written: "
+                f"{gigabytes(state)} each, best: {gigabytes(weights)}), and that disk has {gigabytes(free)}: free "
+                f"{gigabytes(needed - free)} on it or choose another --out_dir"
+            )
+
+    def free_bytes(self) -> int:
+        """Room on the disk of the checkpoints."""
+        return shutil.disk_usage(existing_part(self.last.parent)).free
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether the file lies in this run's own checkpoint folder."""
+        return checkpoint.resolve().parent == self.last.resolve().parent
+
+    def exists(self) -> bool:
+        """Whether there is anything of a run."""
+        return any(path.exists() for path in self.files)
+
+    def is_ours(self) -> bool:
+        """Whether what lies here was written by this program."""
+        return self.owner.exists() or "launches" in read_json(self.config_json)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other trainers out; the system opens the lock of a process that is gone.
+
+        Raises ValueError, with its number, when another process holds the lock.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"--out_dir {self.root} is in use by another train.py (pid {read_if_there(self.owner)}): wait for it, "
+                "stop it, or choose another --out_dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise  # but some network file systems have no locks
+        try:
+            yield
+        finally:
+            self.lock.release()
+
+    def claim(self) -> None:
+        """Write down whose directory this is from now on."""
+        self.owner.write_text(self.me, encoding="utf-8")
+
+    def check_owner(self) -> None:
+        """Raises FileExistsError when this directory was removed and now belongs to another run."""
+        if (owner := read_if_there(self.owner)) not in ("", self.me):
+            raise FileExistsError(f"{self.root} was taken over by another train.py (pid {owner})")
+
+    def move_aside(self) -> Path:
+        """Move the files of an earlier run into the first free earlier-1, earlier-2, …; delete none of them."""
+        self.clean()
+        number = 1
+        while (target := self.root / f"earlier-{number}").exists():
+            number += 1
+        target.mkdir()
+        # Checkpoints last: until they are gone, a start after a kill in here takes up the old run again.
+        for name in ("logs", "samples", "config.json", "results.json", "tokenizer.json", "checkpoints"):
+            if (self.root / name).exists():
+                (self.root / name).rename(target / name)
+        return target
+
+    def clean(self) -> None:
+        """Remove what a kill left half written."""
+        for path in self.files:
+            for leftover in (temporary(path), *path.parent.glob(f"{path.name}.*.tmp")):
+                leftover.unlink(missing_ok=True)
+
+    def restore(self, mark: dict[str, dict]) -> None:
+        """Bring metrics and samples to where a checkpoint found them (its `mark`; none: to their beginning)."""
+        offsets, unwritten = mark.get("offsets", {}), mark.get("unwritten", {})
+        self.clean()
+        for path in (self.metrics_csv, self.samples_txt):
+            data, end = path.read_bytes(), offsets.get(path.name, 0)
+            kept = data[:end]
+            if len(kept) < end or (kept and not kept.endswith(b"\n")):
+                log.warning("%s is not as the run left it: lines before this start are missing", path)
+                kept = kept[: kept.rfind(b"\n") + 1]
+            kept = (kept or self.head(path).encode()) + unwritten.get(path.name, "").encode()
+            if kept != data:
+                with replacing(path) as file:
+                    file.write(kept)
+
+    def make(self) -> None:
+        """Make the folders and the growing files, at the start and wherever they vanished under the run.
+
+        Raises OSError.
+        """
+        self.check_owner()
+        for path in (self.config_json, self.train_log, self.samples_txt, self.last):
+            path.parent.mkdir(exist_ok=True)
+        for path in (self.train_log, self.metrics_csv, self.samples_txt):
+            if not path.exists():
+                path.write_bytes(self.head(path).encode())
+        if not Path(self.lock.lock_file).exists():
+            self.lock.release(force=True)
+            self.lock.acquire(timeout=0)
+            self.claim()
+
+    def head(self, path: Path) -> str:
+        """How a growing file begins."""
+        return ",".join(METRICS) + "\n" if path == self.metrics_csv else ""
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Try to write; the run goes on when the disk refuses."""
+        try:
+            yield
+        except OSError as error:
+            self.note(what, error)
+        else:
+            self.note(what, None)
+
+    def note(self, what: str, error: OSError | None) -> None:
+        """Note whether something was written, and log what was not, once for each cause."""
+        if error is None:
+            self.refused.pop(what, None)
+            return
+        known = error.errno in self.refused.values() or (error.errno is None and self.refused)  # None: what follows
+        self.refused[what] = error.errno
+        if not known:
+            with suppress(OSError):
+                error = f"{error} ({gigabytes(self.free_bytes())} free)"
+            log.error(
+                "Could not write %s: %s. Training goes on, and all that cannot be written is tried again; no file "
+                "is left half written.", what, error
+            )  # fmt: skip
+
+    def missing(self) -> str:
+        """What could not be written to the end, but for the plot, which `update_readme.py` draws as well."""
+        return ", ".join(what for what in self.refused if what != "the plot")
+
+    def append(self, path: Path, text: str) -> None:
+        """Add text to a growing file; what the disk refuses waits in memory."""
+        self.unwritten[path] = self.unwritten.get(path, "") + text
+        with self.attempt(f"lines of {path}"):
+            self.flush(path)
+
+    def flush(self, path: Path) -> None:
+        """Write the lines that wait. Raises OSError, and then none of them is in the file."""
+        self.check_owner()
+        data = self.unwritten.get(path, "").encode("utf-8", "replace")
+        with open(path, "r+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(data) < len(data):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            self.unwritten[path] = ""
+
+    def mark(self) -> dict[str, dict]:
+        """For a checkpoint: the lengths of metrics and samples, in bytes, and the lines not yet there.
+
+        Raises OSError.
+        """
+        files = (self.metrics_csv, self.samples_txt)
+        for path in files:
+            with suppress(OSError):  # another program may hold it: its lines wait in the checkpoint
+                self.flush(path)
+        return {
+            "offsets": {path.name: path.stat().st_size for path in files},
+            "unwritten": {path.name: self.unwritten.get(path, "") for path in files},
+        }
+
+    def sync(self) -> None:
+        """Bring metrics and samples, as far as they can be written, from the system's memory to the disk."""
+        for path in (self.metrics_csv, self.samples_txt):
+            with suppress(OSError), open(path, "r+b") as file:  # as in `mark`
+                os.fsync(file.fileno())
+
+    def append_metrics(self, row: dict[str, float | None]) -> None:
+        """Add one CSV row; what is missing or None is an empty field."""
+        cells = ("" if row.get(name) is None else format(row[name], form) for name, form in METRICS.items())
+        self.append(self.metrics_csv, ",".join(cells) + "\n")
+
+    def append_samples(self, step: int, prompt: str, outputs: list[str]) -> None:
+        """Add one block: 80 "=", the step, then a PROMPT: / OUTPUT: pair for each output."""
+        pairs = "".join(f"PROMPT:\n{prompt}\nOUTPUT:\n{output}\n\n" for output in outputs)
+        self.append(self.samples_txt, f"{'=' * 80}\nSTEP {step}\n\n{pairs}")
+        if not self.unwritten[self.samples_txt]:
+            log.info("Appended samples to: %s", self.samples_txt)
+
+    def write_json(self, path: Path, values: dict) -> None:
+        """Write one JSON file whole; numbers that JSON lacks (inf, nan) become null."""
+        self.check_owner()
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with replacing(path) as file:
+            file.write((json.dumps(finite, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+class LogFile(logging.Handler):
+    """Log lines, for train.log."""
+
+    def __init__(self, run: RunDir):
+        super().__init__()
+        self.run = run
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append the line. A failure logs a line in turn, but only one: `attempt` reports it once."""
+        self.run.append(self.run.train_log, self.format(record) + "\n")
+
+
+@contextmanager
+def logging_to(handler: logging.Handler) -> Iterator[None]:
+    """Send log lines to this handler as well, in the format that the run directory promises."""
+    handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,291 @@
+"""What the machine is and does: device, precision, compilation, threads, other processes, signals."""
+
+import ctypes
+import importlib.util
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from parts.config import DEVICE, Config
+
+
+def device_problem(device: str) -> str | None:
+    """Why this device cannot be used, with the remedy; None when it can."""
+    if not DEVICE.fullmatch(device):
+        return f"--device {device} is none of auto, cpu, cuda, cuda:N, mps"
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        return f"--device {device}: this PyTorch sees no CUDA device ({cpu_only_hint() or 'no usable NVIDIA driver'})"
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        return f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return "--device mps: Apple's Metal is not available here; use --device cpu"
+    return None
+
+
+def cpu_only_hint() -> str | None:
+    """The install command for a machine whose NVIDIA card a CPU-only PyTorch cannot use."""
+    if torch.version.cuda or torch.version.hip or not shutil.which("nvidia-smi"):
+        return None
+    return (
+        f"an NVIDIA card is here, but PyTorch {torch.__version__} is a CPU-only build: "
+        "pip install --force-reinstall torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+    )
+
+
+def choose_device() -> tuple[str, str]:
+    """The fastest device present, and why."""
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return "mps", "Apple GPU"
+    return "cpu", "no CUDA or Apple GPU was found"
+
+
+def choose_amp(device: str) -> tuple[str, str]:
+    """The precision of matrix products that the device is fast in, and why."""
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "this GPU computes in bf16"
+        return "fp16", "this GPU has no bf16"
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # PyTorch has no public ones
+    if device == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks):
+        return "bf16", "this CPU multiplies in bf16"
+    return "off", "no fast half precision is known for this device"
+
+
+def choose_compile(config: Config) -> tuple[str, str]:
+    """Whether torch.compile works here and is likely to repay its own time, and why."""
+    kind = torch.device(config.device).type
+    if kind == "mps":
+        return "off", "not proven on Apple GPUs"
+    if kind == "cuda" and importlib.util.find_spec("triton") is None:
+        return "off", "Triton is not installed (Windows: pip install triton-windows)"
+    if kind == "cuda" and config.deterministic:
+        return "off", "--deterministic: Triton may tune its kernels otherwise in the next run"
+    compiler = os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")
+    if kind == "cpu" and shutil.which(compiler) is None:
+        return "off", f"no C++ compiler ({compiler}) was found"
+    if config.n_embd < 512:
+        return "off", "a model this narrow gains too little"
+    # On a CPU it gains a few percent: half a minute of compiling against half an hour of training.
+    if config.steps * config.tokens_per_step * config.n_params < 2e14:
+        return "off", "the run is too short to repay the compilation"
+    return "on", "a compiler is here and the run is long enough to repay it"
+
+
+def choose_micro_batch(config: Config) -> tuple[int, str]:
+    """How many slices to work on at once, and why."""
+    if config.device != "cpu":
+        return largest_divisor(config.share, config.batch_size), "--batch_size"
+    return largest_divisor(config.share, max(1, 2048 // config.seq_len)), "a CPU likes 2,048 tokens at once"
+
+
+def choose_threads(config: Config) -> tuple[int, str]:
+    """How many CPU threads to use, and why; torchrun's environment allows each process one, whatever the cores."""
+    if config.processes == 1:
+        return torch.get_num_threads(), "PyTorch's choice"
+    cores, here = os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", config.processes))
+    return max(1, cores // here), f"{cores} cores shared by {here} processes"
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is no larger than `at_most`."""
+    return next(n for n in range(min(number, at_most), 0, -1) if number % n == 0)
+
+
+def choose_runtime(config: Config, previous: Config | None) -> tuple[Config, dict[str, str]]:
+    """Replace `auto` by what the run so far used, else by what suits this machine; say why.
+
+    Returns the config and a reason for each choice. Raises ValueError for an unusable --device.
+    """
+    reasons = {}
+
+    def decide(name: str, choose: Callable[[], tuple[str, str]], usable: Callable[[str], bool]) -> None:
+        nonlocal config
+        if getattr(config, name) not in ("auto", None):
+            reasons[name] = f"--{name}"
+            return
+        value, reason = getattr(previous, name, None), "as in the run so far"
+        if value is None or not usable(value):
+            value, reason = choose()
+            if previous is not None:
+                reason += f"; the run so far used {getattr(previous, name)}, so results agree to rounding only"
+        config = replace(config, **{name: value})
+        reasons[name] = reason
+
+    decide("device", choose_device, lambda device: device_problem(device) is None)
+    if problem := device_problem(config.device):
+        raise ValueError(problem)
+    same_device = previous is not None and config.device == previous.device
+    same_processes = same_device and config.processes == previous.processes
+    decide("amp", lambda: choose_amp(config.device), lambda _: same_device)
+    decide("compile", lambda: choose_compile(config), lambda _: same_device)
+    decide("threads", lambda: choose_threads(config), lambda _: same_processes)
+    same_shape = same_processes and all(
+        getattr(config, name) == getattr(previous, name) for name in ("batch_size", "grad_accum", "seq_len")
+    )
+    decide("micro_batch", lambda: choose_micro_batch(config), lambda _: same_shape)
+    return config, reasons
+
+
+def autocast(config: Config) -> torch.autocast:
+    """The context in which matrix products run in the chosen precision."""
+    dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(config.device).type, dtype, enabled=config.amp != "off")
+
+
+def configure_torch(config: Config) -> None:
+    """Threads, TF32, and the same bits in every run where that is asked for or costs nothing."""
+    torch.set_num_threads(config.threads)
+    keep_freed_memory()
+    if config.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
+    if config.device == "cpu" or config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by PyTorch's reproducibility notes
+        torch.use_deterministic_algorithms(True)  # or compiled code adds up gradients in varying order
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory: each step allocates the same blocks again, and the system takes longer to hand
+    out fresh pages than the CPU to compute on them. Elsewhere nothing happens."""
+    with suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own, to be unmapped when freed
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch has an exception for it, which not all of its parts raise."""
+    words = r"out of memory|allocate memory|ALLOC_FAILED"  # MPS, the CPU's allocator, cuBLAS
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(words, str(error)) is not None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one run, as torchrun started them. Rank 0 leads: it alone writes, samples and evaluates."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def join(cls) -> "Ranks":
+        """Meet the other processes; alone without torchrun. Tensors travel by gloo from CPUs, by NCCL from GPUs.
+
+        Raises ConnectionError.
+        """
+        named = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
+        if not named or os.environ["WORLD_SIZE"] == "1":
+            return cls()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        try:
+            dist.init_process_group()
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ConnectionError(f"the processes of this run do not reach each other ({reason})") from error
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def average(self, tensors: list[torch.Tensor]) -> None:
+        """Replace each by its mean over the ranks, the same bits on all. Raises ConnectionError."""
+        if self.count == 1:
+            return
+        with self.connected():
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+        for tensor in tensors:
+            tensor /= self.count
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers. Raises ConnectionError."""
+        if self.count == 1:
+            return number
+        value = torch.tensor(number)
+        with self.connected():
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks. Raises ConnectionError."""
+        texts = [text] * self.count
+        if self.count > 1:
+            with self.connected():
+                dist.all_gather_object(texts, text)
+        return texts
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Say what it means when a process does not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise ConnectionError("another process of this run is gone") from error
+
+    def leave(self) -> None:
+        """Part from the others."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
+
+class BrokenOff(KeyboardInterrupt):
+    """A signal that is not waited for; named in its argument."""
+
+
+@contextmanager
+def terminating() -> Iterator[None]:
+    """Have SIGTERM end the block by an exception, so that nothing half written is left behind."""
+
+    def end(number: int, _frame) -> None:
+        raise BrokenOff(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, end)
+    yield
+    signal.signal(signal.SIGTERM, before)  # not after an error, which still has to be told
+
+
+class Interruption:
+    """Remembers Ctrl-C, Ctrl-Break, SIGTERM or a closed terminal until the step is done; a second one breaks off."""
+
+    def __init__(self, silent: bool = False) -> None:
+        self.silent = silent
+        self.signal = 0
+        self.time = math.inf
+        self._handlers = {}
+
+    def __enter__(self) -> "Interruption":
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                self._handlers[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, _frame) -> None:
+        if time.monotonic() - self.time > 1:  # `timeout` and terminals may deliver one signal twice
+            raise BrokenOff(signal.Signals(number).name)
+        if self.signal == 0:
+            self.signal, self.time = number, time.monotonic()
+            message = b"\nFinishing this step, then saving. Ctrl-C once more breaks off without saving.\n"
+            with suppress(OSError, AttributeError):  # the terminal may be gone, and `print` may not be entered twice
+                os.write(sys.stderr.fileno(), b"" if self.silent else message)
+
+    def __exit__(self, kind: type | None, *_exception) -> None:
+        if kind is ConnectionError:
+            return  # torchrun's SIGTERM comes next, and must not keep this process from saying what happened
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+def exit_code(signal_name: str) -> int:
+    """Of a run that a signal interrupted."""
+    return 143 if signal_name in ("SIGTERM", "SIGHUP") else 130

@@ -1,0 +1,276 @@
+"""Numbers to words: plan, warnings, step lines, results. Functions of plain values; nothing here writes a file."""
+
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+from parts.checkpoint import Progress
+from parts.config import Config, names
+from parts.corpus import Corpus, smallest_seq_len
+from parts.machine import cpu_only_hint
+
+STUCK_AFTER = 200  # steps after warm-up by which a healthy run is far below ln V
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is beyond a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(loss: float | None, bytes_per_token: float) -> float | None:
+    """Nats per token as bits per byte of text, which compare across vocabularies."""
+    return None if loss is None else loss / math.log(2) / bytes_per_token
+
+
+def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, progress: Progress) -> list[str]:
+    """What will happen, to be said before the first step."""
+    c, n_tokens = config, len(corpus.tokens)
+    planned = progress.tokens + (c.steps - progress.step) * c.tokens_per_step
+    part = f"the first {n_tokens:,} of {corpus.text_tokens:,}" if n_tokens < corpus.text_tokens else f"{n_tokens:,}"
+    target = f"target {c.target_loss:g} as the mean of {c.target_window} steps" if c.target_loss else "no target"
+    return [
+        f"Model: GPT-2, {c.n_params:,} parameters ({c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
+        f"{c.block_size} positions, vocabulary {c.vocab_size})",
+        f"Corpus: {names(c.input_file)}, {part} tokens ({corpus.bytes_per_token:.3f} bytes each), "
+        f"sha256 {corpus.sha256[:16]}",
+        *([f"Validation: {len(corpus.val_tokens):,} tokens, never trained on"] if c.validates else []),
+        f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
+        f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps",
+        f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after "
+        f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}",
+        f"Loss: ln V = {math.log(c.vocab_size):.3f} for a model that knows nothing; floor of this corpus at seq_len "
+        f"{c.seq_len}: {floor:.4f}{' (an estimate)' * corpus.floor_is_an_estimate}; {target}",
+        *(f"{name.capitalize()}: {getattr(c, name)} ({reason})" for name, reason in reasons.items()),
+    ]
+
+
+def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
+    """What the plan cannot reach or will not do well, to be warned of."""
+    c, found = config, []
+    if 0 < c.target_loss < floor:
+        enough = smallest_seq_len(corpus.tokens, c.target_loss, c.block_size)
+        way = f"--seq_len {enough} is the smallest that can" if enough else f"nor at any --seq_len up to {c.block_size}"
+        found.append(
+            f"--target_loss {c.target_loss:g} is below the floor {floor:.4f}: no model can reach it at --seq_len "
+            f"{c.seq_len}; {way}"
+        )
+    if c.device == "cpu" and c.amp == "fp16":
+        found.append("--amp fp16 is very slow on a CPU: bf16 or off is faster")
+    if c.device == "cpu" and (hint := cpu_only_hint()):
+        found.append(hint)
+    if c.device == "cpu" and c.n_params > 100e6:
+        found.append(
+            f"{c.n_params / 1e6:.0f}M parameters on a CPU take hours to days (the ETA comes after ten steps); "
+            "--preset demo trains in seconds, --preset small in hours"
+        )
+    return found
+
+
+def stuck_hint(progress: Progress, config: Config) -> str | None:
+    """What may be wrong when the loss is still that of guessing, long after warm-up; None when it is not."""
+    losses, ln_vocab = progress.recent_losses, math.log(config.vocab_size)
+    if progress.step < config.warmup_steps + STUCK_AFTER or not losses or statistics.fmean(losses) < ln_vocab - 0.3:
+        return None
+    return (
+        f"The loss still is about ln V = {ln_vocab:.3f}, that of guessing. Usual causes: --lr {config.lr:g} is far too "
+        f"low or too high; --init_std {config.init_std:g} does not suit --n_embd {config.n_embd}; the text has no "
+        "structure"
+    )
+
+
+def step_row(
+    config: Config,
+    progress: Progress,
+    corpus: Corpus,
+    *,
+    loss: float,
+    grad_norm: float,
+    lr: float,
+    tokens_per_sec: float,
+    val_loss: float | None,
+) -> dict[str, float | None]:
+    """The step's row of the CSV."""
+    p, window_loss = progress, progress.window_loss(config)
+    row = {"step": p.step, "loss": loss, "lr": lr, "tokens_per_sec": tokens_per_sec, "elapsed_sec": p.elapsed_sec}
+    row |= {"tokens": p.tokens, "window_loss": window_loss, "grad_norm": grad_norm}
+    row["bits_per_byte"] = bits_per_byte(window_loss, corpus.bytes_per_token)
+    if val_loss is not None:
+        row |= {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)}
+        row["val_bits_per_byte"] = bits_per_byte(val_loss, corpus.val_bytes_per_token)
+    return row
+
+
+def step_line(row: dict[str, float | None], steps: int) -> str:
+    """The same as a line of the log."""
+    line = (
+        f"step {row['step']}/{steps} | loss {row['loss']:.6f} | lr {row['lr']:.2e} | tok/s {row['tokens_per_sec']:.1f}"
+    )
+    if row["window_loss"] is not None:
+        line += f" | window_loss {row['window_loss']:.6f}"
+    line += f" | grad_norm {row['grad_norm']:.3f}"
+    if "val_loss" in row:
+        line += f" | val_loss {row['val_loss']:.6f} | val_perplexity {row['val_perplexity']:.2f}"
+        line += f" | val_bits_per_byte {row['val_bits_per_byte']:.4f}"
+    return line
+
+
+def ending(progress: Progress, config: Config, stop_reason: str) -> list[str]:
+    """What there is to say about a run that came to its end."""
+    p, lines = progress, []
+    if stop_reason == "target":
+        lines.append(f"Target reached: loss {p.window_loss(config):.6f} <= {config.target_loss}. Stopping.")
+    elif stop_reason == "patience":
+        lines.append(f"No lower validation loss in {config.patience} measurements. Stopping.")
+    elif config.target_loss:
+        lines.append(f"All {p.step} steps done; window_loss is still above the target {config.target_loss}.")
+    learning = p.window_loss(config) or math.inf
+    if config.validates and p.val_loss > 1.01 * p.best_loss and learning < p.best_loss:
+        lines.append(
+            f"Validation loss was lowest at step {p.best_step} ({p.best_loss:.6f}) and is {p.val_loss:.6f} now: from "
+            "there on the model overfits, learning its text by heart; best.pt is of that step"
+        )
+    return lines
+
+
+Measured = tuple[float, float, int]  # the corpus loss, its standard error, the slices it was measured on
+
+
+def corpus_loss_line(measured: Measured, corpus: Corpus) -> str:
+    """The corpus loss in words."""
+    mean, standard_error, n_slices = measured
+    return (
+        f"Corpus loss {mean:.6f} +- {standard_error:.6f} (mean and standard error of {n_slices} random slices), "
+        f"perplexity {perplexity(mean):.4f}, {bits_per_byte(mean, corpus.bytes_per_token):.4f} bits per byte"
+    )
+
+
+def results(
+    config: Config, progress: Progress, corpus: Corpus, floor: float, stop_reason: str, measured: Measured | None
+) -> dict:
+    """What results.json says."""
+    c, p = config, progress
+    mean, standard_error, n_slices = measured or (None, None, None)
+    return {
+        "stop_reason": stop_reason,
+        "target_loss": c.target_loss,
+        "target_window": c.target_window,
+        "best_metric": "val_loss" if c.validates else "window_loss",
+        "best_loss": p.best_loss,
+        "best_step": p.best_step,
+        "final_loss": p.loss,
+        "final_step": p.step,
+        "window_loss": p.window_loss(c),
+        "corpus_loss": mean,
+        "corpus_loss_standard_error": standard_error,
+        "corpus_loss_slices": n_slices,
+        "perplexity": None if mean is None else perplexity(mean),
+        "bits_per_byte": bits_per_byte(mean, corpus.bytes_per_token),
+        "val_loss": p.val_loss if p.val_step else None,
+        "val_perplexity": perplexity(p.val_loss) if p.val_step else None,
+        "val_bits_per_byte": bits_per_byte(p.val_loss, corpus.val_bytes_per_token) if p.val_step else None,
+        "tokens": p.tokens,
+        "pseudo_epochs": p.tokens / len(corpus.tokens),
+        "elapsed_sec": round(p.elapsed_sec, 2),
+        "skipped_steps": p.skipped_steps,
+        "loss_floor": floor,
+        "loss_floor_is_an_estimate": corpus.floor_is_an_estimate,
+        "ln_vocab": math.log(c.vocab_size),
+        "parameters": c.n_params,
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of this script's checkout, with -dirty when tracked files differ; None outside git."""
+    here = Path(__file__).resolve().parent
+    try:
+        describe = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def processor_name() -> str:
+    """The CPU's model name; its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment(config: Config) -> dict[str, dict]:
+    """Versions and hardware, for config.json."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    versions |= {"numpy": np.__version__, "tiktoken": tiktoken.__version__}
+    hardware = {"cpu": processor_name(), "cores": os.cpu_count(), "os": platform.platform(terse=True)}
+    if config.device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(config.device)
+        hardware |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    return {"versions": versions, "hardware": hardware}
+
+
+def launch_command(argv: list[str], config: Config) -> str:
+    """What was typed, torchrun included."""
+    start = ["python", "train.py"]
+    if config.processes > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", config.processes))
+        machines = ["--standalone"] if here == config.processes else [f"--nnodes={config.processes // here}"]
+        start = ["torchrun", *machines, f"--nproc_per_node={here}", "train.py"]
+    return shlex.join([*start, *argv])
+
+
+def launch_record(
+    argv: list[str],
+    config: Config,
+    corpus: Corpus,
+    reasons: dict[str, str],
+    first_step: int,
+    earlier_launches: list[dict],
+) -> dict:
+    """What config.json says of a launch; the commands of earlier ones of the same run are kept."""
+    command = launch_command(argv, config)
+    launch = {"date": datetime.now().isoformat(timespec="seconds"), "first_step": first_step, "command": command}
+    return {
+        "command": command,
+        "seed": config.seed,
+        "git_commit": git_commit(),
+        **environment(config),
+        "corpus": {"file": names(config.input_file), "sha256": corpus.sha256, "tokens": len(corpus.tokens)},
+        "parameters": config.n_params,
+        "reasons": dict(reasons),
+        "launches": [*earlier_launches, launch],
+    }
+
+
+def changes(saved: dict, config: Config) -> str:
+    """The flags that differ from those of a checkpoint's config; empty when none does."""
+    unimportant = ("resume", "out_dir", "preset", "processes")
+    return ", ".join(
+        f"--{name} {saved.get(name, 'unknown')!r} -> {value!r}"
+        for name, value in config.as_dict().items()
+        if saved.get(name, "unknown") != value and name not in unimportant
+    )
+
+
+def how_to_continue(config: Config) -> str:
+    """What continues a run."""
+    return "the same command" + " without --resume never" * (config.resume == "never")
+
+
+def finished(step: int, stop_reason: str) -> str:
+    """That a run is over, and the way to go on."""
+    how = {
+        "target": f"the target was reached at step {step}. Lower --target_loss",
+        "patience": f"no lower validation loss up to step {step}. Raise --patience",
+        "steps": f"all steps up to {step} are done. Raise --steps",
+    }[stop_reason]
+    return f"Already finished: {how} to go on, or choose another --out_dir (or --resume never) for a new run."

