@@ -13,9 +13,7 @@ import torch
 from conftest import log_text, rows, unequal
 
 import train
-from parts.background import Task
 from parts.corpus import Corpus
-from parts.files import RunDir
 
 
 @pytest.fixture
@@ -107,13 +105,13 @@ def test_a_save_that_a_skipped_step_prevented_follows_at_the_next(launch, monkey
         train.Trainer, "_accumulate", lambda trainer, step, slices: accumulate(trainer, step, slices) / (step != 4)
     )
     saved = []
-    save = train.Trainer.checkpoint
+    save = train.Saver.save
 
-    def checkpoint(trainer: train.Trainer, run: RunDir) -> Task:
-        saved.append(trainer.progress.step)
-        return save(trainer, run)
+    def recorded(saver: train.Saver) -> None:
+        saved.append(saver.trainer.progress.step)
+        save(saver)
 
-    monkeypatch.setattr(train.Trainer, "checkpoint", checkpoint)
+    monkeypatch.setattr(train.Saver, "save", recorded)
     assert launch("run", "--steps=10", "--save_every=4") == 0
     assert saved[0] == 5 and saved[-1] == 10
     assert set(saved[1:-1]) <= {8, 9}, "at 9 when the one before was still being written"

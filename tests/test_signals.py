@@ -66,15 +66,15 @@ def test_the_first_finishes_the_step_saves_and_says_how_to_continue(start, tmp_p
     assert json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "interrupted"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_second_leaves_at_once(start, tmp_path, number):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_second_leaves_at_once(start, tmp_path, number, code):
     process = start("-c", SLOW_SIXTH_STEP, steps=8, sign="asleep")
     process.send_signal(number)
     time.sleep(1.3)
     assert process.poll() is None
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and err.strip() == ANNOUNCEMENT
+    assert process.returncode == code and err.strip() == ANNOUNCEMENT
     assert "Broken off without saving; the same command continues from the last checkpoint" in out
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 4
 
