@@ -261,7 +261,7 @@ def out_of_range(flags: object) -> list[str]:
 PRESETS: dict[str, dict] = {
     "demo": dict(
         input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,
-        batch_size=4, steps=600, decay_steps=450, lr=4e-3, init_std=0.07, log_every=10, save_every=200,
+        batch_size=4, steps=600, decay_steps=300, lr=4e-3, init_std=0.07, log_every=10, save_every=200,
         sample_every=200, num_prompts=1, temperature=0.0, max_new_tokens=120,
     ),
     "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512, decay_steps=900),
