@@ -25,7 +25,7 @@ with packages_of("sample.py", __name__):
     import train
     from parts.checkpoint import load_checkpoint
     from parts.config import Between, Config, as_utf8, decode_escapes, out_of_range
-    from parts.machine import autocast, choose_amp, choose_device, device_problem
+    from parts.machine import autocast, choose_amp, choose_device, device_problem, for_sampling, make_current
     from parts.text import Tokenizer, pieces, read_text, saved_tokenizer
 
 SEPARATOR = "=" * 80
@@ -72,9 +72,9 @@ class Sampler:
         config = replace(config, device=choose_device()[0] if device == "auto" else device, threads=None)
         if problem := device_problem(config.device):
             raise ValueError(problem)
+        make_current(config.device)
         amp = choose_amp(config.device)[0] if amp == "auto" else amp
-        # As train.py samples: a CPU reads weights of fp16 faster than those of bf16.
-        self.config = replace(config, amp="fp16" if (config.device, amp) == ("cpu", "bf16") else amp)
+        self.config = replace(config, amp=amp)
         self.context = checkpoint["trained_context"]
         self.model = train.GPT(self.config)
         self.model.load_state_dict(checkpoint["model"])
@@ -89,7 +89,7 @@ class Sampler:
             top_k=options.top_k, top_p=options.top_p, generators=[torch.Generator().manual_seed(int(seeds[number]))],
         )  # fmt: skip
         tokens, told = [], ""
-        with autocast(self.config):
+        with autocast(for_sampling(self.config, len(start) + options.max_new_tokens <= self.context)):
             for (token,) in steps:
                 tokens.append(token)
                 text = self.tokenizer.decode(tokens)

@@ -28,6 +28,7 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -68,8 +69,10 @@ with packages_of("train.py", __name__):
         choose_runtime,
         configure_torch,
         exit_code,
+        for_sampling,
         is_out_of_memory,
         largest_divisor,
+        release_memory,
         terminating,
     )
     from parts.muon import Muon
@@ -171,12 +174,13 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout:
     """softmax(q k' / sqrt(head_dim)) v, each position seeing itself and those before it; all (B, n_head, T, head_dim).
 
     PyTorch's fused kernel, but on a CPU, where its backward pass takes four times as long as the formula, the
-    formula, while its (T, T) scores take no more memory than the MLP's hidden layer.
+    formula, while its (T, T) scores take no more memory than the MLP's hidden layer; and on an Apple GPU, where the
+    kernel has silently been wrong (PyTorch issues 181133 and 195910).
     """
     T, head_dim = q.shape[-2:]
-    if q.device.type != "cpu" or 4 * head_dim < T:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    return attention(q, k, v, torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), dropout)
+    if q.device.type == "mps" or (q.device.type == "cpu" and 4 * head_dim >= T):
+        return attention(q, k, v, q.new_ones(T, T, dtype=torch.bool).triu(1), dropout)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
 def attention(
@@ -561,15 +565,21 @@ class Trainer:
 
     def compile(self) -> str | None:
         """Compile the forward pass if the config says so, proven on a micro-batch there and back. A compiler that
-        fails is reported, and the run goes on without; returned is then the reason."""
+        fails, or computes something else, is reported, and the run goes on without; returned is then the reason."""
         if self.config.compile == "off":
             return None
         started = time.perf_counter()
         log.info("Compiling ...")
-        self.forward = torch.compile(self.model, dynamic=False)
         try:
             step = self.progress.step + 1
-            self.accumulate(step, self.slices(step)[: self.config.micro_batch])
+            slices = self.slices(step)[: self.config.micro_batch]
+            self.forward = torch.compile(self.model, dynamic=False)
+            compiled = self._measures(self.accumulate(step, slices))
+            self.forward, compiled_forward = self.model, self.forward
+            # Uncompiled it takes more memory: in smaller pieces.
+            pieces = slices.split(largest_divisor(len(slices), max(1, len(slices) // 4)))
+            self._compare(compiled, self._measures(self._accumulate(step, pieces)))
+            self.forward = compiled_forward
             log.info("Compiled in %.0f s", time.perf_counter() - started)
             return None
         except Exception as error:  # Inductor, Triton and C++ compilers fail in many ways
@@ -581,6 +591,21 @@ class Trainer:
             return "torch.compile failed, see the log"
         finally:
             self.model.zero_grad(set_to_none=True)
+
+    def _measures(self, loss: torch.Tensor) -> list[float]:
+        """The loss, then the norm of each parameter's gradient; the gradients are gone afterwards."""
+        norms = [parameter.grad.norm() for parameter in self.model.parameters()]
+        self.model.zero_grad(set_to_none=True)
+        return torch.stack([loss, *norms]).tolist()
+
+    def _compare(self, compiled: list[float], eager: list[float]) -> None:
+        """Raises ArithmeticError when they differ by more than rounding, or with dropout by more than its chance."""
+        tolerance = 0.5 if self.config.dropout else 0.05
+        names = ["the loss", *(f"the gradient norm of {name}" for name, _ in self.model.named_parameters())]
+        noise = tolerance * max(filter(math.isfinite, eager[1:]), default=0.0) / 5  # some gradients are nothing else
+        for name, found, expected in zip(names, compiled, eager, strict=True):
+            if math.isfinite(expected) and not abs(found - expected) <= tolerance * abs(expected) + noise:
+                raise ArithmeticError(f"{name} is {found:.6g} compiled and {expected:.6g} otherwise")
 
     def slices(self, step: int) -> torch.Tensor:
         """This process's share of one step's slices, on the device, (share, T + 1)."""
@@ -616,8 +641,7 @@ class Trainer:
                 "the same slices and, but for rounding and dropout, the same results"
             )
             self.config = replace(self.config, micro_batch=smaller)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release_memory(self.device)
 
     def _accumulate(self, step: int, micro_batches: tuple[torch.Tensor, ...]) -> torch.Tensor:
         if self.config.dropout:
@@ -689,12 +713,12 @@ class Trainer:
         c, p = self.config, self.progress
         # The first words of the text, less a character that is cut in its middle.
         prompt = decode_escapes(c.prompt) or tokenizer.decode(self.corpus.tokens[:16].tolist()).rstrip("\ufffd")
+        start = tokenizer.encode_ordinary(prompt)
         seeds = random_words(c.seed, SAMPLES_STREAM + p.step, c.num_prompts)
-        # A CPU reads weights of fp16 faster than those of bf16, and they are no less exact.
-        with autocast(replace(c, amp="fp16") if (c.device, c.amp) == ("cpu", "bf16") else c):
+        with autocast(for_sampling(c, len(start) + c.max_new_tokens <= p.trained_context)):
             outputs = generate(
                 self.model,
-                [tokenizer.encode_ordinary(prompt)] * c.num_prompts,
+                [start] * c.num_prompts,
                 c.max_new_tokens,
                 context=p.trained_context,
                 temperature=c.temperature,
@@ -939,6 +963,7 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
                 saver.save()
                 save_due = False
 
+        trainer.ranks.leave()
         stop = stop_reason(p, config) if end == RUN_IS_OVER else signal.Signals(end).name
         if stop in COMPLETE:
             if config.validates and p.val_step != p.step:
@@ -957,18 +982,18 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
     return stop
 
 
-def follow(config: Config, trainer: Trainer) -> int:
-    """What every process but the first does: its share of each step, until the first has enough. Returns the exit
-    code; raises OSError."""
+def follow(config: Config, trainer: Trainer) -> None:
+    """What every process but the first does: its share of each step, until the first has enough. Raises OSError.
+
+    However the run ends, this process ends well: torchrun would kill the first for the sake of another's exit code,
+    before it has said and saved what it must.
+    """
     configure_torch(config)
     trainer.compile()
-    with Interruption(silent=True) as interruption:
-        while not (end := trainer.ranks.largest(interruption.signal)):
-            try:
-                trainer.update()
-            except TrainingFailed:  # the first says so
-                return 1
-    return 0 if end == RUN_IS_OVER else exit_code(signal.Signals(end).name)
+    with Interruption(silent=True) as interruption, suppress(TrainingFailed):  # the first says so
+        while not trainer.ranks.largest(interruption.signal):
+            trainer.update()
+        trainer.ranks.leave()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1155,16 +1180,23 @@ def main(argv: list[str] | None = None) -> int:
     logging.raiseExceptions = False  # a closed pipe must not flood the terminal; the log file goes on
     log.setLevel(logging.INFO)
     log.propagate = False
+    ranks = Ranks()
     try:
         ranks = Ranks.join()
         with terminating(), ExitStack() as held:
-            held.callback(ranks.leave)
-            return run_command(sys.argv[1:] if argv is None else argv, ranks, held)
+            code = run_command(sys.argv[1:] if argv is None else argv, ranks, held)
     except ConnectionError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
-        return 1
+        code = 1
     except KeyboardInterrupt as signal_name:
-        return exit_code(str(signal_name))
+        code = exit_code(str(signal_name))
+    except Exception:
+        if ranks.count == 1:
+            raise
+        traceback.print_exc()
+        code = 1
+    ranks.end(code)
+    return code
 
 
 def agreement(setup: Setup) -> dict:
@@ -1207,10 +1239,15 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
         for line in dict.fromkeys("\n".join(filter(None, problems)).splitlines()):
             if ranks.rank == 0:
                 print(f"train.py: error: {line}", file=sys.stderr)
+        ranks.leave()
         return 2
     if ranks.rank > 0:
         log.addHandler(logging.NullHandler())
-        return 0 if answer else follow(setup.config, trainer)
+        if answer:
+            ranks.leave()
+        else:
+            follow(setup.config, trainer)
+        return 0
     with logging_to(logging.StreamHandler(sys.stdout)):
         if answer:
             log.info(answer)

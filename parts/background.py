@@ -1,5 +1,6 @@
 """Training never waits for a disk: copies in memory, written by a thread."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Thread
@@ -8,9 +9,17 @@ import torch
 
 from parts.files import RunDir
 
+log = logging.getLogger("train")
+
 
 class Snapshot:
-    """A copy of tensors in memory that is allocated once, page-locked where they lie on a GPU."""
+    """A copy of tensors in memory that is allocated once.
+
+    Where they lie on a GPU it is page-locked, if the system grants that; PyTorch then rounds each buffer up to a power
+    of two bytes.
+    """
+
+    page_locked = True
 
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
@@ -33,8 +42,18 @@ class Snapshot:
         if not isinstance(values, torch.Tensor):
             return values
         if path not in self.buffers:
-            self.buffers[path] = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+            self.buffers[path] = self._buffer(values)
         return self.buffers[path].copy_(values, non_blocking=values.is_cuda)
+
+    def _buffer(self, values: torch.Tensor) -> torch.Tensor:
+        if values.is_cuda and Snapshot.page_locked:
+            try:
+                return torch.empty_like(values, device="cpu", pin_memory=True)
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                log.warning("Saves will hold training up for longer: page-locked memory was refused (%s)", reason)
+                Snapshot.page_locked = False
+        return torch.empty_like(values, device="cpu")
 
 
 @dataclass(frozen=True)

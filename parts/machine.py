@@ -2,8 +2,10 @@
 
 import ctypes
 import importlib.util
+import logging
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -19,18 +21,39 @@ import torch.distributed as dist
 from parts.config import DEVICE, Config
 
 
-def device_problem(device: str) -> str | None:
-    """Why this device cannot be used, with the remedy; None when it can."""
+def device_problem(device: str, processes: int = 1) -> str | None:
+    """Why this many processes cannot use this device, with the remedy; None when they can."""
     if not DEVICE.fullmatch(device):
         return f"--device {device} is none of auto, cpu, cuda, cuda:N, mps"
     kind, _, index = device.partition(":")
+    here = processes_here(processes)
     if kind == "cuda" and not torch.cuda.is_available():
         return f"--device {device}: this PyTorch sees no CUDA device ({cpu_only_hint() or 'no usable NVIDIA driver'})"
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         return f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0"
     if kind == "mps" and not torch.backends.mps.is_available():
         return "--device mps: Apple's Metal is not available here; use --device cpu"
+    if kind == "mps" and processes > 1:
+        return f"--device mps: one process alone can use Apple's GPU, not {processes}; use --device cpu"
+    if index and processes > 1:
+        return f"--device {device}: each of the {processes} processes takes a card of its own; use --device cuda"
+    if kind == "cuda" and here > torch.cuda.device_count():
+        return (
+            f"--device {device}: {here} processes on a machine with {torch.cuda.device_count()} CUDA devices; start "
+            "one process for each, or use --device cpu"
+        )
     return None
+
+
+def processes_here(processes: int) -> int:
+    """How many of the run's processes are on this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if processes > 1 else 1
+
+
+def make_current(device: str) -> None:
+    """Have streams, and questions about the card, be of the one that is used, and not of the first."""
+    if ":" in device:
+        torch.cuda.set_device(device)
 
 
 def cpu_only_hint() -> str | None:
@@ -78,8 +101,10 @@ def choose_compile(config: Config) -> tuple[str, str]:
         return "off", f"no C++ compiler ({compiler}) was found"
     if config.n_embd < 512:
         return "off", "a model this narrow gains too little"
-    # On a CPU it gains a few percent: half a minute of compiling against half an hour of training.
-    if config.steps * config.tokens_per_step * config.n_params < 2e14:
+    # On a CPU it gains a few percent: half a minute of compiling against half an hour of training. On a GPU it gains
+    # more, but half a minute is long there: an estimate, for a card between an RTX 4060 Ti and an H200.
+    repays = 3e15 if kind == "cuda" else 2e14  # tokens times parameters
+    if config.steps * config.tokens_per_step * config.n_params < repays:
         return "off", "the run is too short to repay the compilation"
     return "on", "a compiler is here and the run is long enough to repay it"
 
@@ -95,7 +120,7 @@ def choose_threads(config: Config) -> tuple[int, str]:
     """How many CPU threads to use, and why; torchrun's environment allows each process one, whatever the cores."""
     if config.processes == 1:
         return torch.get_num_threads(), "PyTorch's choice"
-    cores, here = os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", config.processes))
+    cores, here = os.cpu_count() or 1, processes_here(config.processes)
     return max(1, cores // here), f"{cores} cores shared by {here} processes"
 
 
@@ -124,9 +149,10 @@ def choose_runtime(config: Config, previous: Config | None) -> tuple[Config, dic
         config = replace(config, **{name: value})
         reasons[name] = reason
 
-    decide("device", choose_device, lambda device: device_problem(device) is None)
-    if problem := device_problem(config.device):
+    decide("device", choose_device, lambda device: device_problem(device, config.processes) is None)
+    if problem := device_problem(config.device, config.processes):
         raise ValueError(problem)
+    make_current(config.device)
     same_device = previous is not None and config.device == previous.device
     same_processes = same_device and config.processes == previous.processes
     decide("amp", lambda: choose_amp(config.device), lambda _: same_device)
@@ -145,16 +171,41 @@ def autocast(config: Config) -> torch.autocast:
     return torch.autocast(torch.device(config.device).type, dtype, enabled=config.amp != "off")
 
 
+def for_sampling(config: Config, one_at_a_time: bool) -> Config:
+    """With the precision for text: a CPU reads the weights for a single token faster in fp16 than in bf16, and they are
+    no less exact. A whole context, as beyond the trained one, takes it ten times as long."""
+    suits = one_at_a_time and (config.device, config.amp) == ("cpu", "bf16")
+    return replace(config, amp="fp16") if suits else config
+
+
 def configure_torch(config: Config) -> None:
     """Threads, TF32, and the same bits in every run where that is asked for or costs nothing."""
     torch.set_num_threads(config.threads)
     keep_freed_memory()
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
-    if config.device == "cpu" or config.deterministic:
+        if driver_spills():
+            free, total = torch.cuda.mem_get_info()
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (free + torch.cuda.memory_reserved()) / total))
+    same_bits = config.device == "cpu" or config.deterministic
+    if same_bits:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by PyTorch's reproducibility notes
-        torch.use_deterministic_algorithms(True)  # or compiled code adds up gradients in varying order
         torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(same_bits)  # or compiled code adds up gradients in varying order
+
+
+def driver_spills() -> bool:
+    """Whether the NVIDIA driver hands out the computer's memory, at a crawl, when the card's is gone, instead of
+    refusing: under Windows, and in WSL on top of it. A cap on what PyTorch may take then has it refuse in time."""
+    return os.name == "nt" or "microsoft" in platform.release().lower()
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what the allocator of a GPU keeps for later, in blocks that no longer suit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def keep_freed_memory() -> None:
@@ -188,19 +239,24 @@ class Ranks:
         named = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
         if not named or os.environ["WORLD_SIZE"] == "1":
             return cls()
+        backends = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            if dist.is_nccl_available():
+                backends = "cpu:gloo,cuda:nccl"
         try:
-            dist.init_process_group()
+            dist.init_process_group(backends)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ConnectionError(f"the processes of this run do not reach each other ({reason})") from error
+            raise ConnectionError(f"the processes of this run do not reach each other ({in_short(error)})") from error
         return cls(dist.get_rank(), dist.get_world_size())
 
     def average(self, tensors: list[torch.Tensor]) -> None:
         """Replace each by its mean over the ranks, the same bits on all. Raises ConnectionError."""
         if self.count == 1:
             return
+        if tensors[0].is_cuda:
+            torch.cuda.synchronize()
+            self.largest(0)  # NCCL would wait for a process that is gone; gloo says so
         with self.connected():
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
@@ -230,12 +286,27 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            raise ConnectionError("another process of this run is gone") from error
+            raise ConnectionError(f"another process of this run is gone ({in_short(error)})") from error
 
     def leave(self) -> None:
-        """Part from the others."""
+        """Part from the others, when all do."""
         if self.count > 1:
             dist.destroy_process_group()
+
+    def end(self, code: int) -> None:
+        """Where this process ends alone, end it here: on its way out PyTorch may wait for the others, and they for it,
+        until a connection closes."""
+        if self.count > 1 and dist.is_initialized():
+            logging.shutdown()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, AttributeError, ValueError):
+                    stream.flush()
+            os._exit(code)
+
+
+def in_short(error: Exception) -> str:
+    """The first sentence of what PyTorch says, without the place in its sources."""
+    return re.sub(r"^\[\S*\] ", "", re.split(r"\n|\. ", str(error))[0])
 
 
 class BrokenOff(KeyboardInterrupt):

@@ -1,5 +1,6 @@
 """Several processes, started by torchrun, train the run that one process would."""
 
+import json
 import os
 import re
 import signal
@@ -116,7 +117,9 @@ def test_a_rank_that_dies_ends_the_run_and_a_restart_continues_it(alone):
     flags = ["--out_dir=run", "--save_every=2"]
     ended = torchrun(2, *flags, script=Path("dies.py"))
     assert ended.returncode == 1 and Path("died").exists()
-    found = re.search(r"another process of this run is gone; the same command continues from step (\d+)", ended.stdout)
+    found = re.search(
+        r"another process of this run is gone \(.+\); the same command continues from step (\d+)", ended.stdout
+    )
     assert found and found[0] in log_text(Path("run")), ended.stdout + ended.stderr
     assert "Traceback" not in ended.stdout and 'File "' not in log_text(Path("run"))
     assert torch.load("run/checkpoints/last.pt", weights_only=True)["step"] == int(found[1])
@@ -125,6 +128,54 @@ def test_a_rank_that_dies_ends_the_run_and_a_restart_continues_it(alone):
     assert again.returncode == 0, again.stderr
     assert log_text(Path("run")).count("Resuming from step") == 2
     assert_same_to_rounding("alone", "run")
+
+
+# A goodbye that waits for the others for ever, as NCCL's may; one that fails, alone.
+FAILS_ALONE = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+import torch.distributed
+torch.distributed.destroy_process_group = lambda: time.sleep(1000)
+compute = train.Trainer.accumulate
+def accumulate(trainer, step, slices):
+    if os.environ["RANK"] == sys.argv[-1] and step == 5:
+        raise RuntimeError("of this process alone")
+    return compute(trainer, step, slices)
+train.Trainer.accumulate = accumulate
+sys.exit(train.main(sys.argv[1:-1]))
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_fails_alone_ends_the_run_and_is_heard(here, rank):
+    Path("fails.py").write_text(FAILS_ALONE, encoding="utf-8")
+    ended = torchrun(2, "--out_dir=run", "--save_every=2", rank, script=Path("fails.py"))
+    assert ended.returncode == 1 and "RuntimeError: of this process alone" in ended.stderr
+    if rank == "1":
+        assert re.search(r"After step 4: another process of this run is gone \(.+\); the same command", ended.stdout)
+
+
+# A loss that is lost at step 6, and a last word for which the first process takes its time.
+LOSES_ITS_LOSS = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+train.MAX_SKIPPED_IN_A_ROW = 2
+compute, rescue = train.Trainer.accumulate, train.Saver.rescue
+train.Trainer.accumulate = lambda t, step, slices: compute(t, step, slices) * (float("nan") if step > 5 else 1)
+train.Saver.rescue = lambda saver: (time.sleep(5), rescue(saver))
+sys.exit(train.main())
+"""
+
+
+def test_the_first_process_has_the_last_word(here):
+    """torchrun ends the others when one exits with an error."""
+    Path("loses.py").write_text(LOSES_ITS_LOSS, encoding="utf-8")
+    ended = torchrun(2, "--out_dir=run", "--save_every=2", script=Path("loses.py"))
+    assert ended.returncode == 1 and "Broken off" not in ended.stdout
+    assert "Training failed: loss or gradient was not finite in 2 steps in a row, the last being step 7" in ended.stdout
+    assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "failed"
 
 
 def test_one_interrupt_ends_all_ranks_after_saving(here):
