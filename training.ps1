@@ -4,9 +4,10 @@
 #   powershell -ExecutionPolicy Bypass -File training.ps1 --steps 20000 --out_dir out/long
 #
 # Works in Windows PowerShell 5.1 and PowerShell 7, from any directory; paths are relative to this
-# file's folder. Arguments are passed on to train.py and override the ones below. After a power cut,
-# run the same command again: the run continues from its last checkpoint. The exit code is train.py's,
-# or, after a run that went well, update_readme.py's.
+# file's folder. Arguments are passed on to train.py and override the ones below. Write them as
+# --flag value: PowerShell splits --flag=value where the value has a colon, as in C:\runs or cuda:1.
+# After a power cut, run the same command again: the run continues from its last checkpoint. The exit
+# code is train.py's, or, after a run that went well, update_readme.py's.
 
 $ErrorActionPreference = 'Stop'
 $PSNativeCommandUseErrorActionPreference = $false   # PowerShell 7: exit codes are handled below
@@ -48,6 +49,7 @@ try {
     }
     if ($power) { [void]$power::SetThreadExecutionState($keepAwake) }
 
+    $ErrorActionPreference = 'Continue'   # the editor of 5.1 takes what a program writes to stderr for an error
     & $python train.py @trainArgs
     $exitCode = $LASTEXITCODE
     if ($exitCode -eq 0 -and (Test-Path -LiteralPath (Join-Path $outDir 'results.json'))) {

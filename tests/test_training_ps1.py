@@ -56,6 +56,12 @@ def test_it_splats_its_arguments_and_keeps_the_exit_code(tree):
     assert CODE.count("SetThreadExecutionState($") == 2, "kept awake, and let go again"
 
 
+def test_what_python_writes_to_stderr_is_no_error():
+    """The editor of 5.1 makes an error of it, and 'Stop' would end the run."""
+    before, _, after = CODE.partition("$ErrorActionPreference = 'Continue'")
+    assert "& $python" not in before and after.count("& $python") == 2 and "ErrorActionPreference" not in after
+
+
 @pytest.mark.parametrize(("argument", "expected"), [("--out_dir=x/y", "x/y"), ("--out-dir=z", "z")])
 def test_its_patterns_find_the_out_dir(argument, expected):
     """The two -match patterns, which are plain enough to mean the same in Python."""
