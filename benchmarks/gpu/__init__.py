@@ -1,0 +1,1 @@
+"""The checks of benchmarks/accept_gpu.py, part by part."""
