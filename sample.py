@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from parts.start import packages_of
 
@@ -24,7 +24,7 @@ with packages_of("sample.py", __name__):
 
     import train
     from parts.checkpoint import load_checkpoint
-    from parts.config import Between, Config, as_utf8, decode_escapes, out_of_range
+    from parts.config import Amp, Between, Config, as_utf8, decode_escapes, out_of_range
     from parts.machine import autocast, choose_amp, choose_device, device_problem, for_sampling, make_current
     from parts.text import Tokenizer, pieces, read_text, saved_tokenizer
 
@@ -56,7 +56,7 @@ class Options:
     """of the samples; each has a stream of its own"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    amp: Amp = "auto"
     """precision of matrix products"""
     novelty: Path | None = None
     """text to look for copied passages in, such as the one trained on"""
@@ -65,11 +65,11 @@ class Options:
 class Sampler:
     """A checkpoint ready to continue prompts. Raises OSError or ValueError for a file that is none."""
 
-    def __init__(self, path: Path, device: str = "auto", amp: str = "auto"):
+    def __init__(self, path: Path, device: str = "auto", amp: Amp = "auto"):
         checkpoint = load_checkpoint(path, "--checkpoint")
         self.tokenizer = saved_tokenizer(checkpoint)
         config = Config.from_dict(checkpoint["config"])
-        config = replace(config, device=choose_device()[0] if device == "auto" else device, threads=None)
+        config = replace(config, device=choose_device()[0] if device == "auto" else device)
         if problem := device_problem(config.device):
             raise ValueError(problem)
         make_current(config.device)
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         run(options)
     except SystemExit as answered:  # by tyro
-        return answered.code or 0
+        return int(answered.code or 0)
     except BrokenPipeError:  # whoever read the text has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError) as error:

@@ -50,7 +50,7 @@ def source(name: str) -> str:
 def flags() -> str:
     """Every flag of train.py with its default and its help, as parts/config.py has them."""
     tree = ast.parse((ROOT / "parts" / "config.py").read_text(encoding="utf-8"))
-    (config,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    (config,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Flags")
     rows = []
     for field, text in pairwise(config.body):
         if not isinstance(field, ast.AnnAssign) or "Suppress" in ast.unparse(field.annotation):

@@ -5,12 +5,13 @@ import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal
 
 import tyro
 
 DEMO_CORPUS = Path("pydoc_data.topics")  # the language reference that ships inside every Python
 VOCAB_SIZE = 50_257
+Amp = Literal["auto", "off", "bf16", "fp16"]
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -23,7 +24,7 @@ class Between:
 
 
 @dataclass(frozen=True)
-class Config:
+class Flags:
     """Every flag, once: type, range, default, help. `None` and `auto` are decided by `resolved`
     and `choose_runtime`."""
 
@@ -121,7 +122,7 @@ class Config:
     # device
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    amp: Amp = "auto"
     """precision of matrix products; weights and optimizer stay in fp32"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; without a working compiler the run goes on without, and says why"""
@@ -150,6 +151,35 @@ class Config:
     temperature: Annotated[float, Between(0, 100)] = 0.9
     """divides the logits before sampling; 0: always the likeliest token"""
 
+    def resolved(self) -> "Config":
+        """The same flags with every `None` replaced, except those of `choose_runtime`."""
+        decay_steps = self.steps if self.decay_steps is None else self.decay_steps
+        lr = {"muon": 6e-3, "adamw": 1e-3}[self.optimizer] if self.lr is None else self.lr
+        decided = dict(
+            out_dir=Path("out") / self.preset if self.out_dir is None else self.out_dir,
+            max_tokens=(1500 if self.input_file == (DEMO_CORPUS,) else 0)
+            if self.max_tokens is None
+            else self.max_tokens,
+            decay_steps=decay_steps,
+            warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
+            lr=lr,
+            min_lr=lr / 10 if self.min_lr is None else self.min_lr,
+        )
+        return Config(**vars(self) | decided)
+
+
+class Config(Flags):
+    """The flags of a run: the same fields, and of these none is `None` once `choose_runtime` has decided."""
+
+    max_tokens: int
+    out_dir: Path
+    micro_batch: int
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    decay_steps: int
+    threads: int
+
     @property
     def global_batch(self) -> int:
         """Slices in one step."""
@@ -175,22 +205,6 @@ class Config:
     def validates(self) -> bool:
         """Whether there is a validation split, which then decides what is best."""
         return bool(self.val_fraction or self.val_file)
-
-    def resolved(self) -> "Config":
-        """The same flags with every `None` replaced, except `threads` (see `choose_runtime`)."""
-        decay_steps = self.steps if self.decay_steps is None else self.decay_steps
-        lr = {"muon": 6e-3, "adamw": 1e-3}[self.optimizer] if self.lr is None else self.lr
-        return replace(
-            self,
-            out_dir=Path("out") / self.preset if self.out_dir is None else self.out_dir,
-            max_tokens=(1500 if self.input_file == (DEMO_CORPUS,) else 0)
-            if self.max_tokens is None
-            else self.max_tokens,
-            decay_steps=decay_steps,
-            warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
-            lr=lr,
-            min_lr=lr / 10 if self.min_lr is None else self.min_lr,
-        )
 
     def contradictions(self) -> list[str]:
         """Everything about resolved flags, each in its range, that cannot be together, a sentence each."""
@@ -233,7 +247,7 @@ class Config:
     def as_dict(self) -> dict[str, str | int | float | list[str] | None]:
         """Plain values for JSON and checkpoints; paths with forward slashes."""
         values = {k: v.as_posix() if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        return values | {name: [path.as_posix() for path in values[name]] for name in ("input_file", "val_file")}
+        return values | {name: [path.as_posix() for path in getattr(self, name)] for name in ("input_file", "val_file")}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
@@ -247,13 +261,13 @@ class Config:
         return cls(**known)
 
 
-def out_of_range(flags: object) -> list[str]:
+def out_of_range(flags) -> list[str]:
     """Every numeric flag of a dataclass whose value its `Between` excludes, a sentence each."""
     return [
-        f"--{name} {value} is outside {limit.low:,} to {limit.high:,}"
-        for name, hint in get_type_hints(type(flags), include_extras=True).items()
-        for limit in getattr(hint, "__metadata__", ())
-        if isinstance(limit, Between) and (value := getattr(flags, name)) is not None
+        f"--{field.name} {value} is outside {limit.low:,} to {limit.high:,}"
+        for field in fields(flags)
+        for limit in getattr(field.type, "__metadata__", ())
+        if isinstance(limit, Between) and (value := getattr(flags, field.name)) is not None
         if not limit.low <= value <= limit.high
     ]
 
@@ -291,11 +305,11 @@ def parse_config(argv: list[str], processes: int = 1, silent: bool = False) -> C
     first_look.add_argument("--preset", nargs="?", default="gpt2")
     first_look.add_argument("--steps", nargs="?")
     asked = first_look.parse_known_args(argv)[0]
-    defaults = Config(**PRESETS.get(asked.preset, {}), processes=processes)
+    defaults = Flags(**PRESETS.get(asked.preset, {}), processes=processes)
     if asked.steps is not None:
         defaults = replace(defaults, decay_steps=None)  # the preset's belongs to the preset's steps
-    config = tyro.cli(
-        Config,
+    flags = tyro.cli(
+        Flags,
         args=argv,
         default=defaults,
         prog="train.py",
@@ -304,9 +318,9 @@ def parse_config(argv: list[str], processes: int = 1, silent: bool = False) -> C
         config=(tyro.conf.FlagCreatePairsOff,),
         console_outputs=not silent,
     )
-    if problems := out_of_range(config) or config.resolved().contradictions():
+    if problems := out_of_range(flags) or flags.resolved().contradictions():
         raise ValueError("\n".join(problems))
-    return config.resolved()
+    return flags.resolved()
 
 
 def decode_escapes(text: str) -> str:

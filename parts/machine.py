@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from parts.config import DEVICE, Config
+from parts.config import DEVICE, Amp, Config
 
 
 def device_problem(device: str, processes: int = 1) -> str | None:
@@ -75,7 +75,7 @@ def choose_device() -> tuple[str, str]:
     return "cpu", "no CUDA or Apple GPU was found"
 
 
-def choose_amp(device: str) -> tuple[str, str]:
+def choose_amp(device: str) -> tuple[Amp, str]:
     """The precision of matrix products that the device is fast in, and why."""
     if device.startswith("cuda"):
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -136,7 +136,7 @@ def choose_runtime(config: Config, previous: Config | None) -> tuple[Config, dic
     """
     reasons = {}
 
-    def decide(name: str, choose: Callable[[], tuple[str, str]], usable: Callable[[str], bool]) -> None:
+    def decide(name: str, choose: Callable[[], tuple[str | int, str]], usable: Callable[[str], bool]) -> None:
         nonlocal config
         if getattr(config, name) not in ("auto", None):
             reasons[name] = f"--{name}"
@@ -146,22 +146,22 @@ def choose_runtime(config: Config, previous: Config | None) -> tuple[Config, dic
             value, reason = choose()
             if previous is not None:
                 reason += f"; the run so far used {getattr(previous, name)}, so results agree to rounding only"
-        config = replace(config, **{name: value})
+        config = Config(**vars(config) | {name: value})
         reasons[name] = reason
 
     decide("device", choose_device, lambda device: device_problem(device, config.processes) is None)
     if problem := device_problem(config.device, config.processes):
         raise ValueError(problem)
     make_current(config.device)
-    same_device = previous is not None and config.device == previous.device
-    same_processes = same_device and config.processes == previous.processes
-    decide("amp", lambda: choose_amp(config.device), lambda _: same_device)
-    decide("compile", lambda: choose_compile(config), lambda _: same_device)
-    decide("threads", lambda: choose_threads(config), lambda _: same_processes)
-    same_shape = same_processes and all(
-        getattr(config, name) == getattr(previous, name) for name in ("batch_size", "grad_accum", "seq_len")
-    )
-    decide("micro_batch", lambda: choose_micro_batch(config), lambda _: same_shape)
+
+    def same(*names: str) -> bool:
+        return all(getattr(config, name) == getattr(previous, name) for name in names)
+
+    decide("amp", lambda: choose_amp(config.device), lambda _: same("device"))
+    decide("compile", lambda: choose_compile(config), lambda _: same("device"))
+    decide("threads", lambda: choose_threads(config), lambda _: same("device", "processes"))
+    shape = ("device", "processes", "batch_size", "grad_accum", "seq_len")
+    decide("micro_batch", lambda: choose_micro_batch(config), lambda _: same(*shape))
     return config, reasons
 
 
@@ -190,7 +190,7 @@ def configure_torch(config: Config) -> None:
     same_bits = config.device == "cpu" or config.deterministic
     if same_bits:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by PyTorch's reproducibility notes
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # added at run time
     torch.use_deterministic_algorithms(same_bits)  # or compiled code adds up gradients in varying order
 
 
@@ -332,7 +332,7 @@ class Interruption:
         self.silent = silent
         self.signal = 0
         self.time = math.inf
-        self._handlers = {}
+        self._handlers: dict[int, Callable | int | None] = {}
 
     def __enter__(self) -> "Interruption":
         for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):

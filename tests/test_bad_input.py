@@ -12,10 +12,10 @@ from conftest import TINY_FLAGS, run_script
 
 import train
 import update_readme
-from parts.config import Config
+from parts.config import Flags
 
-HINTS = get_type_hints(Config, include_extras=True)
-LIMITS = {f.name: HINTS[f.name].__metadata__[0] for f in fields(Config) if hasattr(HINTS[f.name], "__metadata__")}
+HINTS = get_type_hints(Flags, include_extras=True)
+LIMITS = {f.name: HINTS[f.name].__metadata__[0] for f in fields(Flags) if hasattr(HINTS[f.name], "__metadata__")}
 
 
 def out_of_range() -> list[tuple[str, str]]:

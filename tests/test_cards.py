@@ -107,9 +107,7 @@ def test_tensors_of_both_kinds_can_travel(monkeypatch, cards, nccl, backends):
 def test_a_lost_connection_names_its_cause():
     with pytest.raises(ConnectionError, match=r"process of this run is gone \(Connection closed by peer\)"):  # noqa: SIM117
         with Ranks(0, 2).connected():
-            raise RuntimeError(
-                "[/src/gloo/pair.cc:538] Connection closed by peer. And so\non"
-            )
+            raise RuntimeError("[/src/gloo/pair.cc:538] Connection closed by peer. And so\non")
 
 
 # Memory
