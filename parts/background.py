@@ -24,7 +24,7 @@ class Snapshot:
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
 
-    def take(self, values: object, stream: "torch.cuda.Stream | None" = None) -> object:
+    def take(self, values: dict, stream: "torch.cuda.Stream | None" = None) -> dict:
         """The same nested dictionaries with the copies in them.
 
         On a GPU the copies are made on a stream of their own, beside the next forward and backward pass, which only
@@ -36,7 +36,7 @@ class Snapshot:
         with torch.cuda.stream(stream):
             return self._copied(values)
 
-    def _copied(self, values: object, path: str = "") -> object:
+    def _copied(self, values, path: str = ""):
         if isinstance(values, dict):
             return {key: self._copied(value, f"{path}/{key}") for key, value in values.items()}
         if not isinstance(values, torch.Tensor):

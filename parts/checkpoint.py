@@ -114,7 +114,7 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Those of the model's tensors, by name; linear weights are (out, in)."""
     C = config.n_embd
     linear = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
-    found = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C)}
+    found: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C)}
     for layer in range(config.n_layer):
         for name, (rows, columns) in linear.items():
             found[f"h.{layer}.{name}.weight"], found[f"h.{layer}.{name}.bias"] = (rows, columns), (rows,)

@@ -14,8 +14,8 @@ import re
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
 
     Raises OSError or ValueError (see `read_text`), also when the text is shorter than a slice.
     """
-    whole, sha256, n_bytes = read_tokens(config.input_file, config, tokenizer, "--input_file")
+    whole, sha256, text_bytes = read_tokens(config.input_file, config, tokenizer, "--input_file")
     tokens = whole[: config.max_tokens] if config.max_tokens else whole
     val_tokens, val_bytes_per_token, val_sha256 = None, math.nan, ""
     if config.val_file:
@@ -70,8 +70,7 @@ def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
         n_train = len(tokens) - max(1, round(len(tokens) * config.val_fraction))
         tokens, val_tokens = tokens[:n_train], tokens[n_train:]
         val_bytes_per_token = bytes_per_token(val_tokens, tokenizer)
-    if len(tokens) < len(whole):
-        n_bytes = bytes_per_token(tokens, tokenizer) * len(whole)
+    n_bytes = bytes_per_token(tokens, tokenizer) * len(whole) if len(tokens) < len(whole) else text_bytes
     splits = {names(config.input_file): tokens, "the validation split": val_tokens}
     for name, part in splits.items():
         if part is not None and len(part) < config.seq_len + 1:
@@ -105,7 +104,7 @@ def read_tokens(
     if DEMO_CORPUS in inputs:
         raise ValueError(f"{flag} {DEMO_CORPUS} goes without other texts")
     threads = config.threads or os.cpu_count() or 1
-    found = load(inputs, tokenizer, identity(config, tokenizer), config.cache_dir, threads, flag)
+    found = load(inputs, tokenizer, identity(tokenizer), config.cache_dir, threads, flag)
     return found.tokens, found.sha256, found.n_bytes
 
 
@@ -159,7 +158,7 @@ def smallest_seq_len(tokens: np.ndarray, target_loss: float, longest: int) -> in
 
 MAGIC = "GPT token ids, version 1, after a header of {:08d} bytes with the checksum {:010d}\n"
 FIRST_LINE = re.compile(re.sub(r"{:0(\d+)d}", r"(\\d{\1})", MAGIC).encode())
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ def sources(files: list[Path]) -> list[list]:
     return [[path.resolve().as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def encoded(files: list[Path], tokenizer: Tokenizer, threads: int, hashes: list) -> Iterator[np.ndarray]:
+def encoded(files: list[Path], tokenizer: Tokenizer, threads: int, hashes: list) -> Generator[np.ndarray, None, None]:
     """Ids of the files in pieces, an end-of-document between two files; `hashes` is given a SHA-256 for each.
 
     Encoding releases Python's lock, so threads share the work; as many pieces as keep them busy are under way.
@@ -226,7 +225,7 @@ def encoded(files: list[Path], tokenizer: Tokenizer, threads: int, hashes: list)
     total = sum(path.stat().st_size for path in files)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Encoding", dynamic_ncols=True, disable=None)
     with ThreadPoolExecutor(threads) as pool, bar:
-        under_way = deque()
+        under_way: deque[Future[np.ndarray]] = deque()
         try:
             for path in files:
                 hashes.append(hashlib.sha256())
@@ -246,7 +245,8 @@ def encoded(files: list[Path], tokenizer: Tokenizer, threads: int, hashes: list)
 def build(path: Path, files: list[Path], tokenizer: Tokenizer, identity: str, threads: int) -> None:
     """Encode the files into `path`, which appears when it is whole. Raises ValueError or OSError."""
     name = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
-    dtype, facts = DTYPES[name], {"tokenizer": identity, "dtype": name, "sources": sources(files)}
+    dtype = DTYPES[name]
+    facts: dict = {"tokenizer": identity, "dtype": name, "sources": sources(files)}
     n_bytes, free = sum(size for _, size, _ in facts["sources"]), shutil.disk_usage(path.parent).free
     needed = n_bytes * dtype.itemsize // 2  # about three bytes of text a token
     if needed > free:
@@ -256,7 +256,8 @@ def build(path: Path, files: list[Path], tokenizer: Tokenizer, identity: str, th
         )
     unknown = {"count": 10**15, "crc32": 2**32, "sha256": "0" * 64, "n_bytes": n_bytes}
     space = len(MAGIC.format(0, 0)) + len(json.dumps(facts | unknown)) + 64
-    hashes, count, checksum = [], 0, 0
+    hashes: list = []
+    count = checksum = 0
     with replacing(path) as file, closing(encoded(files, tokenizer, threads, hashes)) as parts:
         file.seek(space)
         for part in parts:

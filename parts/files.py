@@ -290,12 +290,13 @@ class RunDir:
         known = error.errno in self.refused.values() or (error.errno is None and self.refused)  # None: what follows
         self.refused[what] = error.errno
         if not known:
+            room = ""
             with suppress(OSError):
-                error = f"{error} ({gigabytes(self.free_bytes())} free)"
+                room = f" ({gigabytes(self.free_bytes())} free)"
             log.error(
-                "Could not write %s: %s. Training goes on, and all that cannot be written is tried again; no file "
-                "is left half written.", what, error
-            )  # fmt: skip
+                f"Could not write {what}: {error}{room}. Training goes on, and all that cannot be written is tried "
+                "again; no file is left half written."
+            )
 
     def missing(self) -> str:
         """What could not be written to the end, but for the plot, which `update_readme.py` draws as well."""

@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # without a closure: the gradients are there
         """Update every matrix that has a gradient."""
         for group in self.param_groups:
             same_shape: dict[torch.Size, list[torch.Tensor]] = {}
@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
                     self._update(matrices[start : start + at_once], group)
 
     def _update(self, matrices: list[torch.Tensor], group: dict) -> None:
-        gradients = [matrix.grad for matrix in matrices]
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         buffers, row_mean_squares = [], []
         for matrix in matrices:
             state = self.state[matrix]
@@ -97,13 +97,13 @@ def polar_factor(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     at_once = 2 if 2 * n > 3 * m else 1
     for first in range(0, len(POLAR_EXPRESS), at_once):
         gram = x @ x.mT  # (k, m, m)
-        scale, rest = 1.0, None  # the steps so far multiply X by scale I + rest
-        for a, b, c in POLAR_EXPRESS[first : first + at_once]:
-            if rest is not None:
-                square = torch.baddbmm(rest, rest, rest, beta=2 * scale)  # of the factor, less scale^2 I
-                gram = torch.baddbmm(gram, square, gram, beta=scale**2)
+        (scale, b, c), *more = POLAR_EXPRESS[first : first + at_once]
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # the steps so far multiply X by scale I + rest
+        for a, b, c in more:
+            square = torch.baddbmm(rest, rest, rest, beta=2 * scale)  # of the factor, less scale^2 I
+            gram = torch.baddbmm(gram, square, gram, beta=scale**2)
             step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            rest = step if rest is None else torch.baddbmm(a * rest + scale * step, step, rest)
+            rest = torch.baddbmm(a * rest + scale * step, step, rest)
             scale *= a
         x = torch.baddbmm(x, rest, x, beta=scale)
     return x

@@ -42,7 +42,7 @@ def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, 
         f"{c.block_size} positions, vocabulary {c.vocab_size})",
         f"Corpus: {names(c.input_file)}, {part} tokens ({corpus.bytes_per_token:.3f} bytes each), "
         f"sha256 {corpus.sha256[:16]}",
-        *([f"Validation: {len(corpus.val_tokens):,} tokens, never trained on"] if c.validates else []),
+        *([] if corpus.val_tokens is None else [f"Validation: {len(corpus.val_tokens):,} tokens, never trained on"]),
         f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
         f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps",
         f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after "
@@ -100,8 +100,8 @@ def step_row(
 ) -> dict[str, float | None]:
     """The step's row of the CSV."""
     p, window_loss = progress, progress.window_loss(config)
-    row = {"step": p.step, "loss": loss, "lr": lr, "tokens_per_sec": tokens_per_sec, "elapsed_sec": p.elapsed_sec}
-    row |= {"tokens": p.tokens, "window_loss": window_loss, "grad_norm": grad_norm}
+    row: dict[str, float | None] = {"step": p.step, "loss": loss, "lr": lr, "tokens_per_sec": tokens_per_sec}
+    row |= {"elapsed_sec": p.elapsed_sec, "tokens": p.tokens, "window_loss": window_loss, "grad_norm": grad_norm}
     row["bits_per_byte"] = bits_per_byte(window_loss, corpus.bytes_per_token)
     if val_loss is not None:
         row |= {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)}
@@ -211,7 +211,7 @@ def environment(config: Config) -> dict[str, dict]:
     """Versions and hardware, for config.json."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     versions |= {"numpy": np.__version__, "tiktoken": tiktoken.__version__}
-    hardware = {"cpu": processor_name(), "cores": os.cpu_count(), "os": platform.platform(terse=True)}
+    hardware: dict = {"cpu": processor_name(), "cores": os.cpu_count(), "os": platform.platform(terse=True)}
     if config.device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(config.device)
         hardware |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}

@@ -36,8 +36,13 @@ VOCABULARY_SHA256 = {  # as tiktoken checks them, tiktoken_ext/openai_public.py
 class Tokenizer(Protocol):
     """What text becomes token ids with: tiktoken's `Encoding`, or `OwnVocabulary`."""
 
-    n_vocab: int
-    eot_token: int  # stands between documents
+    @property
+    def n_vocab(self) -> int:
+        """How many ids there are."""
+
+    @property
+    def eot_token(self) -> int:
+        """What stands between documents."""
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text, special tokens in it taken as plain text."""
@@ -67,18 +72,18 @@ def choose_tokenizer(config: Config, checkpoint: dict | None) -> Tokenizer:
 
 def saved_tokenizer(checkpoint: dict) -> Tokenizer:
     """The one inside a checkpoint. Raises OSError, or ValueError when it is not that of the weights."""
-    if content := checkpoint["tokenizer"]["content"]:
-        tokenizer = OwnVocabulary(content, "the checkpoint's tokenizer")
-    else:
-        tokenizer = load_tokenizer()
+    content = checkpoint["tokenizer"]["content"]
+    tokenizer: Tokenizer = OwnVocabulary(content, "the checkpoint's tokenizer") if content else load_tokenizer()
     if tokenizer.n_vocab != (n_vocab := len(checkpoint["model"]["wte.weight"])):
         raise ValueError(f"the checkpoint's tokenizer has {tokenizer.n_vocab:,} tokens, its model {n_vocab:,}")
     return tokenizer
 
 
-def identity(config: Config, tokenizer: Tokenizer) -> str:
+def identity(tokenizer: Tokenizer) -> str:
     """What tells tokenizers apart."""
-    return "gpt2" if config.tokenizer == "gpt2" else hashlib.sha256(tokenizer.content.encode()).hexdigest()
+    if isinstance(tokenizer, OwnVocabulary):
+        return hashlib.sha256(tokenizer.content.encode()).hexdigest()
+    return "gpt2"
 
 
 def load_tokenizer() -> tiktoken.Encoding:
@@ -230,7 +235,7 @@ LONG_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205
 
 def encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
     """Ids of a piece. GPT-2's pattern fails on very long runs of white space: the word they are is encoded as one."""
-    if not hasattr(tokenizer, "encode_to_numpy"):
+    if not isinstance(tokenizer, tiktoken.Encoding):
         return np.array(tokenizer.encode_ordinary(text), dtype=np.uint32)
     parts, done = [], 0
     for run in LONG_RUN.finditer(text) if len(text) > CHUNK else ():
