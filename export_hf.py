@@ -63,10 +63,9 @@ def export(path: Path, out: Path) -> None:
     if not (existing := existing_part(out.parent)).is_dir():
         raise NotADirectoryError(f"--out {out}: {existing} is no folder; choose another")
     checkpoint = load_checkpoint(path, "--checkpoint")
-    saved_tokenizer(checkpoint)  # which complains if it is not that of the weights
+    end = saved_tokenizer(checkpoint).eot_token  # complains if the tokenizer is not that of the weights
     config, facts, results = Config.from_dict(checkpoint["config"]), *run_files(path, checkpoint)
     vocabulary = hf_tokenizer(checkpoint["tokenizer"]["content"])
-    end = vocabulary.token_to_id(DOCUMENT_END)
     weights = hf_weights(checkpoint.pop("model"))
     context = checkpoint["trained_context"]
     files = {
@@ -142,7 +141,7 @@ def hf_tokenizer(content: str) -> Tokenizer:
     folder = vocabulary_folder()
     merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-    tokenizer = Tokenizer(models.BPE(ids, [tuple(line.split()) for line in merges if line]))
+    tokenizer = Tokenizer(models.BPE(ids, [(left, right) for left, right in map(str.split, filter(None, merges))]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(DOCUMENT_END, special=True, normalized=False)])
@@ -285,14 +284,14 @@ def main(argv: list[str] | None = None) -> int:
             Options, args=arguments, prog="export_hf.py", use_underscores=True,
             description=__doc__.split("\n\n")[0],
         )  # fmt: skip
-        if (options.checkpoint is None) == (options.from_hf is None):
-            raise ValueError("give either --checkpoint, to export, or --from_hf, to import")
-        if options.checkpoint is not None:
+        if options.checkpoint is not None and options.from_hf is None:
             export(options.checkpoint, options.out)
-        else:
+        elif options.from_hf is not None and options.checkpoint is None:
             import_hf(options.from_hf, options.out)
+        else:
+            raise ValueError("give either --checkpoint, to export, or --from_hf, to import")
     except SystemExit as answered:  # by tyro
-        return answered.code or 0
+        return int(answered.code or 0)
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():
             print(f"export_hf.py: error: {line}", file=sys.stderr)

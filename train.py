@@ -29,7 +29,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -203,7 +203,7 @@ class Past:
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store k and v behind what is there; q sees all up to its own position. All (B, n_head, T, head_dim)."""
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             B, n_head, _, head_dim = k.shape
             self.keys, self.values = (k.new_zeros(B, n_head, self.slots, head_dim) for _ in range(2))
         first, self.length = self.length, self.length + k.shape[2]
@@ -275,8 +275,8 @@ class GPT(nn.Module):
         assert self.block_size >= end, f"{end} tokens exceed block_size {self.block_size}"
         x = self.wte(tokens) + self.wpe(torch.arange(first, end, device=tokens.device))
         x = F.dropout(x, self.dropout, self.training)
-        for block, past in zip(self.h, pasts or [None] * len(self.h), strict=True):
-            x = block(x, past)
+        for layer, block in enumerate(self.h):
+            x = block(x, pasts[layer] if pasts else None)
         return self.ln_f(x)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
@@ -358,7 +358,7 @@ def build_optimizers(model: GPT, config: Config) -> dict[str, torch.optim.Optimi
     """
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
     others = [model.wte.weight, model.wpe.weight]
-    optimizers = {}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "muon":
         dtype = torch.bfloat16 if config.amp == "bf16" else torch.float32
         optimizers["muon"] = Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, dtype=dtype)
@@ -508,7 +508,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.progress = Progress()
         self.copying = torch.cuda.Stream() if self.device.type == "cuda" else None
-        self.forward: nn.Module = self.model
+        self.forward: Callable[..., torch.Tensor] = self.model
         if checkpoint is not None:
             self._restore(checkpoint)
         self.progress.trained_context = max(self.progress.trained_context, config.seq_len)
@@ -664,7 +664,7 @@ class Trainer:
         """
         config, step = self.config, self.progress.step + 1
         loss = self.accumulate(step, self.slices(step))
-        self.ranks.average([loss, *(parameter.grad for parameter in self.model.parameters())])
+        self.ranks.average([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad or math.inf)
@@ -702,8 +702,9 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Measure the validation loss of the present weights."""
-        p = self.progress
-        p.val_loss, p.val_step = validation_loss(self.model, self.corpus.val_tokens, self.config), p.step
+        p, tokens = self.progress, self.corpus.val_tokens
+        assert tokens is not None, "there is no validation split"
+        p.val_loss, p.val_step = validation_loss(self.model, tokens, self.config), p.step
         if not math.isfinite(p.val_loss):
             raise TrainingFailed(f"the validation loss of step {p.step} is not finite: go on with a lower --lr")
         return p.val_loss
@@ -817,7 +818,7 @@ class Saver:
         best, step, copying = self.best, self.trainer.progress.step, self.trainer.copying
         description = self.trainer.description()
         state = self.snapshot.take(self.trainer.state() | self.run.mark(), copying)
-        self.best_under_way = best and best["snapshot"]
+        self.best_under_way = None if best is None else best["snapshot"]
 
         def write() -> None:
             try:
@@ -964,7 +965,7 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
                 save_due = False
 
         trainer.ranks.leave()
-        stop = stop_reason(p, config) if end == RUN_IS_OVER else signal.Signals(end).name
+        stop = stop_reason(p, config) or signal.Signals(end).name
         if stop in COMPLETE:
             if config.validates and p.val_step != p.step:
                 trainer.evaluate()
@@ -1041,7 +1042,7 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack) -> Setup:
     tokenizer = choose_tokenizer(config, checkpoint)
     config = replace(config, vocab_size=tokenizer.n_vocab)
     corpus = load_corpus(config, tokenizer)
-    if checkpoint is not None:
+    if path is not None and checkpoint is not None:
         check_same_run(path, checkpoint, config, corpus.vocabulary, corpus.sha256, len(corpus.tokens))
     start = load_start(config, corpus.vocabulary) if checkpoint is None else None
     return Setup(argv, config, reasons, corpus, tokenizer, run, path, checkpoint, start, damage)
@@ -1071,17 +1072,17 @@ def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
         raise ValueError(f"{setup.resumed_from} does not fit this model ({type(error).__name__}: {reason})") from error
     if setup.start is not None:
         trainer.model.load_state_dict(setup.start)
-    if setup.checkpoint is not None and not best_compares(setup):
+    if setup.checkpoint is not None and not best_compares(setup, setup.checkpoint):
         trainer.progress.forget_best()
     return trainer
 
 
-def best_compares(setup: Setup) -> bool:
+def best_compares(setup: Setup, checkpoint: dict) -> bool:
     """Whether the checkpoint's best was measured as the best from here on will be, and lies in this directory."""
-    saved, config = setup.checkpoint["config"], setup.config
+    saved, config = checkpoint["config"], setup.config
     measure = ("val_fraction", "val_file", "seq_len" if config.validates else "target_window")
     same = all(saved[name] == config.as_dict()[name] for name in measure)
-    return setup.continues and same and setup.checkpoint["val_sha256"] == setup.corpus.val_sha256
+    return setup.continues and same and checkpoint["val_sha256"] == setup.corpus.val_sha256
 
 
 def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
@@ -1109,14 +1110,8 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
     run, again = setup.run, report.how_to_continue(setup.config)
     first_step = 1 if setup.checkpoint is None else setup.checkpoint["step"] + 1
     launches = read_json(run.config_json).get("launches") if first_step > 1 else None
-    launch = report.launch_record(
-        setup.argv,
-        setup.config,
-        setup.corpus,
-        setup.reasons,
-        first_step,
-        launches if isinstance(launches, list) else [],
-    )
+    earlier = launches if isinstance(launches, list) else []
+    launch = report.launch_record(setup.argv, setup.config, setup.corpus, setup.reasons, first_step, earlier)
     saver = Saver(run, trainer, launch, trainer.progress.step if setup.continues else 0)
     saver.write_config()
     try:
@@ -1168,7 +1163,7 @@ def open_and_train(setup: Setup, trainer: Trainer) -> int:
             damaged = run.last.with_name("damaged.pt")
             move(run.last, damaged)
             log.warning("%s: set aside as %s; going on from %s", setup.damage, damaged, setup.resumed_from)
-        run.restore(setup.checkpoint if setup.continues else {})
+        run.restore(setup.checkpoint if setup.checkpoint and setup.continues else {})
         return run_training(setup, trainer)
 
 
@@ -1215,7 +1210,7 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
     problem = answer = ""
     try:
         setup = prepare(argv, ranks, held)
-        answer = finished(setup)
+        answer = finished(setup) or ""
         if not answer:
             trainer = build_trainer(setup, ranks)
             if ranks.rank == 0:
@@ -1223,7 +1218,7 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
                 setup.run.check_room(STATE_BYTES * n_params, WEIGHT_BYTES * n_params, fresh)
                 held.enter_context(setup.run.locked())
     except SystemExit as answered:  # by tyro: --help is 0, a flag it cannot read is 2
-        return answered.code or 0
+        return int(answered.code or 0)
     except (ValueError, OSError) as error:
         problem = str(error) or type(error).__name__
     problems = ranks.gather(problem)

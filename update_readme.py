@@ -327,8 +327,8 @@ def summary_section(run: Run, _readme: Path) -> str:
     elapsed = r.get("elapsed_sec") or last.get("elapsed_sec")
     if elapsed and elapsed == elapsed:
         rows.append(["time", duration(elapsed)])
-        if r.get("tokens"):
-            rows.append(["tokens per second, saves and samples included", f"{r['tokens'] / elapsed:,.0f}"])
+        if tokens := r.get("tokens"):
+            rows.append(["tokens per second, saves and samples included", f"{tokens / elapsed:,.0f}"])
     if not run.results and len(last):
         rows.append(["last row", f"loss {last['loss']:.6f} at step {last['step']:,.0f}"])
     return markdown_table(["", "result"], rows, align="---")
@@ -548,7 +548,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return update(arguments)
     except SystemExit as answered:  # by tyro
-        return answered.code or 0
+        return int(answered.code or 0)
     except (ValueError, OSError) as error:
         print(f"update_readme.py: error: {error}", file=sys.stderr)
         return 2
