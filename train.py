@@ -594,7 +594,7 @@ class Trainer:
 
     def _measures(self, loss: torch.Tensor) -> list[float]:
         """The loss, then the norm of each parameter's gradient; the gradients are gone afterwards."""
-        norms = [parameter.grad.norm() for parameter in self.model.parameters()]
+        norms = [parameter.grad.norm() for parameter in self.model.parameters() if parameter.grad is not None]
         self.model.zero_grad(set_to_none=True)
         return torch.stack([loss, *norms]).tolist()
 
