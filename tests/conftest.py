@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+import update_readme  # noqa: E402
 from parts.background import Task, Writer  # noqa: E402
 from parts.config import Config  # noqa: E402
 from parts.files import METRICS  # noqa: E402
@@ -32,6 +33,22 @@ TINY_FLAGS = [
     *("--log_every=2", "--save_every=4", "--sample_every=4", "--target_window=3", "--max_new_tokens=8", "--steps=8"),
     *("--target_loss=0", "--device=cpu"),
 ]
+
+DRAW_LOSS_CURVE = update_readme.draw_loss_curve
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_plots():
+    """What runs in the tests' own process draws no plot, which takes as long as a tiny run; see `plots`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(update_readme, "draw_loss_curve", lambda out_dir: out_dir / "logs" / "loss_curve.png")
+        yield
+
+
+@pytest.fixture
+def plots(monkeypatch):
+    """Plots are drawn after all."""
+    monkeypatch.setattr(update_readme, "draw_loss_curve", DRAW_LOSS_CURVE)
 
 
 @pytest.fixture

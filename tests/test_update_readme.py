@@ -75,7 +75,7 @@ def test_fills_every_section_and_nothing_else(run, tmp_path):
         assert value in section(text, "REPRO")
 
 
-def test_the_same_run_gives_the_same_bytes_and_check_agrees(run, tmp_path, capsys):
+def test_the_same_run_gives_the_same_bytes_and_check_agrees(run, tmp_path, capsys, plots):
     readme = tmp_path / "README.md"
     readme.write_text(ALL, encoding="utf-8")
     assert update(run, readme, "--check") == 1
@@ -124,7 +124,7 @@ def test_code_spans_lists_and_foreign_comments_are_text(run, tmp_path):
     {"launches": [1, {"command": "x"}] * 40,
      "config": {"preset": "|`<!--AUTO:PLOT:END"}, "corpus": {"file": "[](y)\n"}},
 ])  # fmt: skip
-def test_json_of_any_type_is_shown_or_left_out(run, tmp_path, values):
+def test_json_of_any_type_is_shown_or_left_out(run, tmp_path, values, plots):
     for name in ("results.json", "config.json"):
         (run / name).write_text(json.dumps(values), encoding="utf-8")
     readme = tmp_path / "README.md"
@@ -146,7 +146,7 @@ def test_many_launches_leave_room_for_the_rest(run, tmp_path):
     assert config["corpus"]["sha256"] in readme.read_text(encoding="utf-8")
 
 
-def test_an_old_csv_alone(partial_run, tmp_path):
+def test_an_old_csv_alone(partial_run, tmp_path, plots):
     readme = tmp_path / "README.md"
     readme.write_text(ALL, encoding="utf-8")
     assert update(partial_run, readme) == 0
@@ -166,7 +166,7 @@ def test_an_old_csv_alone(partial_run, tmp_path):
     ("2,9,3e-4,100,2\n1,10.9,3e-4,100,1\n2,8,3e-4,100,2\n", [1, 2]),
     ("x,y,z,a,b\n1,10.9,3e-4,100,1\n", [1]),
 ])  # fmt: skip
-def test_partial_csvs(partial_run, tmp_path, body, steps):
+def test_partial_csvs(partial_run, tmp_path, body, steps, plots):
     csv = partial_run / "logs/train_metrics.csv"
     csv.write_text(HEADER + body, encoding="utf-8")
     readme = tmp_path / "README.md"
@@ -176,12 +176,12 @@ def test_partial_csvs(partial_run, tmp_path, body, steps):
     assert ("No loss has been logged yet." in readme.read_text(encoding="utf-8")) is (not steps)
 
 
-def test_a_validation_loss_is_drawn_and_tabled(run, tmp_path):
+def test_a_validation_loss_is_drawn_and_tabled(run, tmp_path, plots):
+    without = update_readme.draw_loss_curve(run).read_bytes()
     csv = run / "logs/train_metrics.csv"
     table = pd.read_csv(csv)
     table["val_loss"] = [None, 9.5, None, 9.25, None]
     table.to_csv(csv, index=False)
-    without = (run / "logs/loss_curve.png").read_bytes()
     readme = tmp_path / "README.md"
     readme.write_text(ALL, encoding="utf-8")
     assert update(run, readme) == 0
