@@ -34,6 +34,8 @@ TINY_FLAGS = [
     *("--target_loss=0", "--device=cpu"),
 ]
 
+# Tests that send signals to processes or wait for them: one after the other, in one worker.
+KILLS = [pytest.mark.slow, pytest.mark.xdist_group("kills")]
 DRAW_LOSS_CURVE = update_readme.draw_loss_curve
 
 

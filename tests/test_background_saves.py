@@ -12,6 +12,7 @@ from parts.background import Snapshot
 from parts.checkpoint import load_checkpoint, write_checkpoint
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_written(launch, monkeypatch):
     """And one save at a time: those that fall due meanwhile come when it is done."""
     write, update, spans, steps = write_checkpoint, train.Trainer.update, [], []
@@ -40,6 +41,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(launch, monkeypatch):
     assert unequal(expected["model"], prev["model"]) == [], "the last save did not reach into the one before"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_its_own_step_however_late_it_is_written(launch, monkeypatch):
     """The same bits as one that was written at once, though the weights have moved on since."""
     assert launch("at_once", "--steps=4") == 0

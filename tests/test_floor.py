@@ -35,6 +35,7 @@ def test_a_single_slice_costs_nothing():
     assert loss_floor(np.arange(17, dtype=np.uint16), 16) == 0
 
 
+@pytest.mark.slow
 def test_published_row_of_tiny_shakespeare(tiny_shakespeare, tokenizer):
     tokens = np.array(tokenizer.encode_ordinary(read_text(tiny_shakespeare)[0]), dtype=np.uint16)
     assert len(tokens) == 338_025

@@ -13,6 +13,8 @@ from parts.checkpoint import load_checkpoint
 from parts.files import RunDir, replacing, temporary
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("kills")
 def test_torture(tmp_path):
     """The benchmark in short."""
     arguments = torture.Arguments(kills=8, steps=240, work=tmp_path)
@@ -50,6 +52,7 @@ def test_the_torture_notices(tmp_path, launch):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that dies at a chosen system call needs fork")
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links, as on FAT"])
 def test_death_at_every_system_call_of_a_save(tmp_path, links):

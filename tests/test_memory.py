@@ -39,6 +39,7 @@ sys.exit(train.main(sys.argv[1:]))
 FLAGS = [*TINY_FLAGS, "--log_every=1", "--batch_size=48", "--amp=off", "--threads=1", "--num_prompts=0"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
 def test_the_next_smaller_divisor_is_taken_recorded_and_kept(launch, tmp_path, text_file):
     def limited(room: int, *flags: str) -> subprocess.CompletedProcess:
@@ -61,6 +62,7 @@ def test_the_next_smaller_divisor_is_taken_recorded_and_kept(launch, tmp_path, t
     assert [float(x[0]) for x in found] == pytest.approx([float(x[0]) for x in expected], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_other_flags_overrule_what_the_run_settled_on(launch):
     assert launch("run", "--batch_size=4", "--steps=4") == 0
     path = Path("run/checkpoints/last.pt")

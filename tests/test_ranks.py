@@ -13,7 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS, log_text, rows, run_script, weights
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo under Windows has not been tried")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("ranks"),
+    pytest.mark.skipif(os.name == "nt", reason="gloo under Windows has not been tried"),
+]
 
 FLAGS = [*TINY_FLAGS, "--input_file=input.txt", "--batch_size=4", "--grad_accum=2", "--amp=off", "--log_every=1"]
 FLAGS += ["--val_fraction=0.2", "--eval_every=3", "--lr=0.01"]

@@ -9,6 +9,8 @@ from conftest import ROOT
 
 from parts.start import SPINS
 
+pytestmark = pytest.mark.slow
+
 
 def spin_count(script: str, **environment: str) -> str:
     """What GNU OpenMP finds in the environment when PyTorch is loaded."""

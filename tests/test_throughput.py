@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks import throughput
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def options(text_file):
