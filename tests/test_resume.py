@@ -18,7 +18,6 @@ from parts.corpus import load_corpus
 from parts.text import load_tokenizer
 
 OPTIMIZERS = typing.get_args(typing.get_type_hints(Config)["optimizer"])
-compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 
 @pytest.fixture
@@ -38,22 +37,22 @@ def break_off(monkeypatch):
     return pending.extend
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--amp=off"],
-        ["--amp=bf16", "--grad_accum=2"],
-        ["--amp=fp16"],
-        ["--amp=fp16", "--dropout=0.2", "--grad_accum=2"],
-        ["--amp=off", "--dropout=0.3"],
-        pytest.param(["--amp=bf16", "--compile=on", "--dropout=0.1"], marks=compiler),
-        ["--amp=bf16", "--threads=1"],
-    ],
-    ids=" ".join,
-)
-def test_broken_off_anywhere_and_started_again(launch, prompt_disk, break_off, flags, optimizer):
-    flags = [f"--optimizer={optimizer}", *flags, "--lr=0.01", "--steps=10", "--save_every=3", "--target_window=2"]
+CASES = [  # with muon, embeddings and vectors have AdamW's states beside Muon's
+    "--optimizer=muon --amp=off",
+    "--optimizer=muon --amp=bf16 --grad_accum=2 --dropout=0.2",
+    "--optimizer=muon --amp=fp16",
+    "--optimizer=adamw --amp=off --dropout=0.3",
+]
+
+
+def test_every_optimizer_is_broken_off():
+    assert {case.split()[0].partition("=")[2] for case in CASES} == set(OPTIMIZERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_broken_off_anywhere_and_started_again(launch, prompt_disk, break_off, case):
+    flags = [*case.split(), "--lr=0.01", "--steps=10", "--save_every=3", "--target_window=2"]
     assert launch("whole", *flags) == 0
     break_off([1, 3, 4, 5, 8, 10])
     codes = [launch("parts", *flags) for _ in range(7)]
@@ -63,6 +62,18 @@ def test_broken_off_anywhere_and_started_again(launch, prompt_disk, break_off, f
     assert [log.count(f"Resuming from step {step} ") for step in (0, 3, 6, 9)] == [0, 2, 1, 1]
     launches = json.loads(Path("parts/config.json").read_text(encoding="utf-8"))["launches"]
     assert [launch["first_step"] for launch in launches] == [1, 4, 4, 7, 10]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_compiled_run_broken_off_and_started_again(launch, prompt_disk, break_off):
+    flags = ["--compile=on", "--amp=bf16", "--dropout=0.1", "--lr=0.01", "--save_every=3", "--target_window=2"]
+    assert launch("whole", *flags) == 0
+    break_off([5])
+    assert [launch("parts", *flags) for _ in range(2)] == [130, 0]
+    assert_same_run(Path("whole"), Path("parts"))
+    log = log_text(Path("parts"))
+    assert log.count("Compiled in") == 2 and log.count("Resuming from step 3 ") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -75,6 +86,7 @@ def test_on_cuda_in_deterministic_mode(launch, prompt_disk, break_off, amp):
     assert_same_run(Path("whole"), Path("parts"))
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_its_last_checkpoint_and_its_results(launch, monkeypatch):
     """Its samples must not be drawn twice, whatever step it ended at."""
     flags = ["--steps=7", "--sample_every=4"]
@@ -106,6 +118,7 @@ def leaves(tree) -> list:
     return [leaf for branch in tree for leaf in leaves(branch)] if isinstance(tree, list) else [tree]
 
 
+@pytest.mark.slow
 def test_resuming_cuts_rows_and_samples_behind_the_checkpoint(launch, prompt_disk):
     """As after a kill at step 8 that left the checkpoint of step 4."""
     flags = ["--decay_steps=8", "--warmup_steps=2"]
@@ -120,6 +133,7 @@ def test_resuming_cuts_rows_and_samples_behind_the_checkpoint(launch, prompt_dis
     assert_same_run(Path("whole"), Path("cut"))
 
 
+@pytest.mark.slow
 def test_another_cut_into_micro_batches_gives_the_same_run_to_rounding(launch):
     flags = ["--decay_steps=8", "--warmup_steps=2", "--amp=off"]
     assert launch("whole", *flags, "--batch_size=4") == 0
@@ -162,6 +176,7 @@ def test_no_run_is_overwritten_by_a_fresh_one(launch, resume):
     assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_resume_from_a_path_into_another_directory(launch):
     assert launch("one", "--steps=4") == 0
     assert launch("two", "--resume", "one/checkpoints/last.pt") == 0
@@ -208,6 +223,7 @@ def test_a_shortened_csv_is_cut_at_a_line_and_said(launch):
     assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2", "6", "8"]
 
 
+@pytest.mark.slow
 def test_damaged_json_of_a_run_stops_nobody(launch):
     assert launch("run", "--steps=4") == 0
     Path("run/config.json").write_text('{"launches": 5}', encoding="utf-8")
@@ -236,6 +252,7 @@ def test_a_csv_with_other_line_ends_is_cut_at_a_line_and_said(launch):
     assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2", "6", "8"]
 
 
+@pytest.mark.slow
 def test_a_foreign_checkpoint_empties_no_directory(launch):
     for name in ("one", "two"):
         assert launch(name, "--steps=4") == 0
@@ -245,6 +262,7 @@ def test_a_foreign_checkpoint_empties_no_directory(launch):
     assert Path("two/earlier-1/samples/samples.txt").read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_a_missing_best_is_made_again(launch):
     assert launch("run", "--steps=6", "--lr=1e-8", "--min_lr=0") == 0
     Path("run/checkpoints/best.pt").unlink()
