@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_FLAGS, run_script
+from conftest import ROOT, TINY_FLAGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,6 +134,7 @@ def test_the_file_is_used_again_and_a_changed_text_is_noticed(texts, tokenizer, 
     assert "has changed" in caplog.text and len(list(Path("cache").glob("*.tokens"))) == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_noticed_whatever_the_damage(texts, tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(train.log, "propagate", True)
     expected = load("b", tokenizer=tokenizer, folder="cache").tokens.tolist()
@@ -189,14 +190,16 @@ def test_a_text_that_is_none_leaves_nothing_behind(texts, tokenizer, content, me
         (["--input_file", "b", "--tokenizer", "odd.json"], "odd.json is no tokenizer.json"),
     ],
 )
-def test_what_cannot_be_used_is_said_in_one_line(texts, flags, message):
+def test_what_cannot_be_used_is_said_in_one_line(texts, capsys, flags, message):
     Path("empty").mkdir()
     Path("odd.json").write_text("{}", encoding="utf-8")
-    result = run_script("--preset=demo", "--out_dir=run", *flags, cwd=texts)
-    assert result.returncode == 2 and message in result.stderr, result.stderr
-    assert result.stderr.count("\n") == 1 and not Path("run").exists() and result.stdout == ""
+    assert train.main(["--preset=demo", "--out_dir=run", *flags]) == 2
+    out, error = capsys.readouterr()
+    assert message in error and error.count("\n") == 1 and out == "" and not Path("run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("kills")
 def test_a_build_that_was_killed_starts_again(tmp_path, tokenizer):
     text = " ".join(str(n) for n in range(600_000))
     Path(tmp_path / "long.txt").write_text(text, encoding="utf-8")
@@ -261,6 +264,7 @@ def own(tmp_path_factory):
     return OwnVocabulary(train_vocabulary([path], 400), "bpe:400")
 
 
+@pytest.mark.slow
 def test_a_run_with_an_own_vocabulary_keeps_it(texts):
     text = "".join(f"Line {i}: {i * i} is the square of {i}.\n" for i in range(500))
     Path("b/two.txt").write_text(text, encoding="utf-8")
@@ -387,12 +391,15 @@ def test_a_cache_that_cannot_be_written_can_be_read(texts, tokenizer, monkeypatc
         load("b/two.txt", tokenizer=tokenizer, folder="cache")
 
 
-def test_an_empty_text_yields_no_vocabulary_and_is_called_empty(texts):
+def test_an_empty_text_yields_no_vocabulary_and_is_called_empty(texts, capsys):
     Path("nothing.txt").write_text("", encoding="utf-8")
-    result = run_script("--tokenizer=bpe:4000", "--input_file=nothing.txt", "--out_dir=run", cwd=texts)
-    assert result.returncode == 2 and "nothing.txt is empty" in result.stderr and "257" not in result.stderr
+    assert train.main(["--tokenizer=bpe:4000", "--input_file=nothing.txt", "--out_dir=run"]) == 2
+    error = capsys.readouterr().err
+    assert "nothing.txt is empty" in error and "257" not in error
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("kills")
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGTERM")
 def test_sigterm_while_a_text_is_encoded_leaves_nothing_half_written(tmp_path):
     text = " ".join(str(n) for n in range(3_000_000))
