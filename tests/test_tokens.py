@@ -372,6 +372,19 @@ def test_bytes_between_documents_are_no_text(texts):
         assert corpus.val_bytes_per_token == pytest.approx(size / n_tokens, rel=0.05)
 
 
+def test_a_large_text_needs_no_number_of_threads(texts, tokenizer, monkeypatch):
+    """`threads` is None until a run has chosen it, and a corpus can be loaded without a run."""
+    text = "".join(f"Line {i}: {i * i} is the square of {i}.\n" for i in range(500))
+    Path("b/two.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("parts.corpus.SMALL_TEXT", 100)
+    monkeypatch.setattr("parts.text.CHUNK", 50)
+    config = Config(input_file=(Path("b/two.txt"),), threads=None, seq_len=16).resolved()
+    assert config.threads is None
+    found = load_corpus(config, tokenizer).tokens
+    assert isinstance(found, np.memmap), "encoded on all cores, into a file"
+    assert found.tolist() == tokenizer.encode_ordinary(text)
+
+
 def test_bytes_per_token_are_those_of_the_part_that_is_trained_on(texts):
     Path("mix.txt").write_text("Plain English words here. " * 200 + "漢字仮名交り文" * 400, encoding="utf-8")
     config = Config(input_file=(Path("mix.txt"),), max_tokens=500, seq_len=16).resolved()
