@@ -1,5 +1,6 @@
 """sample.py: the checkpoint's text and nothing else on stdout, the same for the same seed, streamed."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, run_script
+from conftest import ROOT, TINY_FLAGS
 
 import sample
 import train
@@ -25,7 +26,7 @@ def folder(tmp_path_factory):
     text = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200))
     (path / "text.txt").write_text(text, encoding="utf-8")
     flags = [*TINY_FLAGS, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}", "--steps=60", "--lr=0.02"]
-    assert train.main(flags) == 0
+    assert train.main([*flags, "--save_every=60", "--sample_every=60"]) == 0
     return path
 
 
@@ -33,6 +34,20 @@ def run(folder: Path, *flags: str, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint=run/checkpoints/best.pt", *flags]
     options = {"input": "", "timeout": 100} | options
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", **options)
+
+
+@pytest.fixture
+def say(folder, monkeypatch, capsys):
+    """What the program writes to stdout and stderr, in this process; `typed` comes through a pipe."""
+
+    def run(*flags: str, typed: bytes = b"", code: int = 0) -> tuple[str, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+        capsys.readouterr()
+        assert sample.main(["--checkpoint=run/checkpoints/best.pt", *flags]) == code
+        return capsys.readouterr()
+
+    return run
 
 
 def expected(folder: Path, prompt: str) -> str:
@@ -45,6 +60,7 @@ def expected(folder: Path, prompt: str) -> str:
     return tokenizer.decode(train.generate(model, [tokenizer.encode_ordinary(prompt)], 20, **options)[0])
 
 
+@pytest.mark.slow
 def test_text_alone_goes_to_stdout(folder):
     result = run(folder, r"--prompt=Line 1:\n the", *GREEDY)
     assert result.returncode == 0, result.stderr
@@ -52,20 +68,27 @@ def test_text_alone_goes_to_stdout(folder):
     assert result.stderr.startswith("[20 tokens, ") and result.stderr.endswith(" tok/s]\n")
 
 
-def test_the_prompt_comes_from_wherever_it_is(folder):
+def test_the_prompt_comes_from_wherever_it_is(folder, say):
     (folder / "prompt.txt").write_text("Line 7: the", encoding="utf-8")
     answers = {
-        run(folder, "--prompt=Line 7: the", *GREEDY).stdout,
-        run(folder, "--prompt_file=prompt.txt", *GREEDY).stdout,
-        run(folder, *GREEDY, input="Line 7: the").stdout,
+        say("--prompt=Line 7: the", *GREEDY)[0],
+        say("--prompt_file=prompt.txt", *GREEDY)[0],
+        say(*GREEDY, typed=b"Line 7: the\n")[0],
     }
     assert answers == {expected(folder, "Line 7: the") + "\n"}
 
 
-def test_no_prompt_at_all_is_one_too(folder):
-    assert run(folder, "--prompt=", *GREEDY).stdout == expected(folder, "\n")[1:] + "\n"
+@pytest.mark.slow
+def test_another_process_with_its_prompt_from_a_pipe_writes_the_same(folder, say):
+    flags = ["--seed=5", "--max_new_tokens=20", "--amp=off", "--device=cpu"]
+    assert run(folder, *flags, input="Line 7: é").stdout == say("--prompt=Line 7: é", *flags)[0]
 
 
+def test_no_prompt_at_all_is_one_too(folder, say):
+    assert say("--prompt=", *GREEDY)[0] == expected(folder, "\n")[1:] + "\n"
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 def test_on_a_terminal_it_asks(folder):
     outer, inner = os.openpty()
@@ -79,11 +102,11 @@ def test_on_a_terminal_it_asks(folder):
     assert out.decode().replace("\r", "") == f"{expected(folder, 'Line 1:')}\n{expected(folder, 'Line 2:')}\n"
 
 
-def test_the_same_seed_gives_the_same_text(folder):
+def test_the_same_seed_gives_the_same_text(say):
     flags = ["--prompt=Line", "--num_samples=3", "--max_new_tokens=20", "--temperature=1.5"]
-    first, again = run(folder, *flags, "--seed=5"), run(folder, *flags, "--seed=5")
-    assert first.stdout == again.stdout != run(folder, *flags, "--seed=6").stdout
-    texts = first.stdout.split(f"\n{sample.SEPARATOR}\n")
+    first, again = say(*flags, "--seed=5")[0], say(*flags, "--seed=5")[0]
+    assert first == again != say(*flags, "--seed=6")[0]
+    texts = first.split(f"\n{sample.SEPARATOR}\n")
     assert len(set(texts)) == 3 and all(text.startswith("Line") for text in texts)
 
 
@@ -106,10 +129,10 @@ def test_copied_passages_are_found():
     assert len(found.longest_copy("zqx")) <= 1 and found.share_copied("zqx") == 0
 
 
-def test_the_report_on_copies(folder):
-    result = run(folder, "--prompt=Line 1:", "--novelty=text.txt", *GREEDY)
-    assert "8-grams of tokens are in text.txt; longest passage copied from it: " in result.stderr
-    assert result.stdout == expected(folder, "Line 1:") + "\n"
+def test_the_report_on_copies(folder, say):
+    out, error = say("--prompt=Line 1:", "--novelty=text.txt", *GREEDY)
+    assert "8-grams of tokens are in text.txt; longest passage copied from it: " in error
+    assert out == expected(folder, "Line 1:") + "\n"
 
 
 @pytest.mark.parametrize(
@@ -138,23 +161,23 @@ def test_what_is_wrong_is_said_in_one_line(folder, monkeypatch, capsys, flags, m
     assert error.count("\n") == 1 and error.startswith("sample.py: error: ")
 
 
-def test_bytes_that_are_no_text(folder):
-    """Latin-1, typed or piped; and UTF-8 on a system that is told to speak ASCII."""
-    piped = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), "--checkpoint=run/checkpoints/best.pt"],
-        cwd=folder, input=b"caf\xe9", capture_output=True, timeout=100,
-    )  # fmt: skip
-    assert piped.returncode == 2 and b"the prompt from stdin is not UTF-8: byte 0xe9 at offset 3" in piped.stderr
-    if os.name != "nt":
-        typed = run(folder, "--prompt=caf\udce9")
-        assert typed.returncode == 2 and "is not UTF-8" in typed.stderr and typed.stderr.count("\n") == 1
-        ascii_only = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-        assert run(folder, "--prompt=Line é", *GREEDY, env=ascii_only).stdout.startswith("Line é")
+def test_bytes_that_are_no_text(say):
+    """Latin-1, piped or typed; Python hands on bytes that it cannot read as surrogates."""
+    out, error = say(typed=b"caf\xe9", code=2)
+    assert out == "" and "the prompt from stdin is not UTF-8: byte 0xe9 at offset 3" in error
+    out, error = say("--prompt=caf\udce9", code=2)
+    assert out == "" and "is not UTF-8" in error and error.count("\n") == 1
 
 
-def test_hardly_any_temperature_is_none(folder):
-    texts = {run(folder, "--prompt=Line 1: the", *GREEDY, f"--temperature={t}").stdout for t in ("0", "1e-300")}
-    assert len(texts) == 1
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no POSIX locale")
+def test_text_on_a_system_that_is_told_to_speak_ascii(folder):
+    ascii_only = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert run(folder, "--prompt=Line é", *GREEDY, env=ascii_only).stdout.startswith("Line é")
+
+
+def test_hardly_any_temperature_is_none(say):
+    assert len({say("--prompt=Line 1: the", *GREEDY, f"--temperature={t}")[0] for t in ("0", "1e-300")}) == 1
 
 
 def test_the_vocabulary_is_that_of_the_checkpoint(folder, tmp_path):
@@ -169,6 +192,7 @@ def test_the_vocabulary_is_that_of_the_checkpoint(folder, tmp_path):
     assert sample.Sampler(path).tokenizer.content == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
 def test_nobody_listens_to_stderr(folder):
     command = f"{sys.executable} {ROOT / 'sample.py'} --checkpoint run/checkpoints/best.pt --prompt Line 2>&-"
@@ -176,6 +200,7 @@ def test_nobody_listens_to_stderr(folder):
     assert result.returncode == 0 and "tok/s" not in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
 def test_a_reader_that_has_enough_is_no_error(folder):
     command = f"{sys.executable} {ROOT / 'sample.py'} --checkpoint run/checkpoints/best.pt --prompt Line "
@@ -186,6 +211,5 @@ def test_a_reader_that_has_enough_is_no_error(folder):
     assert "Traceback" not in result.stderr
 
 
-def test_help(folder):
-    result = run_script("--help", cwd=folder, script="sample.py")
-    assert result.returncode == 0 and "--novelty" in result.stdout
+def test_help(say):
+    assert "--novelty" in say("--help")[0]
