@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, assert_same_run, log_text, rows, run_script
+from conftest import ROOT, TINY_FLAGS, assert_same_run, log_text, rows
 
 import train
 from parts.checkpoint import STATE_BYTES, WEIGHT_BYTES, load_checkpoint
@@ -60,15 +60,16 @@ def at_step(monkeypatch):
     return actions.update
 
 
-def test_too_little_room_is_refused_before_training(small_disk, tmp_path, text_file):
+def test_too_little_room_is_refused_before_training(small_disk, launch, capsys):
     disk = small_disk(40, "tmpfs")
-    result = run_script(*FLAGS, f"--input_file={text_file}", f"--out_dir={disk}/run", cwd=tmp_path)
-    assert result.returncode == 2 and result.stdout == ""
+    assert launch(f"{disk}/run", *FLAGS) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
     assert re.fullmatch(
         r"train\.py: error: --out_dir \S+run: checkpoints need 0\.07 GB more \(last, prev and one being written: "
         r"0\.02 GB each, best: 0\.01 GB\), and that disk has 0\.04 GB: free 0\.02 GB on it or choose another "
         r"--out_dir\n",
-        result.stderr,
+        error,
     )
     assert list(disk.iterdir()) == []
 
@@ -96,7 +97,9 @@ def test_resuming_counts_what_it_will_replace(launch, monkeypatch):
         run.check_room(*room, fresh=False)
 
 
-def test_a_disk_that_fills_up_and_is_cleared(small_disk, at_step, launch):
+@pytest.mark.slow
+def test_a_disk_that_fills_up_and_is_cleared(small_disk, at_step, launch, plots):
+    """No file is lost: the plot, too, is there in the end."""
     disk = small_disk(90, "tmpfs")
     filler = disk / "filler"
 
@@ -109,15 +112,18 @@ def test_a_disk_that_fills_up_and_is_cleared(small_disk, at_step, launch):
         with pytest.raises(OSError, match="No space left"):
             fill()
 
-    assert launch("whole", *FLAGS) == 0
-    at_step({10: fill_up, 30: filler.unlink})
-    assert launch(str(disk / "run"), *FLAGS) == 0
+    flags = [*FLAGS, "--steps=32", "--save_every=8"]
+    assert launch("whole", *flags) == 0
+    at_step({10: fill_up, 22: filler.unlink})
+    assert launch(str(disk / "run"), *flags) == 0
     log = log_text(disk / "run")
     assert log.count("| ERROR |") == 1 and log.count("Could not write") == 1, "reported once"
     assert re.search(r"Could not write .*No space left on device.* \(0\.\d\d GB free\)\. Training goes on", log)
     assert_same_run(Path("whole"), disk / "run")
+    assert (disk / "run/logs/loss_curve.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full(small_disk, at_step, launch, prompt_disk):
     """The run ends with exit code 1 and the old checkpoint; with room again, the same command goes on from there."""
     disk = small_disk(90, "tmpfs")
@@ -133,6 +139,8 @@ def test_a_disk_that_stays_full(small_disk, at_step, launch, prompt_disk):
     assert_same_run(Path("whole"), disk / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("kills")
 def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
     """As ext4 does after an error of the disk."""
     disk = small_disk(150, "ext4")
@@ -152,6 +160,7 @@ def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
     assert 4 <= load_checkpoint(prev)["step"] < step < 150
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_removed_during_the_run(at_step, launch, prompt_disk):
     assert launch("whole", *FLAGS) == 0
     at_step({10: lambda: shutil.rmtree("run")})
@@ -163,6 +172,7 @@ def test_a_directory_that_is_removed_during_the_run(at_step, launch, prompt_disk
     assert (Path("run") / "checkpoints/prev.pt").exists() and (Path("run") / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_place_of_a_directory_is_not_made_again(at_step, launch, prompt_disk):
     """A disk that was unplugged must not get a double in the folder it was mounted on."""
     at_step({10: lambda: shutil.rmtree("mounted")})
@@ -170,6 +180,7 @@ def test_the_place_of_a_directory_is_not_made_again(at_step, launch, prompt_disk
     assert not Path("mounted").exists()
 
 
+@pytest.mark.slow
 def test_a_csv_that_another_program_keeps(at_step, launch, prompt_disk):
     """As Excel does under Windows: checkpoints go on, and its rows wait, in the checkpoint too."""
     metrics, aside = Path("run/logs/train_metrics.csv"), Path("run/logs/open in Excel")
@@ -196,10 +207,11 @@ def test_a_csv_that_another_program_keeps(at_step, launch, prompt_disk):
     assert_same_run(Path("whole"), Path("run"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="RLIMIT_FSIZE is POSIX")
-def test_a_limit_on_the_size_of_files(tmp_path, text_file):
+def test_a_limit_on_the_size_of_files(launch, tmp_path, text_file):
     flags = [*TINY_FLAGS, "--input_file", text_file, "--out_dir", "run", "--amp=off"]
-    assert run_script(*flags, "--steps=4", cwd=tmp_path).returncode == 0
+    assert launch("run", "--amp=off", "--steps=4") == 0
     before = (tmp_path / "run/checkpoints/last.pt").read_bytes()
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -213,6 +225,7 @@ def test_a_limit_on_the_size_of_files(tmp_path, text_file):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_with_a_run_on_it_is_refused_with_numbers(small_disk, launch, capsys):
     disk = small_disk(90, "tmpfs")
     assert launch(str(disk / "run"), *FLAGS, "--steps=8") == 0
@@ -252,6 +265,7 @@ def test_a_rename_is_brought_to_the_disk(tmp_path, monkeypatch):
     assert done == ["contents", "rename", "folder"] and (tmp_path / "file").read_bytes() == b"whole"
 
 
+@pytest.mark.slow
 def test_programs_that_write_one_file_do_not_share_a_temporary_one(tmp_path):
     path, other = tmp_path / "plot.png", "from parts.files import temporary; from pathlib import Path; "
     program = other + f"print(temporary(Path({str(path)!r}), shared=True))"

@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_FLAGS, run_script
+from conftest import KILLS, ROOT, TINY_FLAGS, run_script
 
 import train
 from parts.checkpoint import load_checkpoint
 from parts.files import RunDir
+
+pytestmark = KILLS
 
 
 @pytest.fixture
@@ -30,13 +32,14 @@ def running(tmp_path, text_file):
     process.wait()
 
 
-def test_the_second_is_refused_with_the_pid_of_the_first(running, tmp_path, text_file):
+def test_the_second_is_refused_with_the_pid_of_the_first(running, tmp_path, text_file, monkeypatch, capsys):
     """Also one that would start anew, and one that would find nothing to do."""
+    monkeypatch.chdir(tmp_path)
     for flags in ([], ["--resume=never"], ["--steps=1"], ["--seed=7"]):
-        result = run_script(*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", *flags, cwd=tmp_path)
-        assert result.returncode == 2 and result.stdout == ""
-        assert f"--out_dir run is in use by another train.py (pid {running.pid} on " in result.stderr
-        assert result.stderr.count("\n") == 1
+        assert train.main([*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", *flags]) == 2
+        out, error = capsys.readouterr()
+        assert f"--out_dir run is in use by another train.py (pid {running.pid} on " in error
+        assert error.count("\n") == 1 and out == ""
     assert running.poll() is None
 
 

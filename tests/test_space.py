@@ -16,12 +16,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_FLAGS, run_script
+from conftest import ROOT, TINY_FLAGS
 from safetensors.torch import load_file, save_file
 
+import export_hf
 import train
 
 pytest.importorskip("gradio", reason="needs gradio (space/requirements.txt)")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("space")]  # one page for all visitors
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -34,10 +36,10 @@ def model(tmp_path_factory) -> Path:
         text = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(200))
         (path / "text.txt").write_text(text, encoding="utf-8")
         flags = [*TINY_FLAGS, "--block_size=256", "--seq_len=256", "--steps=30", "--lr=0.02"]
+        flags += ["--save_every=30", "--sample_every=30"]
         assert train.main([*flags, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}"]) == 0
         checkpoint = path / "run/checkpoints/best.pt"
-    result = run_script(f"--checkpoint={checkpoint}", f"--out={path / 'hf'}", cwd=ROOT, script="export_hf.py")
-    assert result.returncode == 0, result.stderr
+    assert export_hf.main([f"--checkpoint={ROOT / checkpoint}", f"--out={path / 'hf'}"]) == 0
     return path / "hf"
 
 

@@ -111,8 +111,10 @@ def test_it_stands_in_rows_lines_and_results(here):
 
 
 OVERFITTING = [*FLAGS, "--lr=0.05", "--warmup_steps=0", "--max_tokens=120", "--eval_every=5", "--log_every=50"]
+OVERFITTING += ["--save_every=1000", "--sample_every=1000"]
 
 
+@pytest.mark.slow
 def test_the_best_is_the_one_with_the_lowest_validation_loss(here):
     assert train.main([*OVERFITTING, "--steps=150", "--out_dir=run"]) == 0
     measured = {int(row["step"]): float(row["val_loss"]) for row in table("run") if row["val_loss"]}
@@ -133,6 +135,7 @@ def test_the_best_is_the_one_with_the_lowest_validation_loss(here):
     assert "| best val_loss | **" in summary and f"| overfitting | from step {lowest} on" in summary
 
 
+@pytest.mark.slow
 def test_patience_ends_the_run(here):
     flags = [*OVERFITTING, "--steps=500", "--out_dir=run"]
     assert train.main([*flags, "--patience=3"]) == 0
@@ -144,6 +147,7 @@ def test_patience_ends_the_run(here):
     assert results("run")["final_step"] >= found["final_step"] + 10
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run(here):
     flags = [*FLAGS, "--dropout=0.1", "--patience=50"]
     assert train.main([*flags, "--steps=12", "--out_dir=whole"]) == 0
@@ -225,6 +229,7 @@ def test_a_run_that_ends_as_it_is_resumed_is_measured_too(here, prompt_disk):
     assert Path("run/checkpoints/best.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_does_not_overfit(here):
     flags = [*FLAGS, "--lr=5", "--min_lr=1", "--eval_every=1", "--steps=40", "--out_dir=run", "--optimizer=adamw"]
     assert train.main(flags) in (0, 1)
