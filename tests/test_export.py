@@ -23,6 +23,9 @@ from parts.corpus import load_corpus
 from parts.files import read_json
 from parts.text import OwnVocabulary, choose_tokenizer
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("export")]  # `folder` is made once
+whatever_the_vocabulary = pytest.mark.parametrize("folder", ["bpe:300"], indirect=True)
+
 LOAD = """
 import os, sys
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,9 +43,12 @@ def folder(request, tmp_path_factory):
     (path / "text.txt").write_text(text, encoding="utf-8")
     flags = [*TINY_FLAGS, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}", "--steps=60", "--lr=0.02"]
     flags += [f"--tokenizer={request.param}", f"--cache_dir={path / 'cache'}", "--block_size=32"]
-    assert train.main(flags) == 0
-    result = run_script("--checkpoint=run/checkpoints/best.pt", "--out=hf", cwd=path, script="export_hf.py")
-    assert result.returncode == 0, result.stderr
+    assert train.main([*flags, "--save_every=60", "--sample_every=60"]) == 0
+    if request.param == "gpt2":
+        result = run_script("--checkpoint=run/checkpoints/best.pt", "--out=hf", cwd=path, script="export_hf.py")
+        assert result.returncode == 0, result.stderr
+    else:
+        assert export_hf.main([f"--checkpoint={path / 'run/checkpoints/best.pt'}", f"--out={path / 'hf'}"]) == 0
     return path
 
 
@@ -105,6 +111,7 @@ def test_what_the_folder_says_of_the_model(folder):
     assert len(modes) == 1, "whoever may read one file may read all"
 
 
+@whatever_the_vocabulary
 def test_the_card_tells_of_these_weights_alone(folder, tmp_path):
     """The last checkpoint has the losses measured at the end, the best of an earlier step its own."""
     results = read_json(folder / "run/results.json")
@@ -119,6 +126,7 @@ def test_the_card_tells_of_these_weights_alone(folder, tmp_path):
     assert "corpus loss" not in cards["prev"]
 
 
+@whatever_the_vocabulary
 def test_what_came_from_elsewhere_claims_no_text(folder, tmp_path):
     assert export_hf.main(["--from_hf", str(folder / "hf"), "--out", str(tmp_path / "back.pt")]) == 0
     assert export_hf.main(["--checkpoint", str(tmp_path / "back.pt"), "--out", str(tmp_path / "again")]) == 0
@@ -140,6 +148,7 @@ def test_and_back(folder, tmp_path):
     assert texts[0] == texts[1]
 
 
+@whatever_the_vocabulary
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -173,6 +182,7 @@ def rewritten(folder: Path, target: Path, config: dict, weights: dict) -> Path:
     return target
 
 
+@whatever_the_vocabulary
 @pytest.mark.parametrize(
     ("config", "weights"),
     [
@@ -229,6 +239,7 @@ def test_a_vocabulary_saved_by_transformers_is_the_same(folder, tmp_path):
     assert len(contents) == 1
 
 
+@whatever_the_vocabulary
 def test_a_disk_that_fills_leaves_nothing(folder, tmp_path, monkeypatch):
     def refuse(*_args, **_options):
         raise OSError(28, "No space left on device")
@@ -262,6 +273,7 @@ def test_training_goes_on_from_what_came_back(folder, tmp_path, monkeypatch):
     assert "Resuming from step 3" in (tmp_path / "more/logs/train.log").read_text(encoding="utf-8")
 
 
+@whatever_the_vocabulary
 def test_weights_of_another_shape_are_no_start(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     flags = [*TINY_FLAGS, "--input_file=text.txt", f"--out_dir={tmp_path / 'x'}"]
