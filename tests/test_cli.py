@@ -122,6 +122,7 @@ def test_a_run_shorter_than_its_window_has_a_best(launch):
     assert torch.load("run/checkpoints/best.pt", weights_only=True)["step"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "again", "answer"),
     [
@@ -140,6 +141,7 @@ def test_a_finished_run_started_again_says_so(launch, capsys, first, again, answ
     assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_results_is_measured_again(launch):
     assert launch("run") == 0
     complete = json.loads(Path("run/results.json").read_text(encoding="utf-8"))

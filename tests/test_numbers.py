@@ -49,6 +49,7 @@ def test_one_bad_gradient_in_one_group_stops_the_update_of_all(config, corpus, o
     assert not torch.equal(parameter, before[name]), "and the next step is one again"
 
 
+@pytest.mark.slow
 def test_a_skipped_step_still_counts(launch, monkeypatch):
     """Step, data and rate move on as in a run without the skip; its row has no number that is not one."""
     flags = ["--log_every=1", "--amp=off"]

@@ -160,6 +160,7 @@ def test_a_resumed_run_is_the_same_run(here):
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
 
 
+@pytest.mark.slow
 def test_a_best_of_another_measure_does_not_count(here):
     without = [flag for flag in FLAGS if "val_fraction" not in flag]
     Path("other.txt").write_text("Some other text to look at, and then again some more of it. " * 5, encoding="utf-8")
@@ -202,6 +203,7 @@ def test_the_steps_of_a_pass(n_tokens, flags, steps):
     assert f"{planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs" in text
 
 
+@pytest.mark.slow
 def test_another_content_of_the_validation_text_is_another_measure(here):
     Path("other.txt").write_text("Some other text to look at, and then again some more of it. " * 5, encoding="utf-8")
     flags = [flag for flag in FLAGS if "val_fraction" not in flag] + ["--val_file=other.txt", "--out_dir=run"]
