@@ -18,7 +18,7 @@ from parts.checkpoint import STATE_BYTES, WEIGHT_BYTES, load_checkpoint
 from parts.config import Config
 from parts.files import RunDir, replacing, temporary
 
-FLAGS = [*TINY_FLAGS, "--log_every=1", "--threads=1", "--amp=off", "--steps=60"]
+FLAGS = [*TINY_FLAGS, "--log_every=1", "--threads=1", "--amp=off", "--steps=32"]
 
 
 @pytest.fixture
@@ -74,6 +74,7 @@ def test_too_little_room_is_refused_before_training(small_disk, launch, capsys):
     assert list(disk.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_estimate_is_what_a_run_takes(launch):
     assert launch("run", "--amp=fp16") == 0
     config = Config.from_dict(load_checkpoint(Path("run/checkpoints/last.pt"))["config"])
@@ -112,7 +113,7 @@ def test_a_disk_that_fills_up_and_is_cleared(small_disk, at_step, launch, plots)
         with pytest.raises(OSError, match="No space left"):
             fill()
 
-    flags = [*FLAGS, "--steps=32", "--save_every=8"]
+    flags = [*FLAGS, "--save_every=8"]
     assert launch("whole", *flags) == 0
     at_step({10: fill_up, 22: filler.unlink})
     assert launch(str(disk / "run"), *flags) == 0
@@ -132,7 +133,7 @@ def test_a_disk_that_stays_full(small_disk, at_step, launch, prompt_disk):
     at_step({10: lambda: filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - 5_000_000))})
     assert launch(str(disk / "run"), *FLAGS) == 1
     assert load_checkpoint(disk / "run/checkpoints/last.pt")["step"] == 8
-    assert "At the end, step 60, these could not be written: " in log_text(disk / "run")
+    assert "At the end, step 32, these could not be written: " in log_text(disk / "run")
     assert "Training complete" not in log_text(disk / "run")
     filler.unlink()
     assert launch(str(disk / "run"), *FLAGS) == 0
@@ -144,7 +145,7 @@ def test_a_disk_that_stays_full(small_disk, at_step, launch, prompt_disk):
 def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
     """As ext4 does after an error of the disk."""
     disk = small_disk(150, "ext4")
-    flags = [*FLAGS, "--steps=150", f"--input_file={text_file}", f"--out_dir={disk}/run"]
+    flags = [*FLAGS, "--steps=150", "--save_every=10", f"--input_file={text_file}", f"--out_dir={disk}/run"]
     command = [sys.executable, ROOT / "train.py", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     prev, deadline = disk / "run/checkpoints/prev.pt", time.monotonic() + 60
@@ -157,7 +158,7 @@ def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
     assert process.returncode == 1 and "Traceback" not in output
     assert output.count("Could not write") == 1 and "these could not be written" in output
     step = load_checkpoint(disk / "run/checkpoints/last.pt")["step"]
-    assert 4 <= load_checkpoint(prev)["step"] < step < 150
+    assert 10 <= load_checkpoint(prev)["step"] <= step < 150, "one file, if it was between two renames"
 
 
 @pytest.mark.slow
@@ -201,7 +202,7 @@ def test_a_csv_that_another_program_keeps(at_step, launch, prompt_disk):
     shutil.rmtree("run")
     at_step({10: keep})
     assert launch("run", *FLAGS) == 1, "not all of it could be written"
-    assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 60
+    assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 32
     release()
     assert launch("run", *FLAGS) == 0, "and the rows are there after the next start"
     assert_same_run(Path("whole"), Path("run"))

@@ -149,6 +149,7 @@ def test_the_one_before_steps_in_aloud(run, damage):
     assert not Path("exploded").exists()
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """A bit is either of no meaning at all (padding, dates), or the file is refused."""
     torch.manual_seed(0)

@@ -107,7 +107,7 @@ def test_a_terminal_that_is_gone_keeps_no_run_from_saving(start, tmp_path):
 
 
 def test_nohup_keeps_the_run_at_work(tmp_path, text_file):
-    flags = [*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", "--steps=60"]
+    flags = [*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", "--steps=60", "--save_every=30"]
     command = ["nohup", sys.executable, ROOT / "train.py", *flags]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
