@@ -39,6 +39,11 @@ KILLS = [pytest.mark.slow, pytest.mark.xdist_group("kills")]
 DRAW_LOSS_CURVE = update_readme.draw_loss_curve
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_plots():
     """What runs in the tests' own process draws no plot, which takes as long as a tiny run; see `plots`."""

@@ -88,7 +88,7 @@ def test_snapshots_are_copies_in_memory_allocated_once():
     assert second["model"]["a"].tolist() == [5, 5, 5]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_on_cuda_a_snapshot_is_that_of_its_step(launch):
     assert launch("run", "--device=cuda", "--steps=4") == 0
     assert launch("longer", "--device=cuda", "--steps=8", "--decay_steps=4", "--warmup_steps=0") == 0

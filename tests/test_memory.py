@@ -133,7 +133,7 @@ def test_what_half_of_the_slices_saves_is_worth_capping(config):
     assert (more - few) / 256 * 8192 > 0.5e9, "half of the 16,384 slices"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_on_cuda(launch):
     """A cap on this process's share of the card, between what all slices take and what half of them do, stands in for
     a smaller card."""

@@ -12,6 +12,7 @@ from conftest import ROOT, run_script
 import export_hf
 import sample
 import update_readme
+from benchmarks import accept_gpu
 from parts.config import DEMO_CORPUS, Config, parse_config
 from parts.text import load_tokenizer, read_text
 
@@ -43,7 +44,7 @@ def test_every_train_command_is_accepted(arguments):
 
 def test_every_flag_named_is_a_flag():
     known = {field.name for field in fields(Config)} | {f.name for f in fields(update_readme.Arguments)}
-    known |= {field.name for program in (sample, export_hf) for field in fields(program.Options)}
+    known |= {field.name for program in (sample, export_hf, accept_gpu) for field in fields(program.Options)}
     foreign = {"help", "index", "standalone", "nproc_per_node", "max_restarts"}  # of any program, pip and torchrun
     named = set(re.findall(r"(?<![\w-])--([a-z0-9_]+)", README))
     assert named - foreign <= known, named - foreign - known

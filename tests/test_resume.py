@@ -76,7 +76,7 @@ def test_a_compiled_run_broken_off_and_started_again(launch, prompt_disk, break_
     assert log.count("Compiled in") == 2 and log.count("Resuming from step 3 ") == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_on_cuda_in_deterministic_mode(launch, prompt_disk, break_off, amp):
     flags = ["--device=cuda", f"--amp={amp}", "--deterministic", "--lr=0.01", "--save_every=3", "--dropout=0.1"]

@@ -253,7 +253,7 @@ def test_progress_is_plain_values():
     assert all(isinstance(value, int | float | list) for value in asdict(Progress()).values())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_cuda_follows_the_cpu(config, corpus, amp):
     reference = train.Trainer(config, corpus, None)
@@ -263,7 +263,7 @@ def test_cuda_follows_the_cpu(config, corpus, amp):
         assert found == pytest.approx(expected, abs=0.1 if amp != "off" else 5e-3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_one_host_read_per_step_on_cuda(config, corpus):
     """PyTorch's sync debug mode warns at each synchronisation; the step's single .tolist() is one."""
     trainer = train.Trainer(replace(config, device="cuda", amp="bf16", grad_accum=4), corpus, None)
