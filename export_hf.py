@@ -20,13 +20,12 @@ from parts.start import packages_of
 
 with packages_of("export_hf.py", __name__):
     import torch
-    import tyro
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     from parts.checkpoint import CHECKPOINT_FORMAT, is_sound, load_checkpoint, shapes, write_checkpoint
-    from parts.config import Config, as_utf8, names, out_of_range
+    from parts.config import Config, names, out_of_range, read_flags
     from parts.files import existing_part, read_if_there, read_json
     from parts.text import DOCUMENT_END, OwnVocabulary, read_text, saved_tokenizer, vocabulary_folder
 
@@ -279,11 +278,7 @@ def is_gpt2(content: str) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 0, 2 for bad input, 130 after Ctrl-C."""
     try:
-        arguments = [as_utf8(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-        options = tyro.cli(
-            Options, args=arguments, prog="export_hf.py", use_underscores=True,
-            description=__doc__.split("\n\n")[0],
-        )  # fmt: skip
+        options = read_flags(Options, sys.argv[1:] if argv is None else argv, "export_hf.py", __doc__)
         if options.checkpoint is not None and options.from_hf is None:
             export(options.checkpoint, options.out)
         elif options.from_hf is not None and options.checkpoint is None:

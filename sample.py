@@ -20,11 +20,10 @@ from parts.start import packages_of
 with packages_of("sample.py", __name__):
     import numpy as np
     import torch
-    import tyro
 
     import train
     from parts.checkpoint import load_checkpoint
-    from parts.config import Amp, Between, Config, as_utf8, decode_escapes, out_of_range
+    from parts.config import Amp, Between, Config, decode_escapes, out_of_range, read_flags
     from parts.machine import autocast, choose_amp, choose_device, device_problem, for_sampling, make_current
     from parts.text import Tokenizer, pieces, read_text, saved_tokenizer
 
@@ -193,12 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        arguments = [as_utf8(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-        options = tyro.cli(
-            Options, args=arguments, prog="sample.py", use_underscores=True,
-            description=__doc__.split("\n\n")[0], config=(tyro.conf.FlagCreatePairsOff,),
-        )  # fmt: skip
-        run(options)
+        run(read_flags(Options, sys.argv[1:] if argv is None else argv, "sample.py", __doc__))
     except SystemExit as answered:  # by tyro
         return int(answered.code or 0)
     except BrokenPipeError:  # whoever read the text has enough

@@ -1028,7 +1028,7 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack) -> Setup:
 
     Raises ValueError or OSError; writes nothing but token ids, into --cache_dir.
     """
-    config = parse_config(argv, ranks.count, silent=ranks.rank > 0)
+    config = parse_config(argv, ranks.count, silent=ranks.rank > 0, about=__doc__)
     run = RunDir(config.out_dir)
     if ranks.rank == 0:
         run.check_writable()

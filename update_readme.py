@@ -28,8 +28,8 @@ from parts.start import packages_of
 
 with packages_of("update_readme.py", __name__):
     import pandas as pd
-    import tyro
 
+    from parts.config import read_flags
     from parts.files import replacing
 
 MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
@@ -538,14 +538,7 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        arguments = tyro.cli(
-            Arguments,
-            args=sys.argv[1:] if argv is None else argv,
-            prog="update_readme.py",
-            use_underscores=True,
-            description=__doc__.split("\n\n")[0],
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        arguments = read_flags(Arguments, sys.argv[1:] if argv is None else argv, "update_readme.py", __doc__)
         return update(arguments)
     except SystemExit as answered:  # by tyro
         return int(answered.code or 0)

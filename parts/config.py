@@ -5,13 +5,14 @@ import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
 DEMO_CORPUS = Path("pydoc_data.topics")  # the language reference that ships inside every Python
 VOCAB_SIZE = 50_257
 Amp = Literal["auto", "off", "bf16", "fp16"]
+T = TypeVar("T")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -294,13 +295,28 @@ def as_utf8(argument: str) -> str:
         raise ValueError(f"{argument!a} is not UTF-8") from error
 
 
-def parse_config(argv: list[str], processes: int = 1, silent: bool = False) -> Config:
+def read_flags(kind: type[T], argv: list[str], script: str, about: str | None, **options) -> T:
+    """A script's flags, as its dataclass declares them; `about` is its docstring, `options` are tyro's.
+
+    Raises ValueError for bytes that are no UTF-8, and SystemExit where tyro answers itself (--help, an unknown flag, a
+    value of the wrong type).
+    """
+    return tyro.cli(
+        kind,
+        args=[as_utf8(argument) for argument in argv],
+        prog=script,
+        use_underscores=True,
+        description=(about or "").partition("\n\n")[0],
+        config=(tyro.conf.FlagCreatePairsOff,),
+        **options,
+    )
+
+
+def parse_config(argv: list[str], processes: int = 1, silent: bool = False, about: str | None = None) -> Config:
     """Command line to validated, resolved flags.
 
-    Raises ValueError with one line per problem, and SystemExit where tyro answers itself
-    (--help, an unknown flag, a value of the wrong type).
+    Raises ValueError with one line per problem, and SystemExit as `read_flags` does.
     """
-    argv = [as_utf8(argument) for argument in argv]
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", nargs="?", default="gpt2")
     first_look.add_argument("--steps", nargs="?")
@@ -308,16 +324,7 @@ def parse_config(argv: list[str], processes: int = 1, silent: bool = False) -> C
     defaults = Flags(**PRESETS.get(asked.preset, {}), processes=processes)
     if asked.steps is not None:
         defaults = replace(defaults, decay_steps=None)  # the preset's belongs to the preset's steps
-    flags = tyro.cli(
-        Flags,
-        args=argv,
-        default=defaults,
-        prog="train.py",
-        use_underscores=True,
-        description=__doc__.split("\n\n")[0],
-        config=(tyro.conf.FlagCreatePairsOff,),
-        console_outputs=not silent,
-    )
+    flags = read_flags(Flags, argv, "train.py", about, default=defaults, console_outputs=not silent)
     if problems := out_of_range(flags) or flags.resolved().contradictions():
         raise ValueError("\n".join(problems))
     return flags.resolved()

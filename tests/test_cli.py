@@ -12,7 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS, log_text, rows, run_script, weights
 
+import export_hf
+import sample
 import train
+import update_readme
 from parts.checkpoint import Progress, load_checkpoint
 from parts.config import Config
 
@@ -258,3 +261,11 @@ def test_a_flag_without_its_value_is_answered_by_tyro(launch, capsys):
     assert launch("run", "--steps") == 2
     error = capsys.readouterr().err
     assert "usage: train.py [-h] [--preset" not in error and "--steps" in error
+
+
+@pytest.mark.parametrize("program", [train, sample, export_hf, update_readme])
+def test_help_begins_with_what_the_script_is_for(program, capsys):
+    assert program.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    script, about = f"{program.__name__}.py", program.__doc__.partition("\n\n")[0]
+    assert lines[0].startswith(f"usage: {script} [-h]") and about in " ".join(lines[1:20])
