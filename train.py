@@ -964,7 +964,6 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
                 saver.save()
                 save_due = False
 
-        trainer.ranks.leave()
         stop = stop_reason(p, config) or signal.Signals(end).name
         if stop in COMPLETE:
             if config.validates and p.val_step != p.step:
@@ -994,7 +993,6 @@ def follow(config: Config, trainer: Trainer) -> None:
     with Interruption(silent=True) as interruption, suppress(TrainingFailed):  # the first says so
         while not trainer.ranks.largest(interruption.signal):
             trainer.update()
-        trainer.ranks.leave()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1234,13 +1232,10 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
         for line in dict.fromkeys("\n".join(filter(None, problems)).splitlines()):
             if ranks.rank == 0:
                 print(f"train.py: error: {line}", file=sys.stderr)
-        ranks.leave()
         return 2
     if ranks.rank > 0:
         log.addHandler(logging.NullHandler())
-        if answer:
-            ranks.leave()
-        else:
+        if not answer:
             follow(setup.config, trainer)
         return 0
     with logging_to(logging.StreamHandler(sys.stdout)):

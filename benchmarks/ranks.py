@@ -63,7 +63,7 @@ def one_process(options: Options, slices: int) -> None:
         rates.append(sent / (time.perf_counter() - started))
     if ranks.rank == 0:
         print(json.dumps([seconds[1:], statistics.median(rates), config.n_params]), flush=True)
-    ranks.leave()
+    ranks.end(0)
 
 
 def run(command: list[str], options: Options, slices: int, copies: int = 1) -> tuple[list[float], float, int]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -223,6 +224,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(words, str(error)) is not None
 
 
+TO_MEET = timedelta(minutes=3)  # gloo's connections sometimes fail without a word
+TO_WAIT = timedelta(minutes=30)  # for the first, which evaluates, samples and saves alone
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes of one run, as torchrun started them. Rank 0 leads: it alone writes, samples and evaluates."""
@@ -245,7 +250,8 @@ class Ranks:
             if dist.is_nccl_available():
                 backends = "cpu:gloo,cuda:nccl"
         try:
-            dist.init_process_group(backends)
+            dist.init_process_group(backends, timeout=TO_MEET)
+            dist.distributed_c10d._set_pg_timeout(TO_WAIT)
         except (RuntimeError, ValueError) as error:
             raise ConnectionError(f"the processes of this run do not reach each other ({in_short(error)})") from error
         return cls(dist.get_rank(), dist.get_world_size())
@@ -288,15 +294,10 @@ class Ranks:
         except RuntimeError as error:
             raise ConnectionError(f"another process of this run is gone ({in_short(error)})") from error
 
-    def leave(self) -> None:
-        """Part from the others, when all do."""
-        if self.count > 1:
-            dist.destroy_process_group()
-
     def end(self, code: int) -> None:
-        """Where this process ends alone, end it here: on its way out PyTorch may wait for the others, and they for it,
-        until a connection closes."""
-        if self.count > 1 and dist.is_initialized():
+        """End this process here and now, if there are others: on its way out PyTorch may wait for them, and they for
+        it, or abort."""
+        if self.count > 1:
             logging.shutdown()
             for stream in (sys.stdout, sys.stderr):
                 with suppress(OSError, AttributeError, ValueError):

@@ -159,7 +159,6 @@ def backends(options: Options, here: Path) -> str:
     ranks, x = Ranks(0, 2), torch.ones(3, device="cuda")  # as if there were another, whose part is nothing
     ranks.average([x])
     assert x.tolist() == [0.5] * 3 and ranks.largest(7) == 7
-    ranks.leave()
     return "both"
 
 
@@ -175,7 +174,7 @@ def as_rank(rank: int, options: Options, here: Path, processes: int) -> None:
     found = [trainer.update()[0] for _ in range(8)]
     if rank == 0:
         (here / f"losses-{processes}.json").write_text(json.dumps(found), encoding="utf-8")
-    trainer.ranks.leave()
+    trainer.ranks.end(0)
 
 
 @check("robustness", "two processes on one card against one, losses of eight steps")
