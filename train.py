@@ -1,6 +1,6 @@
 """Train a GPT-2 from scratch on one text file until a target training loss is reached.
 
-    python train.py --preset demo                        # no GPU, no file: minutes on a laptop
+    python train.py --preset demo                        # no GPU, no file: a minute on a laptop
     python train.py --input_file data/input.txt          # GPT-2 124M, one GPU
     python train.py --preset small --steps 2000          # 45M parameters
 
@@ -697,7 +697,7 @@ class Trainer:
         if p.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingFailed(
                 f"loss or gradient was not finite in {p.skipped_in_a_row} steps in a row, the last being step {step}: "
-                "go on with a lower --lr, or with --amp bf16 or off"
+                "go on with a lower --lr, or with --amp off"
             )
 
     def evaluate(self) -> float:

@@ -51,7 +51,7 @@ class Snapshot:
                 return torch.empty_like(values, device="cpu", pin_memory=True)
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
-                log.warning("Saves will hold training up for longer: page-locked memory was refused (%s)", reason)
+                log.warning("Saves will be slower: the system refused page-locked memory (%s)", reason)
                 Snapshot.page_locked = False
         return torch.empty_like(values, device="cpu")
 

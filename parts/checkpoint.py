@@ -154,7 +154,7 @@ def load_newest(paths: list[Path]) -> tuple[Path | None, dict | None, str | None
         except ValueError as error:
             damage = damage or str(error)
     if damage:
-        raise ValueError(f"{damage}: name another with --resume, or --resume never moves the run aside and starts anew")
+        raise ValueError(f"{damage}: name another with --resume, or start anew with --resume never")
     return None, None, None
 
 
@@ -194,7 +194,7 @@ def check_same_run(path: Path, checkpoint: dict, config: Config, vocabulary: str
         raise ValueError(
             f"{path} has another vocabulary (--tokenizer {saved.get('tokenizer')}) than {config.tokenizer}: {remedy}"
         )
-    if other := difference(saved, config, SHAPE):
+    if other := difference(saved, config, (*SHAPE, "optimizer")):
         raise ValueError(f"{path} has {other}: {remedy}")
     if checkpoint["corpus_sha256"] != sha256:
         raise ValueError(f"{path} was trained on another text than {texts}: {remedy}")

@@ -157,6 +157,7 @@ def earlier_run(tmp_path, text_file, monkeypatch) -> Path:
 def test_a_run_of_another_shape_or_text(earlier_run, refused, tmp_path):
     assert "last.pt has --n_layer 2 (--preset gpt2), not 3: choose another --out_dir" in refused("--n_layer=3")
     assert "last.pt has --block_size 16 (--preset gpt2), not 32" in refused("--block_size=32")
+    assert "last.pt has --optimizer muon (--preset gpt2), not adamw: choose" in refused("--optimizer=adamw")
     (tmp_path / "other.txt").write_text("Another text. " * 50, encoding="utf-8")
     assert "was trained on another text than other.txt" in refused("--input_file=other.txt")
     assert "not 100: set --max_tokens 0 --val_fraction 0.0, or choose" in refused("--max_tokens=100")

@@ -150,7 +150,7 @@ def test_refused_page_locked_memory_costs_speed_only(monkeypatch, caplog):
     copies = Snapshot().take(values)
     assert copies["a"].tolist() == [0, 1, 2, 3] and copies["b"].tolist() == [1, 1, 1]
     (line,) = caplog.messages
-    assert line.startswith("Saves will hold training up for longer: page-locked memory was refused (")
+    assert line.startswith("Saves will be slower: the system refused page-locked memory (")
 
 
 # Kernels and compilers

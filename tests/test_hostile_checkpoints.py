@@ -127,7 +127,7 @@ def test_is_refused_in_one_line(run, capsys, damage):
         assert train.main([*FLAGS, *flags]) == 2
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1 and len(captured.err) < 300
-        assert f"train.py: error: {last} " in captured.err and "or --resume never" in captured.err
+        assert f"train.py: error: {last} " in captured.err and "--resume never" in captured.err
         assert {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")} == state
     assert not Path("exploded").exists()
 
