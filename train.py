@@ -571,14 +571,15 @@ class Trainer:
         started = time.perf_counter()
         log.info("Compiling ...")
         try:
-            step = self.progress.step + 1
-            slices = self.slices(step)[: self.config.micro_batch]
+            step, fits = self.progress.step + 1, 0
             self.forward = torch.compile(self.model, dynamic=False)
-            compiled = self._measures(self.accumulate(step, slices))
+            while fits != self.config.micro_batch:  # or memory ran out, and it is less now
+                fits = self.config.micro_batch
+                slices = self.slices(step)[:fits]
+                compiled = self._measures(self.accumulate(step, slices))
             self.forward, compiled_forward = self.model, self.forward
-            # Uncompiled it takes more memory: in smaller pieces.
-            pieces = slices.split(largest_divisor(len(slices), max(1, len(slices) // 4)))
-            self._compare(compiled, self._measures(self._accumulate(step, pieces)))
+            if eager := self._measures_uncompiled(step, slices):
+                self._compare(compiled, eager)
             self.forward = compiled_forward
             log.info("Compiled in %.0f s", time.perf_counter() - started)
             return None
@@ -598,12 +599,25 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         return torch.stack([loss, *norms]).tolist()
 
+    def _measures_uncompiled(self, step: int, slices: torch.Tensor) -> list[float]:
+        """The same, in pieces, since uncompiled it takes more memory; nothing where even these do not fit."""
+        try:
+            pieces = slices.split(largest_divisor(len(slices), max(1, len(slices) // 4)))
+            return self._measures(self._accumulate(step, pieces))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        release_memory(self.device)
+        return []
+
     def _compare(self, compiled: list[float], eager: list[float]) -> None:
         """Raises ArithmeticError when they differ by more than rounding, or with dropout by more than its chance."""
         tolerance = 0.5 if self.config.dropout else 0.05
         names = ["the loss", *(f"the gradient norm of {name}" for name, _ in self.model.named_parameters())]
         noise = tolerance * max(filter(math.isfinite, eager[1:]), default=0.0) / 5  # some gradients are nothing else
         for name, found, expected in zip(names, compiled, eager, strict=True):
+            if self.config.amp == "fp16" and not math.isfinite(found):
+                continue  # fp16 overflows earlier in larger pieces
             if math.isfinite(expected) and not abs(found - expected) <= tolerance * abs(expected) + noise:
                 raise ArithmeticError(f"{name} is {found:.6g} compiled and {expected:.6g} otherwise")
 

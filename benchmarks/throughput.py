@@ -75,7 +75,8 @@ def ours(options: Options, *flags: str) -> Step:
     config, _ = choose_runtime(config, None)
     configure_torch(config)
     trainer = train.Trainer(config, load_corpus(config, load_tokenizer()), None)
-    trainer.compile()
+    if reason := trainer.compile():
+        raise RuntimeError(reason)  # what is called compiled is compiled
     return trainer.update
 
 

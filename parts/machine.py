@@ -187,12 +187,16 @@ def configure_torch(config: Config) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
         if driver_spills():
             free, total = torch.cuda.mem_get_info()
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (free + torch.cuda.memory_reserved()) / total))
+            share = (free + torch.cuda.memory_reserved() - BESIDES) / total
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
     same_bits = config.device == "cpu" or config.deterministic
     if same_bits:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by PyTorch's reproducibility notes
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # added at run time
     torch.use_deterministic_algorithms(same_bits)  # or compiled code adds up gradients in varying order
+
+
+BESIDES = 2**29  # bytes of a card for what PyTorch's allocator does not hand out: kernels, loaded as they are needed
 
 
 def driver_spills() -> bool:

@@ -117,7 +117,7 @@ def test_a_lost_connection_names_its_cause():
 def test_where_the_driver_spills_the_share_of_the_card_is_capped_at_what_is_free(config, cards, settings, monkeypatch):
     monkeypatch.setattr(machine, "driver_spills", lambda: True)
     configure_torch(replace(config, device="cuda"))
-    assert cards == ["fraction 0.5"]
+    assert cards == ["fraction 0.46875"], "half a GiB stays for kernels"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,21 @@ def test_a_compiler_that_computes_something_else_is_done_without(launch, monkeyp
     assert rows(Path("run")) == rows(Path("eager"))
     config = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
     assert config["config"]["compile"] == "off" and config["reasons"]["compile"] == "torch.compile failed, see the log"
+
+
+def test_a_comparison_that_does_not_fit_is_left_out(launch, monkeypatch):
+    """Uncompiled, a pass takes more memory: what fits compiled is not given up for that."""
+    accumulate = train.Trainer._accumulate
+
+    def refuse(trainer, step, micro_batches):
+        if trainer.forward is trainer.model:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        return accumulate(trainer, step, micro_batches)
+
+    monkeypatch.setattr(train.Trainer, "_accumulate", refuse)
+    monkeypatch.setattr(torch, "compile", lambda model, **_options: lambda x, y: model(x, y))
+    assert launch("run", "--compile=on") == 0
+    assert "Compiled in" in log_text(Path("run")) and "memory" not in log_text(Path("run"))
 
 
 # Files
