@@ -21,7 +21,6 @@ References:
 - Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox)
 """
 
-import json
 import logging
 import math
 import signal
@@ -34,7 +33,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
-from pathlib import Path
 
 from parts.start import packages_of
 
@@ -50,23 +48,19 @@ with packages_of("train.py", __name__):
     from parts.background import Snapshot, Task, Writer
     from parts.checkpoint import (
         CHECKPOINT_FORMAT,
+        COMPLETE,
         STATE_BYTES,
         WEIGHT_BYTES,
         Progress,
-        check_same_run,
-        find_checkpoints,
-        load_newest,
-        load_start,
         write_checkpoint,
     )
-    from parts.config import Config, decode_escapes, parse_config
-    from parts.corpus import Corpus, load_corpus, loss_floor
+    from parts.config import Config, decode_escapes
+    from parts.corpus import Corpus, loss_floor
     from parts.files import LogFile, RunDir, gigabytes, logging_to, move, read_json, replacing
     from parts.machine import (
         Interruption,
         Ranks,
         autocast,
-        choose_runtime,
         configure_torch,
         exit_code,
         for_sampling,
@@ -76,7 +70,8 @@ with packages_of("train.py", __name__):
         terminating,
     )
     from parts.muon import Muon
-    from parts.text import Tokenizer, choose_tokenizer
+    from parts.setup import Setup, prepare, problems_of_all
+    from parts.text import Tokenizer
 
 log = logging.getLogger("train")
 
@@ -902,18 +897,7 @@ class Saver:
 # The loop
 # ---------------------------------------------------------------------------------------------
 
-COMPLETE = ("target", "patience", "steps")  # reasons to stop that end a run; signals only interrupt it
 RUN_IS_OVER = 1000  # what rank 0 tells the others then, instead of the number of a signal
-
-
-def stop_reason(progress: Progress, config: Config) -> str | None:
-    """'target', 'patience' or 'steps' when the run is over, else None."""
-    window_loss = progress.window_loss(config)
-    if config.target_loss > 0 and window_loss is not None and window_loss <= config.target_loss:
-        return "target"
-    if 0 < config.patience <= progress.measured_in_vain:
-        return "patience"
-    return "steps" if progress.step >= config.steps else None
 
 
 class StepLog:
@@ -935,7 +919,7 @@ class StepLog:
         self.bar.update()
         if p.skipped_in_a_row:
             log.warning(f"step {p.step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
-        if p.step == 1 or p.step % config.log_every == 0 or stop_reason(p, config) or val_loss is not None:
+        if p.step == 1 or p.step % config.log_every == 0 or p.stop_reason(config) or val_loss is not None:
             self.line_time, self.line_tokens = now, p.tokens
             row = report.step_row(
                 config, p, self.trainer.corpus, loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_sec=tokens_per_sec,
@@ -959,15 +943,15 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
     save_due = False
     with Interruption() as interruption, logging_redirect_tqdm([log]), bar:
         steps = StepLog(trainer, saver.run, bar)
-        while not (end := trainer.ranks.largest(RUN_IS_OVER if stop_reason(p, config) else interruption.signal)):
+        while not (end := trainer.ranks.largest(RUN_IS_OVER if p.stop_reason(config) else interruption.signal)):
             saver.writer.collect()
             loss, grad_norm, lr = trainer.update()
-            evaluates = config.validates and (p.step % config.eval_every == 0 or stop_reason(p, config))
+            evaluates = config.validates and (p.step % config.eval_every == 0 or p.stop_reason(config))
             val_loss = trainer.evaluate() if evaluates else None
             if evaluates:
                 saver.consider_val_loss()
             steps.step(loss, grad_norm, lr, val_loss)
-            if stop_reason(p, config):
+            if p.stop_reason(config):
                 continue
             if p.step % config.target_window == 0 and not config.validates:
                 saver.consider_window_loss()
@@ -978,7 +962,7 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
                 saver.save()
                 save_due = False
 
-        stop = stop_reason(p, config) or signal.Signals(end).name
+        stop = p.stop_reason(config) or signal.Signals(end).name
         if stop in COMPLETE:
             if config.validates and p.val_step != p.step:
                 trainer.evaluate()
@@ -1014,63 +998,6 @@ def follow(config: Config, trainer: Trainer) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A run whose input has been checked, and of which nothing has been written yet."""
-
-    argv: list[str]
-    config: Config
-    reasons: dict[str, str]  # of the automatic choices
-    corpus: Corpus
-    tokenizer: Tokenizer
-    run: RunDir
-    resumed_from: Path | None
-    checkpoint: dict | None  # what that file holds
-    start: dict[str, torch.Tensor] | None  # weights of another run, for a new one
-    damage: str | None  # what is wrong with the newer checkpoint that should have been it
-
-    @property
-    def continues(self) -> bool:
-        """Whether the checkpoint is the run directory's own, so that its other files belong to it as well."""
-        return self.resumed_from is not None and self.run.owns(self.resumed_from)
-
-
-def prepare(argv: list[str], ranks: Ranks, held: ExitStack) -> Setup:
-    """Do everything that the user's input can spoil, and hold the lock of a run that is there already.
-
-    Raises ValueError or OSError; writes nothing but token ids, into --cache_dir.
-    """
-    config = parse_config(argv, ranks.count, silent=ranks.rank > 0, about=__doc__)
-    run = RunDir(config.out_dir)
-    if ranks.rank == 0:
-        run.check_writable()
-    if ranks.rank == 0 and Path(run.lock.lock_file).exists():
-        held.enter_context(run.locked())  # or its files could change between here and training
-    path, checkpoint, damage = load_newest(find_checkpoints(config, run))
-    if checkpoint is None and run.config_json.exists() and "launches" not in read_json(run.config_json):
-        raise ValueError(f"{run.config_json} was not written by train.py: choose another --out_dir")
-    previous = None if checkpoint is None else Config.from_dict(checkpoint["config"])
-    config, reasons = choose_runtime(config, previous)
-    tokenizer = choose_tokenizer(config, checkpoint)
-    config = replace(config, vocab_size=tokenizer.n_vocab)
-    corpus = load_corpus(config, tokenizer)
-    if path is not None and checkpoint is not None:
-        check_same_run(path, checkpoint, config, corpus.vocabulary, corpus.sha256, len(corpus.tokens))
-    start = load_start(config, corpus.vocabulary) if checkpoint is None else None
-    return Setup(argv, config, reasons, corpus, tokenizer, run, path, checkpoint, start, damage)
-
-
-def finished(setup: Setup) -> str | None:
-    """Why there is nothing left to do, with the way to go on; None when there is."""
-    if setup.checkpoint is None or any(setup.checkpoint.get("unwritten", {}).values()):
-        return None  # in the second case there are rows that the disk had refused
-    step, published = setup.checkpoint["step"], read_json(setup.run.results_json)
-    if published.get("stop_reason") not in COMPLETE or published.get("final_step") != step:
-        return None
-    reason = stop_reason(Progress(**setup.checkpoint["progress"]), setup.config)
-    return reason and report.finished(step, reason)
-
-
 def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
     """The trainer at the step where the checkpoint left it. Raises ValueError when the checkpoint does not fit."""
     try:
@@ -1084,17 +1011,9 @@ def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
         raise ValueError(f"{setup.resumed_from} does not fit this model ({type(error).__name__}: {reason})") from error
     if setup.start is not None:
         trainer.model.load_state_dict(setup.start)
-    if setup.checkpoint is not None and not best_compares(setup, setup.checkpoint):
+    if not setup.best_compares:
         trainer.progress.forget_best()
     return trainer
-
-
-def best_compares(setup: Setup, checkpoint: dict) -> bool:
-    """Whether the checkpoint's best was measured as the best from here on will be, and lies in this directory."""
-    saved, config = checkpoint["config"], setup.config
-    measure = ("val_fraction", "val_file", "seq_len" if config.validates else "target_window")
-    same = all(saved[name] == config.as_dict()[name] for name in measure)
-    return setup.continues and same and checkpoint["val_sha256"] == setup.corpus.val_sha256
 
 
 def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
@@ -1206,23 +1125,13 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def agreement(setup: Setup) -> dict:
-    """What has to be the same for all processes of a run: not the flags that each machine may choose for itself."""
-    corpus, own = setup.corpus, ("threads", "compile", "micro_batch", "device", "cache_dir")
-    facts = {
-        "the checkpoint's step": 0 if setup.checkpoint is None else setup.checkpoint["step"],
-        "the text": [corpus.sha256, len(corpus.tokens), corpus.val_sha256],
-        "the vocabulary": corpus.vocabulary,
-    }
-    return facts | {f"--{name}": value for name, value in setup.config.as_dict().items() if name not in own}
-
-
 def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
     """Prepare, train, and say what went wrong. Returns the exit code."""
     problem = answer = ""
+    setup = None
     try:
-        setup = prepare(argv, ranks, held)
-        answer = finished(setup) or ""
+        setup = prepare(argv, ranks, held, about=__doc__)
+        answer = setup.finished or ""
         if not answer:
             trainer = build_trainer(setup, ranks)
             if ranks.rank == 0:
@@ -1233,19 +1142,10 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
         return int(answered.code or 0)
     except (ValueError, OSError) as error:
         problem = str(error) or type(error).__name__
-    problems = ranks.gather(problem)
-    facts = [json.loads(text) for text in ranks.gather("{}" if problem else json.dumps(agreement(setup)))]
-    if not any(problems) and (
-        differing := [name for name in facts[0] if any(f[name] != facts[0][name] for f in facts)]
-    ):
-        problems = [
-            f"the processes do not agree on {', '.join(differing)}: all need the same flags, and the same files at "
-            "--out_dir and --input_file"
-        ]
-    if any(problems):
-        for line in dict.fromkeys("\n".join(filter(None, problems)).splitlines()):
-            if ranks.rank == 0:
-                print(f"train.py: error: {line}", file=sys.stderr)
+    problems = problems_of_all(ranks, setup, problem)
+    if problems or setup is None:
+        for line in problems if ranks.rank == 0 else ():
+            print(f"train.py: error: {line}", file=sys.stderr)
         return 2
     if ranks.rank > 0:
         log.addHandler(logging.NullHandler())

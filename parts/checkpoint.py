@@ -14,6 +14,7 @@ from parts.files import RunDir, read_json, replacing
 from parts.machine import is_out_of_memory
 
 CHECKPOINT_FORMAT = 3
+COMPLETE = ("target", "patience", "steps")  # reasons to stop that end a run; signals only interrupt it
 WEIGHT_BYTES, STATE_BYTES = 4, 12  # of a parameter: in fp32, and with both moments of AdamW (with Muon it is less)
 
 
@@ -41,6 +42,15 @@ class Progress:
         if len(self.recent_losses) < config.target_window:
             return None
         return statistics.fmean(self.recent_losses[-config.target_window :])
+
+    def stop_reason(self, config: Config) -> str | None:
+        """One of `COMPLETE` when the run is over, else None."""
+        window_loss = self.window_loss(config)
+        if config.target_loss > 0 and window_loss is not None and window_loss <= config.target_loss:
+            return "target"
+        if 0 < config.patience <= self.measured_in_vain:
+            return "patience"
+        return "steps" if self.step >= config.steps else None
 
     def forget_best(self) -> None:
         """What the best was does not compare with what comes."""

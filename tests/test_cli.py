@@ -160,7 +160,7 @@ def test_the_goal_that_was_missed_is_named(launch):
 
 
 def test_target_zero_is_no_target(launch):
-    assert not train.stop_reason(Progress(step=1, recent_losses=[0.0]), Config(target_loss=0, target_window=1))
+    assert not Progress(step=1, recent_losses=[0.0]).stop_reason(Config(target_loss=0, target_window=1))
 
 
 def test_extreme_sampling_and_loss(launch):

@@ -17,6 +17,7 @@ PARTS = {
     "corpus": {"text", "files", "config"},
     "checkpoint": {"files", "machine", "config"},
     "report": {"checkpoint", "machine", "corpus", "config"},
+    "setup": {"report", "checkpoint", "corpus", "text", "machine", "files", "config"},
 }
 SCRIPTS = {"train": set(), "sample": {"train"}, "export_hf": set(), "update_readme": set()}  # beside the parts
 

@@ -13,6 +13,7 @@ from parts.config import Config
 from parts.corpus import Corpus
 from parts.machine import choose_compile, choose_runtime, cpu_only_hint, device_problem, for_sampling, largest_divisor
 from parts.report import forebodings, launch_command
+from parts.setup import Setup
 
 cpu_only = pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
 
@@ -124,8 +125,8 @@ def test_machines_may_choose_threads_and_compilation_for_themselves(config):
     corpus = Corpus(np.zeros(100, dtype=np.uint16), "made up", 100)
 
     def agreement(**flags) -> dict:
-        setup = train.Setup([], replace(config, **flags), {}, corpus, None, None, None, None, None, None)
-        return train.agreement(setup)
+        setup = Setup([], replace(config, **flags), {}, corpus, None, None, None, None, None, None)
+        return setup.agreement()
 
     assert agreement() == agreement(threads=7, compile="on", micro_batch=1)
     assert agreement() != agreement(amp="bf16") and agreement() != agreement(lr=1.0)

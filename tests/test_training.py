@@ -205,7 +205,7 @@ def test_window_loss_needs_a_full_window(config):
 ])  # fmt: skip
 def test_stop_reason(config, losses, step, reason):
     config = replace(config, target_loss=0.25, steps=8)
-    assert train.stop_reason(Progress(step=step, recent_losses=losses), config) == reason
+    assert Progress(step=step, recent_losses=losses).stop_reason(config) == reason
 
 
 def test_best_is_the_lowest_window_with_the_weights_after_its_step(config, corpus, tmp_path):

@@ -1,0 +1,107 @@
+"""All that a user's input can spoil, checked before anything of a run is written."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from parts import report
+from parts.checkpoint import COMPLETE, Progress, check_same_run, find_checkpoints, load_newest, load_start
+from parts.config import Config, parse_config
+from parts.corpus import Corpus, load_corpus
+from parts.files import RunDir, read_json
+from parts.machine import Ranks, choose_runtime
+from parts.text import Tokenizer, choose_tokenizer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run whose input has been checked, and of which nothing has been written yet."""
+
+    argv: list[str]
+    config: Config
+    reasons: dict[str, str]  # of the automatic choices
+    corpus: Corpus
+    tokenizer: Tokenizer
+    run: RunDir
+    resumed_from: Path | None
+    checkpoint: dict | None  # what that file holds
+    start: dict[str, torch.Tensor] | None  # weights of another run, for a new one
+    damage: str | None  # what is wrong with the newer checkpoint that should have been it
+
+    @property
+    def continues(self) -> bool:
+        """Whether the checkpoint is the run directory's own, so that its other files belong to it as well."""
+        return self.resumed_from is not None and self.run.owns(self.resumed_from)
+
+    @property
+    def best_compares(self) -> bool:
+        """Whether the checkpoint's best was measured as the best from here on will be, and lies in this directory."""
+        if self.checkpoint is None:
+            return True
+        saved, config = self.checkpoint["config"], self.config
+        measure = ("val_fraction", "val_file", "seq_len" if config.validates else "target_window")
+        same = all(saved[name] == config.as_dict()[name] for name in measure)
+        return self.continues and same and self.checkpoint["val_sha256"] == self.corpus.val_sha256
+
+    @property
+    def finished(self) -> str | None:
+        """Why there is nothing left to do, with the way to go on; None when there is."""
+        if self.checkpoint is None or any(self.checkpoint.get("unwritten", {}).values()):
+            return None  # in the second case there are rows that the disk had refused
+        step, published = self.checkpoint["step"], read_json(self.run.results_json)
+        if published.get("stop_reason") not in COMPLETE or published.get("final_step") != step:
+            return None
+        reason = Progress(**self.checkpoint["progress"]).stop_reason(self.config)
+        return reason and report.finished(step, reason)
+
+    def agreement(self) -> dict:
+        """What has to be the same for all processes of a run: not the flags that each machine may choose for itself."""
+        corpus, own = self.corpus, ("threads", "compile", "micro_batch", "device", "cache_dir")
+        facts = {
+            "the checkpoint's step": 0 if self.checkpoint is None else self.checkpoint["step"],
+            "the text": [corpus.sha256, len(corpus.tokens), corpus.val_sha256],
+            "the vocabulary": corpus.vocabulary,
+        }
+        return facts | {f"--{name}": value for name, value in self.config.as_dict().items() if name not in own}
+
+
+def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = None) -> Setup:
+    """Do everything that the user's input can spoil, and hold the lock of a run that is there already.
+
+    Raises ValueError or OSError; writes nothing but token ids, into --cache_dir. `about` heads the answer to --help.
+    """
+    config = parse_config(argv, ranks.count, silent=ranks.rank > 0, about=about)
+    run = RunDir(config.out_dir)
+    if ranks.rank == 0:
+        run.check_writable()
+    if ranks.rank == 0 and Path(run.lock.lock_file).exists():
+        held.enter_context(run.locked())  # or its files could change between here and training
+    path, checkpoint, damage = load_newest(find_checkpoints(config, run))
+    if checkpoint is None and run.config_json.exists() and "launches" not in read_json(run.config_json):
+        raise ValueError(f"{run.config_json} was not written by train.py: choose another --out_dir")
+    previous = None if checkpoint is None else Config.from_dict(checkpoint["config"])
+    config, reasons = choose_runtime(config, previous)
+    tokenizer = choose_tokenizer(config, checkpoint)
+    config = replace(config, vocab_size=tokenizer.n_vocab)
+    corpus = load_corpus(config, tokenizer)
+    if path is not None and checkpoint is not None:
+        check_same_run(path, checkpoint, config, corpus.vocabulary, corpus.sha256, len(corpus.tokens))
+    start = load_start(config, corpus.vocabulary) if checkpoint is None else None
+    return Setup(argv, config, reasons, corpus, tokenizer, run, path, checkpoint, start, damage)
+
+
+def problems_of_all(ranks: Ranks, setup: Setup | None, problem: str) -> list[str]:
+    """The problems of all processes, a line each, this one's among them; or that they were not given the same."""
+    problems = ranks.gather(problem)
+    facts = [json.loads(text) for text in ranks.gather("{}" if setup is None else json.dumps(setup.agreement()))]
+    if not any(problems) and (
+        differing := [name for name in facts[0] if any(other[name] != facts[0][name] for other in facts)]
+    ):
+        return [
+            f"the processes do not agree on {', '.join(differing)}: all need the same flags, and the same files at "
+            "--out_dir and --input_file"
+        ]
+    return list(dict.fromkeys("\n".join(filter(None, problems)).splitlines()))
