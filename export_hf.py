@@ -25,7 +25,8 @@ with packages_of("export_hf.py", __name__):
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     from parts.checkpoint import CHECKPOINT_FORMAT, is_sound, load_checkpoint, shapes, write_checkpoint
-    from parts.config import Config, names, out_of_range, read_flags
+    from parts.commandline import read_flags
+    from parts.config import Config, names, out_of_range
     from parts.files import existing_part, read_if_there, read_json
     from parts.text import DOCUMENT_END, OwnVocabulary, read_text, saved_tokenizer, vocabulary_folder
 

@@ -23,7 +23,8 @@ with packages_of("sample.py", __name__):
 
     import train
     from parts.checkpoint import load_checkpoint
-    from parts.config import Amp, Between, Config, decode_escapes, out_of_range, read_flags
+    from parts.commandline import read_flags
+    from parts.config import Amp, Between, Config, decode_escapes, out_of_range
     from parts.machine import autocast, choose_amp, choose_device, device_problem, for_sampling, make_current
     from parts.text import Tokenizer, pieces, read_text, saved_tokenizer
 
@@ -38,7 +39,7 @@ class Options:
     checkpoint: Path
     """a best.pt, last.pt or prev.pt"""
     prompt: str | None = None
-    """text to continue; \\n, \\t and \\\\ are decoded; None: from --prompt_file, from stdin, or asked for"""
+    """text to continue; \\n, \\t and \\\\ are decoded; by default from --prompt_file, from stdin, or asked for"""
     prompt_file: Path | None = None
     """UTF-8 file with the text to continue; from it, and from stdin, one newline at the end is left out"""
     num_samples: Annotated[int, Between(1, 10_000)] = 1

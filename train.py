@@ -31,7 +31,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import lru_cache
 
 from parts.start import packages_of
@@ -66,6 +65,7 @@ with packages_of("train.py", __name__):
         for_sampling,
         is_out_of_memory,
         largest_divisor,
+        peak_memory,
         release_memory,
         terminating,
     )
@@ -751,6 +751,9 @@ class Trainer:
 # ---------------------------------------------------------------------------------------------
 
 
+REDRAW_SEC = 60  # between two plots of a run that goes on
+
+
 class Saver:
     """What of a run is written, and when: lines and rows at once; checkpoints, results and plot in the background.
 
@@ -761,6 +764,7 @@ class Saver:
         self.run, self.trainer, self.launch, self.saved_step = run, trainer, launch, saved_step
         self.floor = loss_floor(trainer.corpus.tokens, trainer.config.seq_len)
         self.writer = Writer(run)
+        self.redrawn = time.monotonic() - REDRAW_SEC / 2  # so that there is something in the first minute
         self.snapshot, self.best_snapshots = Snapshot(), (Snapshot(), Snapshot())  # one best may be under way
         self.best: dict | None = None  # what best.pt is to hold, while it is not on disk
         self.best_under_way: Snapshot | None = None
@@ -776,7 +780,9 @@ class Saver:
         """Append texts of the model as it is now to samples.txt."""
         progress = self.trainer.progress
         if self.trainer.config.num_prompts:
-            self.run.append_samples(progress.step, *self.trainer.sample(tokenizer))
+            prompt, outputs = self.trainer.sample(tokenizer)
+            self.run.append_samples(progress.step, prompt, outputs)
+            log.info(report.sample_line(progress.step, outputs[0]))
             progress.sampled_step = progress.step
 
     def consider_val_loss(self) -> None:
@@ -818,7 +824,15 @@ class Saver:
         except OSError as error:
             self.run.note(name, error)
         else:
-            self.writer.start([task, *self._outcome("running")])
+            self.writer.start([task, *self._outcome("running", redraw=self._is_due())])
+
+    def refresh(self) -> None:
+        """Write results and plot for whoever looks at them now, when they are old and nothing else is written."""
+        if self._is_due() and not self.writer.busy:
+            self.writer.start(self._outcome("running"))
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self.redrawn >= REDRAW_SEC
 
     def _checkpoint(self, name: str) -> Task:
         """Take a snapshot of everything resume needs, to be written as last.pt, after a best that is not on disk yet:
@@ -852,20 +866,24 @@ class Saver:
 
     def _report_best(self, best: dict | None) -> None:
         if best is not None:
-            log.info("New best loss %.6f -> saved: %s", best["loss"], self.run.best)
+            log.info(report.best_line(best["loss"], best["step"], self.trainer.config, self.run.best))
         if self.best is best:
             self.best = None
 
-    def _outcome(self, stop_reason: str, measured: report.Measured | None = None) -> list[Task]:
+    def _outcome(self, stop: str, measured: report.Measured | None = None, redraw: bool = True) -> list[Task]:
         """config.json, results.json and the plot, as things stand now."""
         trainer = self.trainer
-        results = report.results(trainer.config, trainer.progress, trainer.corpus, self.floor, stop_reason, measured)
+        results = report.results(trainer.config, trainer.progress, trainer.corpus, self.floor, stop, measured)
 
         def write() -> None:
             self.write_config()
             self.run.write_json(self.run.results_json, results)
 
-        return [Task("config.json and results.json", write), Task("the plot", self._draw_plot)]
+        tasks = [Task("config.json and results.json", write)]
+        if redraw:
+            self.redrawn = time.monotonic()
+            tasks.append(Task("the plot", self._draw_plot))
+        return tasks
 
     def _draw_plot(self) -> None:
         """Refresh loss_curve.png. Raises OSError whatever the reason: a plot must not cost the run anything else."""
@@ -877,9 +895,9 @@ class Saver:
         except Exception as error:
             raise error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}") from error
 
-    def publish(self, stop_reason: str, measured: report.Measured | None = None) -> None:
+    def publish(self, stop: str, measured: report.Measured | None = None) -> None:
         """Write how the run stands, and wait until it is written."""
-        self.writer.start(self._outcome(stop_reason, measured))
+        self.writer.start(self._outcome(stop, measured))
         self.writer.finish()
 
     def rescue(self) -> None:
@@ -931,15 +949,20 @@ class StepLog:
                 log.warning(hint)
                 self.hinted = True
         if p.step == self.first_step + 9:
-            remaining = timedelta(seconds=round((config.steps - p.step) * (now - self.started) / 10))
-            log.info(f"ETA {remaining} to step {config.steps}, sooner if the target is reached")
+            self.eta()
+
+    def eta(self) -> None:
+        """Tell how long the run still takes, by the steps of this start."""
+        p = self.trainer.progress
+        sec_per_step = (time.perf_counter() - self.started) / (p.step - self.first_step + 1)
+        log.info(report.eta_line(self.trainer.config, p, sec_per_step))
 
 
 def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
     """Run steps until one of the `COMPLETE` reasons, which is returned, or a signal, whose name is."""
     config, p = trainer.config, trainer.progress
     quiet = True if sys.stderr is None else None  # None: a bar on a terminal only
-    bar = tqdm(total=config.steps, initial=p.step, unit="step", dynamic_ncols=True, disable=quiet)
+    bar = tqdm(total=config.steps, initial=p.step, unit="step", dynamic_ncols=True, leave=False, disable=quiet)
     save_due = False
     with Interruption() as interruption, logging_redirect_tqdm([log]), bar:
         steps = StepLog(trainer, saver.run, bar)
@@ -960,7 +983,9 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
             save_due = save_due or p.step % config.save_every == 0
             if save_due and not p.skipped_in_a_row and not saver.writer.busy:
                 saver.save()
+                steps.eta()
                 save_due = False
+            saver.refresh()
 
         stop = p.stop_reason(config) or signal.Signals(end).name
         if stop in COMPLETE:
@@ -977,6 +1002,8 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
         if stop in COMPLETE or p.step != saver.saved_step:
             saver.save()
             saver.writer.finish()
+        if stop == "SIGINT":  # someone is there to read it; a resumed run draws its own at the usual steps
+            saver.sample(tokenizer)
     return stop
 
 
@@ -987,7 +1014,8 @@ def follow(config: Config, trainer: Trainer) -> None:
     before it has said and saved what it must.
     """
     configure_torch(config)
-    trainer.compile()
+    if not config.dry_run:
+        trainer.compile()
     with Interruption(silent=True) as interruption, suppress(TrainingFailed):  # the first says so
         while not trainer.ranks.largest(interruption.signal):
             trainer.update()
@@ -1016,17 +1044,25 @@ def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
     return trainer
 
 
+def announce(setup: Setup, progress: Progress, floor: float) -> None:
+    """Say what will happen, and what of it cannot go well."""
+    for line in report.plan(setup.config, setup.corpus, setup.reasons, floor, progress):
+        log.info(line)
+    for line in report.forebodings(setup.config, setup.corpus, floor):
+        log.warning(line)
+
+
 def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
     """Say what will happen, and compile."""
     config, run, progress = setup.config, setup.run, trainer.progress
-    for line in report.plan(config, setup.corpus, setup.reasons, saver.floor, progress):
-        log.info(line)
-    for line in report.forebodings(config, setup.corpus, saver.floor):
-        log.warning(line)
+    announce(setup, progress, saver.floor)
     if setup.checkpoint is not None:
         log.info("Resuming from step %d (%s)", progress.step, setup.resumed_from)
         if changes := report.changes(setup.checkpoint["config"], config):
             log.info("Changed from here on: %s", changes)
+        before = learning_rate(progress.step, Config.from_dict(setup.checkpoint["config"]))
+        if (lr := learning_rate(progress.step + 1, config)) > 1.1 * before and progress.step > config.warmup_steps:
+            log.warning("The learning rate rises here, from %.2e to %.2e", before, lr)
     if setup.start is not None:
         log.info("Starting from the weights of %s", config.init_from)
     if progress.best_step and not run.best.exists():
@@ -1063,6 +1099,7 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
             log.info(f"Interrupted by {stop} after step {trainer.progress.step}; {again} continues.")
             return exit_code(stop)
         log.info("See %s and %s", run.loss_curve, run.samples_txt)
+        log.info(report.next_command(setup.config))
         log.info("Training complete.")
         return 0
     except TrainingFailed as failure:
@@ -1080,6 +1117,22 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
             raise
         log.error("Out of memory: choose a smaller --seq_len or --preset, or fewer --num_prompts. (%s)", error)
     return 1
+
+
+def rehearse(setup: Setup, trainer: Trainer) -> int:
+    """Say what a run would do, and measure two of its steps. Returns the exit code; raises OSError; writes nothing."""
+    config = setup.config
+    configure_torch(config)
+    announce(setup, trainer.progress, loss_floor(setup.corpus.tokens, config.seq_len))
+    for _ in range(2):  # the first step of a process takes longer
+        started = time.perf_counter()
+        trainer.ranks.largest(0)
+        trainer.update()
+    trainer.ranks.largest(RUN_IS_OVER)
+    seconds, memory = time.perf_counter() - started, peak_memory(config.device)
+    for line in report.rehearsal(config, seconds, memory, setup.run.free_bytes()):
+        log.info(line)
+    return 0
 
 
 def open_and_train(setup: Setup, trainer: Trainer) -> int:
@@ -1137,7 +1190,8 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
             if ranks.rank == 0:
                 n_params, fresh = setup.config.n_params, setup.checkpoint is None
                 setup.run.check_room(STATE_BYTES * n_params, WEIGHT_BYTES * n_params, fresh)
-                held.enter_context(setup.run.locked())
+                if not setup.config.dry_run:
+                    held.enter_context(setup.run.locked())
     except SystemExit as answered:  # by tyro: --help is 0, a flag it cannot read is 2
         return int(answered.code or 0)
     except (ValueError, OSError) as error:
@@ -1157,7 +1211,7 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
             log.info(answer)
             return 0
         try:
-            return open_and_train(setup, trainer)
+            return (rehearse if setup.config.dry_run else open_and_train)(setup, trainer)
         except KeyboardInterrupt as signal_name:
             again = report.how_to_continue(setup.config)
             log.error("Broken off without saving; %s continues from the last checkpoint, if any.", again)

@@ -29,7 +29,7 @@ from parts.start import packages_of
 with packages_of("update_readme.py", __name__):
     import pandas as pd
 
-    from parts.config import read_flags
+    from parts.commandline import read_flags
     from parts.files import replacing
 
 MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")

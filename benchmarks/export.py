@@ -29,7 +29,8 @@ import train
 from benchmarks.record import write_record
 from benchmarks.throughput import peak_rss_mb
 from parts.checkpoint import load_checkpoint, write_checkpoint
-from parts.config import PRESETS, parse_config
+from parts.commandline import parse_config
+from parts.config import PRESETS
 from parts.corpus import Corpus
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -21,7 +21,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.record import write_record
-from parts.config import parse_config
+from parts.commandline import parse_config
 from parts.corpus import load_corpus
 from parts.machine import Ranks, choose_runtime, configure_torch
 from parts.text import load_tokenizer

@@ -22,7 +22,7 @@ import math
 
 import train
 from benchmarks.record import write_record
-from parts.config import parse_config
+from parts.commandline import parse_config
 from parts.corpus import load_corpus
 from parts.files import RunDir
 from parts.machine import choose_runtime, configure_torch

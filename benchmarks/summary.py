@@ -50,16 +50,18 @@ def source(name: str) -> str:
 def flags() -> str:
     """Every flag of train.py with its default and its help, as parts/config.py has them."""
     tree = ast.parse((ROOT / "parts" / "config.py").read_text(encoding="utf-8"))
-    (config,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Flags")
+    groups = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Flags")]
     rows = []
-    for field, text in pairwise(config.body):
-        if not isinstance(field, ast.AnnAssign) or "Suppress" in ast.unparse(field.annotation):
-            continue
-        words = re.sub(r"\s+", " ", ast.literal_eval(text.value)).replace("|", "\\|")
-        default = ast.unparse(field.value)
-        if call := re.search(r"Path\('([^']*)'\)", default):
-            default = call[1]
-        rows.append([f"`--{field.target.id}`", f"`{default.strip(chr(39)) or chr(32)}`", words])
+    for group in groups[:-1]:  # the last joins them
+        rows.append([f"**{group.name.removesuffix('Flags').lower()}**", "", ast.get_docstring(group) or ""])
+        for field, text in pairwise(group.body):
+            if not isinstance(field, ast.AnnAssign) or "Suppress" in ast.unparse(field.annotation):
+                continue
+            words = re.sub(r"\s+", " ", ast.literal_eval(text.value)).replace("|", "\\|")
+            default = "" if ast.unparse(field.value) == "None" else ast.unparse(field.value)
+            if call := re.search(r"Path\('([^']*)'\)", default):
+                default = call[1]
+            rows.append([f"`--{field.target.id}`", f"`{default.strip(chr(39)) or chr(32)}`", words])
     return markdown_table(["flag", "default", "what it is"], rows, align="---")
 
 

@@ -30,7 +30,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.record import write_record
-from parts.config import PRESETS, VOCAB_SIZE, Config, parse_config
+from parts.commandline import parse_config
+from parts.config import PRESETS, VOCAB_SIZE, Config
 from parts.corpus import load_corpus
 from parts.machine import choose_device, choose_runtime, configure_torch
 from parts.text import load_tokenizer

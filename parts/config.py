@@ -1,18 +1,16 @@
 """Each flag once: its type, range, default and help; what cannot be together; the presets."""
 
-import argparse
-import os
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
 DEMO_CORPUS = Path("pydoc_data.topics")  # the language reference that ships inside every Python
 VOCAB_SIZE = 50_257
 Amp = Literal["auto", "off", "bf16", "fp16"]
-T = TypeVar("T")
+AT_THE_START = tyro.conf.arg(help_behavior_hint="(default: decided at the start)")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -25,74 +23,91 @@ class Between:
 
 
 @dataclass(frozen=True)
-class Flags:
-    """Every flag, once: type, range, default, help. `None` and `auto` are decided by `resolved`
-    and `choose_runtime`."""
+class TextFlags:
+    """What is trained on."""
 
-    preset: Literal["demo", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
-    """named set of defaults; any other flag overrides it"""
-
-    # corpus and run directory
     input_file: tuple[Path, ...] = (Path("data/input.txt"),)
     """UTF-8 texts to train on: files, folders of .txt files, globs (pydoc_data.topics: what ships with Python)"""
     tokenizer: str = "gpt2"
     """gpt2; bpe:N for N tokens learned from the text; or a tokenizer.json"""
     vocab_size: tyro.conf.Suppress[Annotated[int, Between(2, 10**7)]] = VOCAB_SIZE
     """the tokenizer's, found out when it is loaded"""
+    max_tokens: Annotated[int | None, Between(0, 10**12)] = None
+    """train on the first so many tokens; 0: on all, the default but for the text that ships with Python: 1,500"""
     cache_dir: Path = Path("data/cache")
     """where the token ids of large or several texts are kept between runs"""
-    max_tokens: Annotated[int | None, Between(0, 10**12)] = None
-    """train on the first so many tokens; 0: on all; None: on all, or 1,500 of the text that ships with Python"""
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Where the run lies, and what it starts from."""
+
+    preset: Literal["demo", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    """named set of defaults; any other flag overrides it"""
     out_dir: Path | None = None
-    """run directory; None: out/PRESET"""
+    """run directory; by default out/PRESET, and out/PRESET-NAME for a text that is not the preset's own"""
     resume: str = "auto"
     """auto: continue the run in out_dir, if any; never: move it aside, start anew; or a last.pt to continue from"""
     init_from: Path | None = None
     """checkpoint whose weights a new run starts from, with a fresh optimizer"""
     seed: Annotated[int, Between(0, 2**63 - 1)] = 1337
     """of weights, slices, dropout and sampled text, each with a stream of its own"""
+    dry_run: bool = False
+    """say what would happen, do two steps for time and memory, and write nothing of a run"""
 
-    # model
-    block_size: Annotated[int, Between(1, 65_536)] = 1024
-    """positions the model has; seq_len may be shorter"""
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """GPT-2's shape; --preset sets it."""
+
     n_layer: Annotated[int, Between(1, 1024)] = 12
     """transformer blocks"""
     n_head: Annotated[int, Between(1, 1024)] = 12
     """attention heads; must divide n_embd"""
     n_embd: Annotated[int, Between(1, 65_536)] = 768
     """width of the model"""
+    block_size: Annotated[int, Between(1, 65_536)] = 1024
+    """positions the model has; seq_len may be shorter"""
     dropout: Annotated[float, Between(0, 0.99)] = 0.0
     """probability of dropping an activation while training"""
     init_std: Annotated[float, Between(1e-6, 1)] = 0.02
     """standard deviation of the initial weights (GPT-2: 0.02, which suits a width of 768)"""
 
-    # batch and schedule
+
+@dataclass(frozen=True)
+class BatchFlags:
+    """What a step consists of, and its learning rate."""
+
     steps: Annotated[int, Between(1, 10**9)] = 2000
     """optimizer updates at most; a preset's decay_steps goes with its own steps only"""
     batch_size: Annotated[int, Between(1, 65_536)] = 32
-    """slices in one micro-batch"""
+    """slices in a batch; a step learns from batch_size x grad_accum of them"""
+    grad_accum: Annotated[int, Between(1, 65_536)] = 1
+    """batches in a step; half the batch_size and twice the grad_accum is the same step in less memory"""
+    micro_batch: Annotated[int | None, Between(1, 65_536), AT_THE_START] = None
+    """slices computed at once, which changes memory and speed but never the step; by default batch_size, on a CPU what
+    makes 2,048 tokens; fewer when memory runs out"""
     seq_len: Annotated[int, Between(1, 65_536)] = 128
     """tokens in one slice"""
     slices: Literal["shuffled", "independent"] = "shuffled"
     """where they start: shuffled: in random order, pass after pass, each of which leaves no token out; independent:
     each anywhere"""
-    grad_accum: Annotated[int, Between(1, 65_536)] = 1
-    """micro-batches in one step"""
-    micro_batch: Annotated[int | None, Between(1, 65_536)] = None
-    """slices in one forward and backward pass, whatever the step consists of; None: batch_size, on a CPU what makes
-    2,048 tokens; fewer when memory runs out"""
     lr: Annotated[float | None, Between(1e-12, 10)] = None
-    """peak learning rate; None: 6e-3 with muon, 1e-3 with adamw"""
+    """peak learning rate; by default 6e-3 with muon, 1e-3 with adamw"""
     min_lr: Annotated[float | None, Between(0, 10)] = None
-    """learning rate at decay_steps and after; None: a tenth of lr"""
+    """learning rate at decay_steps and after; by default a tenth of lr"""
     warmup_steps: Annotated[int | None, Between(0, 10**9)] = None
-    """steps of linear warm-up; None: 200, but at most a tenth of decay_steps"""
+    """steps of linear warm-up; by default 200, but at most a tenth of decay_steps"""
     decay_steps: Annotated[int | None, Between(1, 10**9)] = None
-    """step at which min_lr is reached; None: steps"""
+    """step at which min_lr is reached; by default steps; a continued run keeps what it has"""
     schedule: Literal["linear", "cosine"] = "linear"
     """line or half a cosine by which the learning rate falls from lr to min_lr"""
 
-    # optimizer
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    """How a step changes the weights."""
+
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the matrices of the blocks, AdamW for all else; adamw: AdamW for all"""
     weight_decay: Annotated[float, Between(0, 10)] = 0.1
@@ -104,37 +119,53 @@ class Flags:
     clip_grad: Annotated[float, Between(0, 1e9)] = 1.0
     """largest global gradient norm, larger ones are scaled down; 0: no clipping"""
 
-    # stopping
+
+@dataclass(frozen=True)
+class StoppingFlags:
+    """When the run ends before its last step."""
+
     target_loss: Annotated[float, Between(0, 100)] = 0.099999
     """stop when window_loss is at or below this; 0: run all steps"""
     target_window: Annotated[int, Between(1, 100_000)] = 20
     """step losses in window_loss; 1: stop on a single step"""
+    patience: Annotated[int, Between(0, 10**6)] = 0
+    """stop after so many measurements in a row without a new lowest; 0: never"""
 
-    # validation
+
+@dataclass(frozen=True)
+class ValidationFlags:
+    """Text that is held out."""
+
     val_fraction: Annotated[float, Between(0, 0.5)] = 0.0
     """part of the tokens, at their end, that is held out; 0: none"""
     val_file: tuple[Path, ...] = ()
     """texts to validate on instead"""
     eval_every: Annotated[int, Between(1, 10**9)] = 250
     """steps between measurements of the validation loss"""
-    patience: Annotated[int, Between(0, 10**6)] = 0
-    """stop after so many measurements in a row without a new lowest; 0: never"""
 
-    # device
+
+@dataclass(frozen=True)
+class DeviceFlags:
+    """What it computes on; `auto` is decided at the start, with a reason in the log."""
+
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
     amp: Amp = "auto"
     """precision of matrix products; weights and optimizer stay in fp32"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; without a working compiler the run goes on without, and says why"""
-    threads: Annotated[int | None, Between(1, 4096)] = None
-    """CPU threads; None: PyTorch's choice"""
+    threads: Annotated[int | None, Between(1, 4096), AT_THE_START] = None
+    """CPU threads; by default PyTorch's choice"""
     processes: tyro.conf.Suppress[Annotated[int, Between(1, 10**6)]] = 1
     """those that torchrun started for this run, each with an equal share of every step's slices"""
     deterministic: bool = False
     """the same bits in every run on CUDA too, at the cost of speed; on a CPU they always are the same"""
 
-    # reporting
+
+@dataclass(frozen=True)
+class ReportingFlags:
+    """What is written, and how often."""
+
     log_every: Annotated[int, Between(1, 10**9)] = 10
     """steps between log lines and CSV rows"""
     save_every: Annotated[int, Between(1, 10**9)] = 100
@@ -152,12 +183,27 @@ class Flags:
     temperature: Annotated[float, Between(0, 100)] = 0.9
     """divides the logits before sampling; 0: always the likeliest token"""
 
+
+@dataclass(frozen=True)
+class Flags(
+    ReportingFlags,
+    DeviceFlags,
+    ValidationFlags,
+    StoppingFlags,
+    OptimizerFlags,
+    BatchFlags,
+    ModelFlags,
+    RunFlags,
+    TextFlags,
+):
+    """Every flag, as typed. `None` is decided by `resolved`, and with `auto` by `choose_runtime`."""
+
     def resolved(self) -> "Config":
         """The same flags with every `None` replaced, except those of `choose_runtime`."""
         decay_steps = self.steps if self.decay_steps is None else self.decay_steps
         lr = {"muon": 6e-3, "adamw": 1e-3}[self.optimizer] if self.lr is None else self.lr
         decided = dict(
-            out_dir=Path("out") / self.preset if self.out_dir is None else self.out_dir,
+            out_dir=self.default_out_dir() if self.out_dir is None else self.out_dir,
             max_tokens=(1500 if self.input_file == (DEMO_CORPUS,) else 0)
             if self.max_tokens is None
             else self.max_tokens,
@@ -167,6 +213,14 @@ class Flags:
             min_lr=lr / 10 if self.min_lr is None else self.min_lr,
         )
         return Config(**vars(self) | decided)
+
+    def default_out_dir(self) -> Path:
+        """out/PRESET for the preset's own text; for another out/PRESET-NAME, after its first file or folder."""
+        if self.input_file == PRESETS[self.preset].get("input_file", TextFlags.input_file):
+            return Path("out") / self.preset
+        first = next((part for part in reversed(self.input_file[0].parts) if not set("*?[") & set(part)), "")
+        name = re.sub(r"[^\w.-]+", "-", Path(first).stem).strip("-.")
+        return Path("out") / "-".join(filter(None, [self.preset, name or "text"]))
 
 
 class Config(Flags):
@@ -206,6 +260,11 @@ class Config(Flags):
     def validates(self) -> bool:
         """Whether there is a validation split, which then decides what is best."""
         return bool(self.val_fraction or self.val_file)
+
+    @property
+    def best_metric(self) -> str:
+        """The loss by which weights are the best."""
+        return "val_loss" if self.validates else "window_loss"
 
     def contradictions(self) -> list[str]:
         """Everything about resolved flags, each in its range, that cannot be together, a sentence each."""
@@ -285,49 +344,6 @@ PRESETS: dict[str, dict] = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, decay_steps=900),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, decay_steps=900),
 }  # fmt: skip
-
-
-def as_utf8(argument: str) -> str:
-    """An argument whose bytes are UTF-8, whatever the system took them for. Raises ValueError for other bytes."""
-    try:
-        return os.fsencode(argument).decode("utf-8")
-    except UnicodeError as error:
-        raise ValueError(f"{argument!a} is not UTF-8") from error
-
-
-def read_flags(kind: type[T], argv: list[str], script: str, about: str | None, **options) -> T:
-    """A script's flags, as its dataclass declares them; `about` is its docstring, `options` are tyro's.
-
-    Raises ValueError for bytes that are no UTF-8, and SystemExit where tyro answers itself (--help, an unknown flag, a
-    value of the wrong type).
-    """
-    return tyro.cli(
-        kind,
-        args=[as_utf8(argument) for argument in argv],
-        prog=script,
-        use_underscores=True,
-        description=(about or "").partition("\n\n")[0],
-        config=(tyro.conf.FlagCreatePairsOff,),
-        **options,
-    )
-
-
-def parse_config(argv: list[str], processes: int = 1, silent: bool = False, about: str | None = None) -> Config:
-    """Command line to validated, resolved flags.
-
-    Raises ValueError with one line per problem, and SystemExit as `read_flags` does.
-    """
-    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first_look.add_argument("--preset", nargs="?", default="gpt2")
-    first_look.add_argument("--steps", nargs="?")
-    asked = first_look.parse_known_args(argv)[0]
-    defaults = Flags(**PRESETS.get(asked.preset, {}), processes=processes)
-    if asked.steps is not None:
-        defaults = replace(defaults, decay_steps=None)  # the preset's belongs to the preset's steps
-    flags = read_flags(Flags, argv, "train.py", about, default=defaults, console_outputs=not silent)
-    if problems := out_of_range(flags) or flags.resolved().contradictions():
-        raise ValueError("\n".join(problems))
-    return flags.resolved()
 
 
 def decode_escapes(text: str) -> str:

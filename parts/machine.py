@@ -213,6 +213,17 @@ def release_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def peak_memory(device: str) -> int | None:
+    """Bytes that this process has taken at most, of the card's memory if it uses one; None where that is not told."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory: each step allocates the same blocks again, and the system takes longer to hand
     out fresh pages than the CPU to compute on them. Elsewhere nothing happens."""

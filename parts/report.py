@@ -6,16 +6,17 @@ import platform
 import shlex
 import statistics
 import subprocess
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
 
-from parts.checkpoint import Progress
+from parts.checkpoint import STATE_BYTES, WEIGHT_BYTES, Progress
 from parts.config import Config, names
 from parts.corpus import Corpus, smallest_seq_len
+from parts.files import gigabytes
 from parts.machine import cpu_only_hint
 
 STUCK_AFTER = 200  # steps after warm-up by which a healthy run is far below ln V
@@ -38,6 +39,7 @@ def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, 
     part = f"the first {n_tokens:,} of {corpus.text_tokens:,}" if n_tokens < corpus.text_tokens else f"{n_tokens:,}"
     target = f"target {c.target_loss:g} as the mean of {c.target_window} steps" if c.target_loss else "no target"
     return [
+        f"Run directory: {c.out_dir}",
         f"Model: GPT-2, {c.n_params:,} parameters ({c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
         f"{c.block_size} positions, vocabulary {c.vocab_size})",
         f"Corpus: {names(c.input_file)}, {part} tokens ({corpus.bytes_per_token:.3f} bytes each), "
@@ -123,6 +125,46 @@ def step_line(row: dict[str, float | None], steps: int) -> str:
     return line
 
 
+def eta_line(config: Config, progress: Progress, sec_per_step: float) -> str:
+    """How long the run still takes at most, and until when, by this machine's clock."""
+    remaining = timedelta(seconds=round((config.steps - progress.step) * sec_per_step))
+    causes = [cause for cause, set_ in (("the target is reached", config.target_loss),
+                                        ("the validation loss improves no more", config.patience)) if set_]  # fmt: skip
+    sooner = f", sooner if {' or '.join(causes)}" if causes else ""
+    return f"ETA {remaining} ({datetime.now() + remaining:%a %H:%M}) to step {config.steps}{sooner}"
+
+
+def sample_line(step: int, output: str) -> str:
+    """The beginning of a sampled text, on one line."""
+    words = " ".join(output.split())
+    return f"Sample at step {step}: {words[:200]}{' ...' if len(words) > 200 else ''}"
+
+
+def best_line(loss: float, step: int, config: Config, path: Path) -> str:
+    """That the best weights are on disk, and by which loss they are the best."""
+    return f"New best loss {loss:.6f} -> saved: {path} ({config.best_metric} at step {step})"
+
+
+def next_command(config: Config) -> str:
+    """What to do with a trained model."""
+    return f"Next: {shlex.join(['python', 'sample.py', '--checkpoint', config.out_dir.as_posix()])}"
+
+
+def rehearsal(config: Config, sec_per_step: float, memory: int | None, free: int) -> list[str]:
+    """What a dry run found out: time, memory and disk, in seconds and bytes."""
+    c, where = config, "of the card's memory" if config.device.startswith("cuda") else "of memory"
+    state, weights = STATE_BYTES * c.n_params, WEIGHT_BYTES * c.n_params
+    most = timedelta(seconds=round(c.steps * sec_per_step))
+    lines = [f"Time: {sec_per_step:.2f} s for a step, uncompiled; {most} for {c.steps:,} steps at most"]
+    if memory is not None:
+        lines.append(f"Memory: {gigabytes(memory)} {where}, and {gigabytes(state + weights)} for the copies of saves")
+    lines.append(
+        f"Disk: {gigabytes(3 * state + weights)} at most in {c.out_dir} (last, prev and one being written, "
+        f"{gigabytes(state)} each, best {gigabytes(weights)}); {gigabytes(free)} are free"
+    )
+    return [*lines, "Dry run: nothing of a run was written."]
+
+
 def ending(progress: Progress, config: Config, stop_reason: str) -> list[str]:
     """What there is to say about a run that came to its end."""
     p, lines = progress, []
@@ -132,6 +174,8 @@ def ending(progress: Progress, config: Config, stop_reason: str) -> list[str]:
         lines.append(f"No lower validation loss in {config.patience} measurements. Stopping.")
     elif config.target_loss:
         lines.append(f"All {p.step} steps done; window_loss is still above the target {config.target_loss}.")
+    else:
+        lines.append(f"All {p.step} steps done.")
     learning = p.window_loss(config) or math.inf
     if config.validates and p.val_loss > 1.01 * p.best_loss and learning < p.best_loss:
         lines.append(
@@ -163,7 +207,7 @@ def results(
         "stop_reason": stop_reason,
         "target_loss": c.target_loss,
         "target_window": c.target_window,
-        "best_metric": "val_loss" if c.validates else "window_loss",
+        "best_metric": c.best_metric,
         "best_loss": p.best_loss,
         "best_step": p.best_step,
         "final_loss": p.loss,
@@ -253,7 +297,7 @@ def launch_record(
 
 def changes(saved: dict, config: Config) -> str:
     """The flags that differ from those of a checkpoint's config; empty when none does."""
-    unimportant = ("resume", "out_dir", "preset", "processes")
+    unimportant = ("resume", "out_dir", "preset", "processes", "dry_run")
     return ", ".join(
         f"--{name} {saved.get(name, 'unknown')!r} -> {value!r}"
         for name, value in config.as_dict().items()
@@ -271,6 +315,6 @@ def finished(step: int, stop_reason: str) -> str:
     how = {
         "target": f"the target was reached at step {step}. Lower --target_loss",
         "patience": f"no lower validation loss up to step {step}. Raise --patience",
-        "steps": f"all steps up to {step} are done. Raise --steps",
+        "steps": f"all steps up to {step} are done. Raise --steps (and --decay_steps, or the rate stays where it is)",
     }[stop_reason]
     return f"Already finished: {how} to go on, or choose another --out_dir (or --resume never) for a new run."

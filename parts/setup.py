@@ -9,7 +9,8 @@ import torch
 
 from parts import report
 from parts.checkpoint import COMPLETE, Progress, check_same_run, find_checkpoints, load_newest, load_start
-from parts.config import Config, parse_config
+from parts.commandline import parse_config, typed
+from parts.config import Config
 from parts.corpus import Corpus, load_corpus
 from parts.files import RunDir, read_json
 from parts.machine import Ranks, choose_runtime
@@ -83,6 +84,10 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
     if checkpoint is None and run.config_json.exists() and "launches" not in read_json(run.config_json):
         raise ValueError(f"{run.config_json} was not written by train.py: choose another --out_dir")
     previous = None if checkpoint is None else Config.from_dict(checkpoint["config"])
+    if previous is not None:
+        # A rate that rises again would undo some of what the run has learned.
+        kept = {"decay_steps", "warmup_steps"} - set(typed(argv))
+        config = replace(config, **{name: getattr(previous, name) for name in kept})
     config, reasons = choose_runtime(config, previous)
     tokenizer = choose_tokenizer(config, checkpoint)
     config = replace(config, vocab_size=tokenizer.n_vocab)

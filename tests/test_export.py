@@ -18,7 +18,8 @@ import export_hf
 import sample
 import train
 from parts.checkpoint import load_checkpoint
-from parts.config import PRESETS, Config, parse_config
+from parts.commandline import parse_config
+from parts.config import PRESETS, Config
 from parts.corpus import load_corpus
 from parts.files import read_json
 from parts.text import OwnVocabulary, choose_tokenizer

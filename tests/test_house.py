@@ -16,8 +16,9 @@ PARTS = {
     "machine": {"config"},
     "corpus": {"text", "files", "config"},
     "checkpoint": {"files", "machine", "config"},
-    "report": {"checkpoint", "machine", "corpus", "config"},
-    "setup": {"report", "checkpoint", "corpus", "text", "machine", "files", "config"},
+    "commandline": {"config"},
+    "report": {"checkpoint", "machine", "corpus", "files", "config"},
+    "setup": {"report", "checkpoint", "corpus", "text", "machine", "files", "commandline", "config"},
 }
 SCRIPTS = {"train": set(), "sample": {"train"}, "export_hf": set(), "update_readme": set()}  # beside the parts
 

@@ -13,7 +13,8 @@ import export_hf
 import sample
 import update_readme
 from benchmarks import accept_gpu
-from parts.config import DEMO_CORPUS, Config, parse_config
+from parts.commandline import parse_config
+from parts.config import DEMO_CORPUS, Config
 from parts.text import load_tokenizer, read_text
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import tree_sitter
 import tree_sitter_powershell
 from conftest import ROOT
 
-from parts.config import parse_config
+from parts.commandline import parse_config
 
 SOURCE = (ROOT / "training.ps1").read_bytes()
 CODE = re.sub(r"(?m)(^|\s)#.*$", "", SOURCE.decode("ascii"))

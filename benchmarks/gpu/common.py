@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 import train
-from parts.config import parse_config
+from parts.commandline import parse_config
 from parts.corpus import load_corpus
 from parts.machine import choose_runtime, configure_torch
 from parts.text import load_tokenizer

@@ -36,7 +36,8 @@ from benchmarks.gpu.common import (
     worst,
 )
 from benchmarks.torture import differences
-from parts.config import Config, parse_config
+from parts.commandline import parse_config
+from parts.config import Config
 from parts.machine import choose_runtime
 
 

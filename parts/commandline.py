@@ -1,0 +1,157 @@
+"""Flags as typed: help in groups, and every mistake in one line with its remedy."""
+
+import argparse
+import io
+import os
+import re
+import sys
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import fields, is_dataclass, make_dataclass, replace
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import tyro
+
+from parts.config import PRESETS, Config, Flags, out_of_range
+
+T = TypeVar("T")
+OTHER_NAMES = {  # of other programs: the flag here
+    "learning_rate": "lr",
+    "max_lr": "lr",
+    "max_steps": "steps",
+    "max_iters": "steps",
+    "iterations": "steps",
+    "epochs": "steps",
+    "num_epochs": "steps",
+    "num_train_epochs": "steps",
+    "warmup": "warmup_steps",
+    "warmup_iters": "warmup_steps",
+    "batchsize": "batch_size",
+    "bs": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum",
+    "context_length": "seq_len",
+    "max_seq_len": "seq_len",
+    "n_ctx": "block_size",
+    "n_positions": "block_size",
+    "input": "input_file",
+    "data": "input_file",
+    "output_dir": "out_dir",
+    "model": "preset",
+    "fp16": "amp",
+    "bf16": "amp",
+    "dtype": "amp",
+    "prompt_file": "prompt",
+}
+REMARKS = {  # where the flag here does not say the same
+    "epochs": "one pass over the text is as many steps as the log calls a pseudo-epoch",
+    "num_epochs": "one pass over the text is as many steps as the log calls a pseudo-epoch",
+    "num_train_epochs": "one pass over the text is as many steps as the log calls a pseudo-epoch",
+    "context_length": "the tokens of a slice; --block_size are the positions that the model has",
+    "prompt_file": "sample.py has a --prompt_file",
+}
+
+
+def as_utf8(argument: str) -> str:
+    """An argument whose bytes are UTF-8, whatever the system took them for. Raises ValueError for other bytes."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"{argument!a} is not UTF-8") from error
+
+
+def read_flags(
+    kind: type[T], argv: list[str], script: str, about: str | None, default: T | None = None, silent: bool = False
+) -> T:
+    """A script's flags, as its dataclass declares them; `about` is its docstring. Bases of the dataclass are groups.
+
+    Raises ValueError, a line for each mistake, and SystemExit after --help.
+    """
+    argv = [as_utf8(argument) for argument in argv]
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every kind is a dataclass
+    if problems := [unknown(name, names, script) for name in typed(argv) if name not in (*names, "help")]:
+        raise ValueError("\n".join(problems))
+    said, shown = io.StringIO(), io.StringIO() if silent else sys.stdout
+    try:
+        with redirect_stderr(said), redirect_stdout(shown):
+            groups = [base for base in reversed(kind.__mro__[1:]) if is_dataclass(base)]
+            wanted: Any = nested(groups, default) if groups else kind
+            found = tyro.cli(
+                wanted,
+                args=argv,
+                prog=script,
+                use_underscores=True,
+                description=(about or "").partition("\n\n")[0],
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
+            )
+    except BrokenPipeError:  # `--help | head` has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(0) from None
+    except SystemExit as answered:
+        if answered.code:
+            complaint = in_our_words(said.getvalue(), "input_file" in names)
+            raise ValueError(f"{complaint} ({script} --help tells of every flag)") from None
+        raise
+    return kind(**{k: v for group in vars(found).values() for k, v in vars(group).items()}) if groups else found
+
+
+def nested(groups: list[type], default: object) -> type:
+    """A dataclass with one field for each group of flags, set to what `default` has."""
+    values = {group: {field.name: getattr(default, field.name) for field in fields(group)} for group in groups}
+    members = [(group.__name__.removesuffix("Flags").lower(), group, group(**values[group])) for group in groups]
+    return make_dataclass("CommandLine", members, frozen=True)
+
+
+def typed(argv: list[str]) -> list[str]:
+    """The names of the flags on a command line."""
+    return [match[1].replace("-", "_") for argument in argv if (match := re.match(r"--([a-zA-Z][\w-]*)", argument))]
+
+
+def unknown(name: str, names: list[str], script: str) -> str:
+    """What to say of a flag that there is not."""
+    here = OTHER_NAMES.get(name)
+    if here in names:
+        return "; ".join(filter(None, [f"--{name} is called --{here} here", REMARKS.get(name)]))
+    nearest = get_close_matches(name, names, 1)
+    guess = f"did you mean --{nearest[0]}? " if nearest else ""
+    return f"there is no flag --{name}: {guess}{script} --help tells of every flag"
+
+
+def in_our_words(said: str, has_texts: bool) -> str:
+    """tyro's complaint, from its box, as one line."""
+    inside = [line.strip("│ ").strip() for line in said.splitlines() if line.startswith("│")]
+    ends = [number for number, line in enumerate(inside) if not line or set(line) == {"─"}]
+    text = " ".join(inside[: ends[0]] if ends else inside) or " ".join(said.split())
+    if match := re.fullmatch(r"invalid choice '(.*)' for argument '(--\w+)'\. Expected one of \((.*?),?\)\.", text):
+        choices = re.findall(r"'(.*?)'", match[3])
+        nearest = get_close_matches(match[1], choices, 1)
+        guess = f": did you mean {nearest[0]}?" if nearest else ""
+        return f"{match[2]} {match[1]} is none of {', '.join(choices)}{guess}"
+    if match := re.match(r"Error parsing (--\w+): .*(INT|FLOAT|int\(\)|float).*?'([^']*)'\]?\.?$", text):
+        return f"{match[1]} {match[3]} is no {'whole ' * match[2].lower().startswith('int')}number"
+    if match := re.match(r"Missing value for argument '(--\w+)'", text):
+        return f"{match[1]} needs a value"
+    if match := re.fullmatch(r"Unrecognized options: (.*)", text):
+        return f"{match[1]} belongs to no flag" + "; a text is named with --input_file" * has_texts
+    return text
+
+
+def parse_config(argv: list[str], processes: int = 1, silent: bool = False, about: str | None = None) -> Config:
+    """Command line to validated, resolved flags of train.py.
+
+    Raises ValueError with one line per problem, and SystemExit as `read_flags` does.
+    """
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--preset", nargs="?", default="gpt2")
+    asked = first_look.parse_known_args(argv)[0]
+    defaults = Flags(**PRESETS.get(asked.preset, {}), processes=processes)
+    if "steps" in typed(argv):
+        defaults = replace(defaults, decay_steps=None)  # the preset's belongs to the preset's steps
+    if "help" in typed(argv) or "-h" in argv:
+        with suppress(KeyError):  # a preset that there is not
+            resolved = vars(replace(defaults, preset=asked.preset).resolved())
+            defaults = Flags(**resolved | {"preset": asked.preset})
+    flags = read_flags(Flags, argv, "train.py", about, defaults, silent)
+    if problems := out_of_range(flags) or flags.resolved().contradictions():
+        raise ValueError("\n".join(problems))
+    return flags.resolved()
