@@ -1002,7 +1002,9 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
         if stop in COMPLETE or p.step != saver.saved_step:
             saver.save()
             saver.writer.finish()
-        if stop == "SIGINT":  # someone is there to read it; a resumed run draws its own at the usual steps
+        if (
+            stop == "SIGINT" and p.step != p.sampled_step
+        ):  # someone is there to read it; a resumed run draws its own at the usual steps
             saver.sample(tokenizer)
     return stop
 

@@ -8,6 +8,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields, is_dataclass, make_dataclass, replace
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import tyro
@@ -119,9 +120,9 @@ def unknown(name: str, names: list[str], script: str) -> str:
 
 def in_our_words(said: str, has_texts: bool) -> str:
     """tyro's complaint, from its box, as one line."""
-    inside = [line.strip("│ ").strip() for line in said.splitlines() if line.startswith("│")]
-    ends = [number for number, line in enumerate(inside) if not line or set(line) == {"─"}]
-    text = " ".join(inside[: ends[0]] if ends else inside) or " ".join(said.split())
+    rest = iter(line.strip("│ ") for line in said.splitlines())
+    next((line for line in rest if re.search("[-─]{3}", line)), None)  # what is above is a title
+    text = " ".join(takewhile(lambda line: line and not re.match("[-─]{3}", line), rest)) or " ".join(said.split())
     if match := re.fullmatch(r"invalid choice '(.*)' for argument '(--\w+)'\. Expected one of \((.*?),?\)\.", text):
         choices = re.findall(r"'(.*?)'", match[3])
         nearest = get_close_matches(match[1], choices, 1)

@@ -1,5 +1,6 @@
 """Training does not wait for the disk, and what is written is the state of the step it is said to be of."""
 
+import json
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from conftest import log_text, unequal
 
 import train
+import update_readme
 from parts.background import Snapshot
 from parts.checkpoint import load_checkpoint, write_checkpoint
 
@@ -95,3 +97,18 @@ def test_on_cuda_a_snapshot_is_that_of_its_step(launch):
     short, longer = (load_checkpoint(Path(name)) for name in ("run/checkpoints/last.pt", "longer/checkpoints/prev.pt"))
     assert longer["step"] == 4
     torch.testing.assert_close(short["model"], longer["model"])
+
+
+@pytest.mark.parametrize(("redraw_sec", "expected"), [(0, [1, 2, 3, 4, 5, 6, 7, 8, 8]), (10**6, [8])])
+def test_results_and_plot_of_a_run_that_goes_on_are_there_before_its_first_save(
+    launch, prompt_disk, monkeypatch, redraw_sec, expected
+):
+    drawn = []
+
+    def draw(out_dir: Path) -> None:
+        drawn.append(json.loads((out_dir / "results.json").read_text(encoding="utf-8"))["final_step"])
+
+    monkeypatch.setattr(update_readme, "draw_loss_curve", draw)
+    monkeypatch.setattr(train, "REDRAW_SEC", redraw_sec)
+    assert launch("run", "--save_every=100") == 0
+    assert drawn == expected

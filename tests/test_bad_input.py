@@ -78,7 +78,7 @@ def test_every_numeric_flag_has_a_range():
         (["--amp=fp8"], "bf16"),
         (["--optimizer=sgd"], "adamw"),
         (["--stps=5"], "--steps"),
-        (["--learning_rate=5"], "Unrecognized options"),
+        (["--learning_rate=5"], "--learning_rate is called --lr here"),
         (["extra"], "extra"),
         (["--steps"], "--steps"),
         (["--input_file=missing.txt"], "missing.txt does not exist"),
@@ -273,7 +273,7 @@ def test_report_flags(bad_report, flags):
 
 
 def test_a_report_needs_a_run(capsys):
-    """The one flag without a default, asked for by tyro."""
+    """The one flag without a default."""
     assert update_readme.main([]) == 2
     assert "--out_dir" in capsys.readouterr().err
 

@@ -162,6 +162,17 @@ def test_resume_never_keeps_the_old_run(launch):
     assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2", "4"]
 
 
+def test_more_steps_do_not_raise_the_rate_again_unless_asked_to(launch):
+    assert launch("run", "--steps=4", "--lr=0.01") == 0
+    assert launch("run", "--steps=8", "--lr=0.01") == 0
+    rates = dict(rows(Path("run"), "step", "lr"))
+    assert float(rates["4"]) == float(rates["6"]) == float(rates["8"]) == pytest.approx(0.001)
+    assert "The learning rate rises" not in log_text(Path("run"))
+    assert launch("run", "--steps=12", "--lr=0.01", "--decay_steps=12") == 0
+    assert float(dict(rows(Path("run"), "step", "lr"))["10"]) > 0.002
+    assert "The learning rate rises here, from 1.00e-03 to 3.25e-03" in log_text(Path("run"))
+
+
 @pytest.mark.parametrize("resume", ["never", "auto"])
 def test_no_run_is_overwritten_by_a_fresh_one(launch, resume):
     """Also what is left of it: here, as in a clone that has no checkpoints."""

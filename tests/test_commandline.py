@@ -1,0 +1,121 @@
+"""Flags as typed: found under their names, explained in groups, and each mistake answered in a line."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY_FLAGS
+
+import export_hf
+import sample
+import train
+import update_readme
+from parts.commandline import OTHER_NAMES, parse_config
+from parts.config import PRESETS, Config
+
+
+def complaint(*argv: str) -> str:
+    with pytest.raises(ValueError) as refused:
+        parse_config(list(argv))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_the_names_of_other_programs_are_known(name):
+    assert OTHER_NAMES[name] in Config.__dataclass_fields__
+    assert complaint(f"--{name}", "5").startswith(f"--{name} is called --{OTHER_NAMES[name]} here")
+    assert complaint(f"--{name.replace('_', '-')}=5").startswith(f"--{name} is called --{OTHER_NAMES[name]} here")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--preset", "smal"], "--preset smal is none of demo, small, gpt2, gpt2-medium, gpt2-large, gpt2-xl: did you "
+         "mean small?"),
+        (["--stepz=3"], "there is no flag --stepz: did you mean --steps?"),
+        (["--steps"], "--steps needs a value"),
+        (["--steps", "many"], "--steps many is no whole number"),
+        (["--micro_batch=1.5"], "--micro_batch 1.5 is no whole number"),
+        (["--lr", "small"], "--lr small is no number"),
+        (["--dropout=x"], "--dropout x is no number"),
+        (["book.txt"], "book.txt belongs to no flag; a text is named with --input_file"),
+        (["--deterministic", "yes"], "yes belongs to no flag"),
+        (["--no_such_thing"], "there is no flag --no_such_thing"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_in_one_line(argv, expected):
+    message = complaint(*argv)
+    assert message.startswith(expected) and message.count("train.py --help") == 1 and "\n" not in message
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_so_it_is_on_every_terminal(encoding, monkeypatch):
+    """tyro draws its boxes in Unicode where it can."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert complaint("--steps=x") == "--steps x is no whole number (train.py --help tells of every flag)"
+
+
+@pytest.mark.parametrize("program", [train, sample, export_hf, update_readme])
+def test_all_scripts_answer_in_the_same_style(program, capsys):
+    name = Path(program.__file__).name
+    assert program.main(["--no_such_flag"]) == 2
+    assert capsys.readouterr() == ("", f"{name}: error: there is no flag --no_such_flag: {name} --help tells of every "
+                                       "flag\n")  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_help_shows_the_groups_and_the_presets_defaults(preset, capsys):
+    assert train.main(["--preset", preset, "--help"]) == 0
+    lines, config = capsys.readouterr().out.splitlines(), parse_config(["--preset", preset])
+    groups = ["text", "run", "model", "batch", "optimizer", "stopping", "validation", "device", "reporting"]
+    assert [line.split()[-2] for line in lines if line.split()[1:] == ["options"]] == groups
+    entries = "\n".join(lines).split("\n  --")
+    assert "None}" not in " ".join(entries) and any(entry.startswith("micro_batch INT ") for entry in entries)
+    for name in ("preset", "n_layer", "lr", "min_lr", "warmup_steps", "decay_steps", "out_dir"):
+        (entry,) = (entry for entry in entries if entry.startswith(f"{name} "))
+        assert f"(default: {getattr(config, name)})" in " ".join(entry.split())
+
+
+@pytest.mark.slow
+def test_a_reader_of_the_help_may_leave_early():
+    """As `train.py --help | head` does."""
+    code = "import sys, train; sys.stdout.reconfigure(write_through=True); sys.exit(train.main(['--help']))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "out/gpt2"),
+        (["--input_file=data/input.txt"], "out/gpt2"),
+        (["--preset=demo"], "out/demo"),
+        (["--preset=demo", "--input_file=data/input.txt"], "out/demo-input"),
+        (["--input_file=my books/War & Peace.txt"], "out/gpt2-War-Peace"),
+        (["--input_file=books/*.txt", "more.txt", "--preset=small"], "out/small-books"),
+        (["--input_file=books"], "out/gpt2-books"),
+        (["--input_file=*.txt"], "out/gpt2-text"),
+        (["--input_file=book.txt", "--out_dir=here"], "here"),
+    ],
+)
+def test_each_text_has_a_directory_of_its_own(flags, expected):
+    assert parse_config(flags).out_dir == Path(expected)
+
+
+def test_a_dry_run_tells_and_writes_nothing(tmp_path, text_file, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run"]
+    before = sorted(tmp_path.rglob("*"))
+    assert train.main([*flags, "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    for line in ("Run directory: run", "Plan: 8 steps", "Time: ", "Disk: 0.07 GB at most in run", "Dry run: nothing"):
+        assert f" | INFO | {line}" in said
+    assert sorted(tmp_path.rglob("*")) == before
+    assert train.main(flags) == 0
+    files = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert train.main([*flags, "--dry_run", "--steps=12"]) == 0, "of a run that goes on"
+    assert "Plan: 12 steps" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files
