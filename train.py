@@ -16,8 +16,8 @@ References:
   released code, github.com/openai/gpt-2 (src/model.py)
 - Hugging Face Transformers, GPT2LMHeadModel: the same weights give the same logits
 - Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (AdamW), arXiv 1711.05101
-- Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", and what parts/muon.py names
-- Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989 (loss and gradient of the head in chunks, in one function)
+- Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", and what parts/muon.py names;
+  parts/kernels.py has its own
 - Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox)
 """
 
@@ -56,6 +56,7 @@ with packages_of("train.py", __name__):
     from parts.config import Config, decode_escapes
     from parts.corpus import Corpus, loss_floor
     from parts.files import LogFile, RunDir, gigabytes, logging_to, move, read_json, replacing
+    from parts.kernels import HeadLoss, attention, causal_attention, linear
     from parts.machine import (
         Interruption,
         Ranks,
@@ -134,15 +135,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear; for a few rows in fp32 on a CPU oneDNN's, which reads the weight twice as fast as the usual BLAS."""
-    few_rows = x.device.type == "cpu" and x.numel() <= 16 * x.shape[-1] and not torch.is_grad_enabled()
-    if few_rows and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        with suppress(AttributeError):  # a PyTorch built without oneDNN
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and those before it: (B, T, C) -> (B, T, C)."""
 
@@ -163,28 +155,6 @@ class CausalSelfAttention(nn.Module):
             y = past.attention(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
-
-
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-    """softmax(q k' / sqrt(head_dim)) v, each position seeing itself and those before it; all (B, n_head, T, head_dim).
-
-    PyTorch's fused kernel, but on a CPU, where its backward pass takes four times as long as the formula, the
-    formula, while its (T, T) scores take no more memory than the MLP's hidden layer; and on an Apple GPU, where the
-    kernel has silently been wrong (PyTorch issues 181133 and 195910).
-    """
-    T, head_dim = q.shape[-2:]
-    if q.device.type == "mps" or (q.device.type == "cpu" and 4 * head_dim >= T):
-        return attention(q, k, v, q.new_ones(T, T, dtype=torch.bool).triu(1), dropout)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-
-
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, unseen: torch.Tensor, dropout: float = 0.0
-) -> torch.Tensor:
-    """The formula itself; `unseen` (..., queries, keys) is true where a query must not look."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, queries, keys)
-    weights = scores.masked_fill(unseen, -math.inf).softmax(-1, dtype=torch.float32).to(v.dtype)
-    return F.dropout(weights, dropout) @ v
 
 
 @dataclass
@@ -284,49 +254,6 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(features)
         return HeadLoss.apply(features.flatten(0, 1), self.wte.weight, targets.flatten())
-
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of the head's logits, whose gradient is formed at once, so that they need not be kept.
-
-    Features (N, C), weight (V, C) and targets (N,) to a scalar in nats, N = B * T. The logits live `ROWS` rows at a
-    time and in the precision of the products; softmax and sums are in fp32.
-    """
-
-    ROWS = 1024  # as many as keep the products fast; 100 MB in bf16
-    BLOCK = 128  # rows whose softmax in fp32 stays in a CPU's caches; a GPU takes all at once
-
-    @staticmethod
-    def forward(ctx, features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        kind, N = features.device.type, len(features)
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            features, weight = features.to(dtype), weight.to(dtype)
-        V = len(weight)
-        weight = F.pad(weight, (0, 0, 0, -V % 64))  # odd widths slow the products down
-        loss = torch.zeros((), device=features.device)
-        d_features, d_weight = torch.empty_like(features), None
-        with torch.autocast(kind, enabled=False):
-            for start in range(0, N, HeadLoss.ROWS):
-                rows = slice(start, start + HeadLoss.ROWS)
-                logits = F.linear(features[rows], weight)  # (ROWS, V and the padding)
-                height = HeadLoss.BLOCK if kind == "cpu" else HeadLoss.ROWS
-                blocks = logits[:, :V].split(height), targets[rows, None].split(height)
-                for block, target in zip(*blocks, strict=True):
-                    log_p = F.log_softmax(block, -1, dtype=torch.float32)
-                    loss -= log_p.gather(1, target).sum()
-                    block.copy_(log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32)))
-                d_features[rows] = logits @ weight  # the gradient by now; that of the padding is zero
-                part = (logits.T @ features[rows])[:V]
-                d_weight = part.float() if d_weight is None else d_weight.add_(part)
-        ctx.save_for_backward(d_features, d_weight)
-        return loss / N
-
-    @staticmethod
-    def backward(ctx, d_loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        d_features, d_weight = ctx.saved_tensors
-        scale = d_loss / len(d_features)
-        return d_features.mul_(scale), d_weight.mul_(scale), None
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from parts import machine
 from parts.background import Snapshot
 from parts.config import Config
 from parts.corpus import load_corpus
+from parts.kernels import causal_attention
 from parts.machine import (
     Ranks,
     choose_compile,
@@ -166,7 +167,7 @@ def test_on_an_apple_gpu_attention_is_the_formula(monkeypatch):
     q, k, v = torch.randn(3, 1, 2, 64, 8)  # long enough that a CPU would take the fused kernel
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)
-    found = train.causal_attention(*(x.as_subclass(OnApple) for x in (q, k, v)), 0.0)
+    found = causal_attention(*(x.as_subclass(OnApple) for x in (q, k, v)), 0.0)
     torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
 
 

@@ -11,6 +11,7 @@ PARTS = {
     "config": set(),
     "files": set(),
     "muon": set(),
+    "kernels": set(),
     "background": {"files"},
     "text": {"config"},
     "machine": {"config"},

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
 from parts.config import PRESETS, VOCAB_SIZE, Config
+from parts.kernels import HeadLoss, causal_attention, linear
 
 
 def randomised(config: Config) -> train.GPT:
@@ -220,7 +221,7 @@ def test_the_head_loss_is_cross_entropy_and_so_is_its_gradient(rows):
     targets = torch.randint(0, 389, (rows,))
     found = [features.clone().requires_grad_(), weight.clone().requires_grad_()]
     expected = [features.clone().requires_grad_(), weight.clone().requires_grad_()]
-    loss = train.HeadLoss.apply(*found, targets)
+    loss = HeadLoss.apply(*found, targets)
     reference = F.cross_entropy(F.linear(*expected), targets)
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
     (3 * loss).backward()
@@ -236,7 +237,7 @@ def test_the_head_loss_in_half_precision_keeps_its_sums_in_fp32(dtype):
     found = [features.clone().requires_grad_(), weight.clone().requires_grad_()]
     expected = [features.double().requires_grad_(), weight.double().requires_grad_()]
     with torch.autocast("cpu", dtype):
-        loss = train.HeadLoss.apply(*found, targets)
+        loss = HeadLoss.apply(*found, targets)
     reference = F.cross_entropy(F.linear(*expected), targets)
     loss.backward()
     reference.backward()
@@ -252,7 +253,7 @@ def test_causal_attention_equals_the_fused_kernel(T):
     torch.manual_seed(0)
     inputs = [torch.randn(2, 3, T, 64, requires_grad=True) for _ in range(3)]
     others = [x.detach().clone().requires_grad_() for x in inputs]
-    found = train.causal_attention(*inputs, 0.0)
+    found = causal_attention(*inputs, 0.0)
     expected = F.scaled_dot_product_attention(*others, is_causal=True)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     found.square().sum().backward()
@@ -266,8 +267,8 @@ def test_linear_is_linear_with_few_rows_too(rows):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, 96), torch.randn(200, 96), torch.randn(200)
     with torch.no_grad():
-        torch.testing.assert_close(train.linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(train.linear(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-4)
 
 
 def test_top_k_and_temperature(config):

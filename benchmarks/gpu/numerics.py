@@ -38,6 +38,7 @@ from benchmarks.gpu.common import (
 from benchmarks.torture import differences
 from parts.commandline import parse_config
 from parts.config import Config
+from parts.kernels import HeadLoss
 from parts.machine import choose_runtime
 
 
@@ -97,7 +98,7 @@ def head(options: Options, here: Path) -> str:
     expected = there_and_back(lambda f, w: F.cross_entropy((f @ w.T).float(), targets), amp=False)
     answers = []
     for amp, limit in ((False, 1e-5), (True, 2e-2)):
-        found = there_and_back(lambda f, w: train.HeadLoss.apply(f, w, targets), amp)
+        found = there_and_back(lambda f, w: HeadLoss.apply(f, w, targets), amp)
         answers.append(at_most(max(distance(a, b) for a, b in zip(found, expected, strict=True)), limit))
     return "; ".join(answers)
 
