@@ -26,7 +26,7 @@ with packages_of("sample.py", __name__):
     from parts.commandline import read_flags
     from parts.config import Amp, Between, Config, decode_escapes, out_of_range
     from parts.machine import autocast, choose_amp, choose_device, device_problem, for_sampling, make_current
-    from parts.text import Tokenizer, pieces, read_text, saved_tokenizer
+    from parts.text import Tokenizer, pieces, read_text, saved_tokenizer, whole_characters
 
 SEPARATOR = "=" * 80
 GRAM = 8  # tokens whose order is looked up in the corpus
@@ -88,15 +88,8 @@ class Sampler:
             self.model, [start], options.max_new_tokens, context=self.context, temperature=options.temperature,
             top_k=options.top_k, top_p=options.top_p, generators=[torch.Generator().manual_seed(int(seeds[number]))],
         )  # fmt: skip
-        tokens, told = [], ""
         with autocast(for_sampling(self.config, len(start) + options.max_new_tokens <= self.context)):
-            for (token,) in steps:
-                tokens.append(token)
-                text = self.tokenizer.decode(tokens)
-                if not text.endswith("\ufffd"):  # or a character is still incomplete
-                    yield text[len(told) :]
-                    told = text
-        yield self.tokenizer.decode(tokens)[len(told) :]
+            yield from filter(None, whole_characters(self.tokenizer, (token for (token,) in steps)))
 
 
 class Corpus:

@@ -72,7 +72,7 @@ with packages_of("train.py", __name__):
     )
     from parts.muon import Muon
     from parts.setup import Setup, prepare, problems_of_all
-    from parts.text import Tokenizer
+    from parts.text import Tokenizer, whole_characters
 
 log = logging.getLogger("train")
 
@@ -648,8 +648,8 @@ class Trainer:
     def sample(self, tokenizer: Tokenizer) -> tuple[str, list[str]]:
         """The prompt, and num_prompts texts that continue it."""
         c, p = self.config, self.progress
-        # The first words of the text, less a character that is cut in its middle.
-        prompt = decode_escapes(c.prompt) or tokenizer.decode(self.corpus.tokens[:16].tolist()).rstrip("\ufffd")
+        first_words = whole_characters(tokenizer, self.corpus.tokens[:16].tolist())
+        prompt = decode_escapes(c.prompt) or "".join(first_words)
         start = tokenizer.encode_ordinary(prompt)
         seeds = random_words(c.seed, SAMPLES_STREAM + p.step, c.num_prompts)
         with autocast(for_sampling(c, len(start) + c.max_new_tokens <= p.trained_context)):
@@ -662,7 +662,7 @@ class Trainer:
                 top_k=c.top_k,
                 generators=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
             )
-        return prompt, [tokenizer.decode(output) for output in outputs]
+        return prompt, ["".join(whole_characters(tokenizer, output)) for output in outputs]
 
     def measure_corpus_loss(self) -> report.Measured:
         """Corpus loss, its standard error and its slices: a tenth of those trained, but 64 to 1,024."""

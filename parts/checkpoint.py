@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from parts.config import Config, names, out_of_range
-from parts.files import RunDir, read_json, replacing
+from parts.files import RunDir, read_if_there, read_json, replacing
 from parts.machine import is_out_of_memory
 
 CHECKPOINT_FORMAT = 3
@@ -176,11 +176,27 @@ def load_start(config: Config, vocabulary: str) -> dict[str, torch.Tensor] | Non
     if config.init_from is None:
         return None
     checkpoint = load_checkpoint(config.init_from, "--init_from")
-    if other := difference(checkpoint["config"], config, ("vocab_size", *SHAPE)):
-        raise ValueError(f"--init_from {config.init_from} has {other}")
+    saved, weights = checkpoint["config"], checkpoint["model"]
+    needed = [f"--{name} {saved.get(name)}" for name in SHAPE if saved.get(name) != getattr(config, name)]
     if checkpoint["tokenizer"]["content"] != vocabulary:
-        raise ValueError(f"--init_from {config.init_from} has another vocabulary than --tokenizer {config.tokenizer}")
-    return checkpoint["model"]
+        needed.append(f"--tokenizer {vocabulary_of(config.init_from, checkpoint)}")
+    if needed:
+        made_with = f"it was made with --preset {saved.get('preset')} and --tokenizer {saved.get('tokenizer')}"
+        raise ValueError(
+            f"--init_from {config.init_from} is another model than these flags make ({made_with}): give "
+            f"{' '.join(needed)}"
+        )
+    if (rows := len(weights["wte.weight"])) != config.vocab_size:
+        raise ValueError(f"--init_from {config.init_from} has weights for {rows:,} tokens, not {config.vocab_size:,}")
+    return weights
+
+
+def vocabulary_of(path: Path, checkpoint: dict) -> str:
+    """What to give --tokenizer for the vocabulary of this checkpoint: gpt2, or the file that its run wrote."""
+    content, file = checkpoint["tokenizer"]["content"], path.parent.parent / "tokenizer.json"
+    if content and read_if_there(file) != content:
+        return "PATH.json, with the tokenizer.json of its run"
+    return str(file) if content else "gpt2"
 
 
 def difference(saved: dict, config: Config, flags: tuple[str, ...]) -> str | None:
@@ -207,7 +223,11 @@ def check_same_run(path: Path, checkpoint: dict, config: Config, vocabulary: str
     if other := difference(saved, config, (*SHAPE, "optimizer")):
         raise ValueError(f"{path} has {other}: {remedy}")
     if checkpoint["corpus_sha256"] != sha256:
-        raise ValueError(f"{path} was trained on another text than {texts}: {remedy}")
+        own = f" --tokenizer {vocabulary_of(path, checkpoint)}" if vocabulary else ""
+        raise ValueError(
+            f"{path} was trained on another text than {texts}: to go on from its weights with this one, give "
+            f"--init_from {path}{own} and another --out_dir; for a new model, {remedy}"
+        )
     if checkpoint["corpus_tokens"] != n_tokens:
         raise ValueError(
             f"{path} was trained on {checkpoint['corpus_tokens']:,} tokens of {texts}, not {n_tokens:,}: set "

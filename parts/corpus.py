@@ -48,6 +48,7 @@ class Corpus:
     val_tokens: np.ndarray | None = None  # (M,), held out
     val_bytes_per_token: float = math.nan
     val_sha256: str = ""  # of --val_file
+    n_files: int | None = None  # of the text; None where it is one file, named as such
 
     @property
     def floor_is_an_estimate(self) -> bool:
@@ -60,11 +61,11 @@ def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
 
     Raises OSError or ValueError (see `read_text`), also when the text is shorter than a slice.
     """
-    whole, sha256, text_bytes = read_tokens(config.input_file, config, tokenizer, "--input_file")
+    whole, sha256, text_bytes, n_files = read_tokens(config.input_file, config, tokenizer, "--input_file")
     tokens = whole[: config.max_tokens] if config.max_tokens else whole
     val_tokens, val_bytes_per_token, val_sha256 = None, math.nan, ""
     if config.val_file:
-        val_tokens, val_sha256, val_bytes = read_tokens(config.val_file, config, tokenizer, "--val_file")
+        val_tokens, val_sha256, val_bytes, _ = read_tokens(config.val_file, config, tokenizer, "--val_file")
         val_bytes_per_token = val_bytes / max(1, len(val_tokens))
     elif config.val_fraction:
         n_train = len(tokens) - max(1, round(len(tokens) * config.val_fraction))
@@ -81,7 +82,7 @@ def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
     tokens.flags.writeable = False
     vocabulary = getattr(tokenizer, "content", "")
     validation = val_tokens, val_bytes_per_token, val_sha256
-    return Corpus(tokens, sha256, len(whole), n_bytes / len(whole), vocabulary, *validation)
+    return Corpus(tokens, sha256, len(whole), n_bytes / len(whole), vocabulary, *validation, n_files)
 
 
 def bytes_per_token(tokens: np.ndarray, tokenizer: Tokenizer) -> float:
@@ -93,19 +94,23 @@ def bytes_per_token(tokens: np.ndarray, tokenizer: Tokenizer) -> float:
 
 def read_tokens(
     inputs: tuple[Path, ...], config: Config, tokenizer: Tokenizer, flag: str
-) -> tuple[np.ndarray, str, int]:
-    """Token ids of a text, its SHA-256 and its bytes: in memory for one small file, else by way of a file."""
+) -> tuple[np.ndarray, str, int, int | None]:
+    """Token ids of a text, its SHA-256, its bytes and its files: in memory for one small file, else by way of a file.
+
+    The files are counted where folders, globs or several names stand for them, else None.
+    """
     path = inputs[0]
-    one_file = len(inputs) == 1 and (path == DEMO_CORPUS or path.is_file() or not GLOB.search(str(path)))
-    if one_file and not path.is_dir() and not (path.is_file() and path.stat().st_size > SMALL_TEXT):
+    named = path == DEMO_CORPUS or path.is_file() or not GLOB.search(str(path))
+    one_file = len(inputs) == 1 and named and not path.is_dir()
+    if one_file and not (path.is_file() and path.stat().st_size > SMALL_TEXT):
         text, sha256 = read_text(path, flag)
         if config.tokenizer == "gpt2" and not re.search(r"\s{100000}", text):
-            return np.array(tokenizer.encode_ordinary(text), dtype=np.uint16), sha256, len(text.encode())
+            return np.array(tokenizer.encode_ordinary(text), dtype=np.uint16), sha256, len(text.encode()), None
     if DEMO_CORPUS in inputs:
         raise ValueError(f"{flag} {DEMO_CORPUS} goes without other texts")
     threads = config.threads or os.cpu_count() or 1
     found = load(inputs, tokenizer, identity(tokenizer), config.cache_dir, threads, flag)
-    return found.tokens, found.sha256, found.n_bytes
+    return found.tokens, found.sha256, found.n_bytes, None if one_file else found.n_files
 
 
 def loss_floor(tokens: np.ndarray, seq_len: int) -> float:
@@ -168,6 +173,7 @@ class TokenFile:
     tokens: np.memmap  # (N,) uint16 or uint32, read-only
     sha256: str  # of the text; of several texts, of the lines of their hashes
     n_bytes: int  # of the texts
+    n_files: int
 
 
 def load(
@@ -181,7 +187,7 @@ def load(
     """The ids of these texts under the tokenizer of that `identity`, from the file in `folder` if it is whole and
     younger than they are, else encoded anew.
 
-    Raises FileNotFoundError, ValueError (not UTF-8, empty) or OSError; then no file is left behind.
+    Raises FileNotFoundError, ValueError (not UTF-8 text, empty) or OSError; then no file is left behind.
     """
     files = find_files(inputs, flag)
     if not any(path.stat().st_size for path in files):
@@ -295,4 +301,4 @@ def read(path: Path, files: list[Path], identity: str) -> TokenFile:
             checksum = zlib.crc32(data, checksum)
     if checksum != facts["crc32"]:
         raise ValueError("its checksum is wrong")
-    return TokenFile(np.memmap(path, dtype, "r", space, (count,)), facts["sha256"], facts["n_bytes"])
+    return TokenFile(np.memmap(path, dtype, "r", space, (count,)), facts["sha256"], facts["n_bytes"], len(files))

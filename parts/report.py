@@ -37,12 +37,13 @@ def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, 
     c, n_tokens = config, len(corpus.tokens)
     planned = progress.tokens + (c.steps - progress.step) * c.tokens_per_step
     part = f"the first {n_tokens:,} of {corpus.text_tokens:,}" if n_tokens < corpus.text_tokens else f"{n_tokens:,}"
+    files = "" if corpus.n_files is None else f" ({corpus.n_files:,} file{'s' * (corpus.n_files > 1)})"
     target = f"target {c.target_loss:g} as the mean of {c.target_window} steps" if c.target_loss else "no target"
     return [
         f"Run directory: {c.out_dir}",
         f"Model: GPT-2, {c.n_params:,} parameters ({c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
         f"{c.block_size} positions, vocabulary {c.vocab_size})",
-        f"Corpus: {names(c.input_file)}, {part} tokens ({corpus.bytes_per_token:.3f} bytes each), "
+        f"Corpus: {names(c.input_file)}{files}, {part} tokens ({corpus.bytes_per_token:.3f} bytes each), "
         f"sha256 {corpus.sha256[:16]}",
         *([] if corpus.val_tokens is None else [f"Validation: {len(corpus.val_tokens):,} tokens, never trained on"]),
         f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
@@ -288,7 +289,12 @@ def launch_record(
         "seed": config.seed,
         "git_commit": git_commit(),
         **environment(config),
-        "corpus": {"file": names(config.input_file), "sha256": corpus.sha256, "tokens": len(corpus.tokens)},
+        "corpus": {
+            "file": names(config.input_file),
+            "files": corpus.n_files or 1,
+            "sha256": corpus.sha256,
+            "tokens": len(corpus.tokens),
+        },
         "parameters": config.n_params,
         "reasons": dict(reasons),
         "launches": [*earlier_launches, launch],

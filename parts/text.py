@@ -14,7 +14,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -26,6 +26,7 @@ from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 from tqdm import tqdm
 
 from parts.config import DEMO_CORPUS, VOCAB_SIZE, Config
+from parts.foreign import likely_encoding, other_kind
 
 VOCABULARY_SHA256 = {  # as tiktoken checks them, tiktoken_ext/openai_public.py
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -49,6 +50,9 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: list[int]) -> str:
         """Their text."""
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        """The bytes of their text."""
 
 
 def choose_tokenizer(config: Config, checkpoint: dict | None) -> Tokenizer:
@@ -127,7 +131,7 @@ def vocabulary_folder() -> Path:
 def read_text(path: Path, flag: str = "--input_file") -> tuple[str, str]:
     """Text of a UTF-8 file, line endings kept and a byte-order mark dropped, and its SHA-256.
 
-    Raises OSError when there is no such file, ValueError when it is empty or not UTF-8.
+    Raises OSError when there is no such file, ValueError when it is empty or not UTF-8 text.
     """
     if path == DEMO_CORPUS:
         from pydoc_data.topics import topics
@@ -161,7 +165,8 @@ def find_files(inputs: Sequence[Path], flag: str = "--input_file") -> list[Path]
     for path in inputs:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*.txt") if p.is_file())
-            remedy = f"holds no .txt file; name others with a glob, such as '{path.as_posix()}/**/*.md'"
+            remedy = "holds no .txt file, nor do the folders in it; name others with a glob, such as "
+            remedy += f"'{path.as_posix()}/**/*.md'"
         elif glob.has_magic(str(path)) and not path.exists():
             files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
             remedy = "matches no file"
@@ -178,24 +183,25 @@ def pieces(file: BinaryIO, name: str, on_bytes: Callable[[bytes], object] = lamb
     """The text of a UTF-8 file in parts whose ids, one after the other, are those of the whole.
 
     A byte-order mark is dropped, line ends are kept. `on_bytes` is shown all bytes. Raises ValueError, under the name,
-    when it is not UTF-8.
+    when it is not UTF-8, or a document or an archive.
     """
     decoder, text, read = codecs.getincrementaldecoder("utf-8-sig")(), "", 0
+    latest, beyond_ascii = b"", False
     while True:
         data = file.read(CHUNK)
         on_bytes(data)
-        if read == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise ValueError(
-                f"{name} is UTF-16, which is what '>' writes in Windows PowerShell 5.1: save it as UTF-8 "
-                f"(Get-Content {name} | Set-Content -Encoding UTF8 utf8.txt)"
-            )
-        pending = len(decoder.getstate()[0])
+        latest = data or latest
+        if read == 0 and (problem := other_kind(data, name)):
+            raise ValueError(problem)
+        read += len(data)
         try:
             new = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            byte, offset = error.object[error.start], read - pending + error.start
-            raise ValueError(f"{name} is not UTF-8: byte 0x{byte:02x} at offset {offset}; save it as UTF-8") from error
-        read += len(data)
+            byte, offset = error.object[error.start], read - len(error.object) + error.start
+            utf8_before = beyond_ascii or not error.object[: error.start].isascii()
+            advice = likely_encoding(latest, name, utf8_before)
+            raise ValueError(f"{name} is not UTF-8: byte 0x{byte:02x} at offset {offset}; {advice}") from error
+        beyond_ascii = beyond_ascii or not new.isascii()
         known, text = len(text), text + new
         if not data:
             break
@@ -233,6 +239,16 @@ def kind(character: str) -> str:
     }
     unassigned = unicodedata.ucd_3_2_0.category(character) == "Cn"
     return "" if character.isspace() or unassigned or len(kinds) > 1 else kinds.pop()
+
+
+def whole_characters(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens, a piece for each, and empty while a character is incomplete.
+
+    A character that the last token leaves incomplete is left out; other bytes that are not UTF-8 become U+FFFD.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        yield decoder.decode(tokenizer.decode_bytes([token]))
 
 
 LONG_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{100000,}")
@@ -291,6 +307,11 @@ class OwnVocabulary:
             raise ValueError(f"{name} has no token {DOCUMENT_END}, which stands between documents")
         self.eot_token: int = end
         self.content = self.inner.to_str()  # in one form, however the file was laid out
+        self.special = self.inner.get_added_tokens_decoder()
+        # A token is spelled with one letter for a byte: the byte's own if it has a visible one, else one beyond 255.
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        visible = [ord(letter) for letter in letters if ord(letter) < 256]
+        self.bytes_of = dict(zip(letters, [*visible, *sorted(set(range(256)) - set(visible))], strict=True))
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -299,6 +320,15 @@ class OwnVocabulary:
     def decode(self, tokens: list[int]) -> str:
         """Their text."""
         return self.inner.decode(tokens, skip_special_tokens=False)
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        """The bytes of their text, also of a part of a character."""
+        return b"".join(
+            self.special[token].content.encode()
+            if token in self.special
+            else bytes(self.bytes_of[letter] for letter in self.inner.id_to_token(token))
+            for token in tokens
+        )
 
 
 def train_vocabulary(inputs: Sequence[Path], n_vocab: int) -> str:

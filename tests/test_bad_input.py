@@ -1,7 +1,14 @@
 """A user's mistake costs one short message and exit code 2, and changes no file."""
 
+import bz2
+import codecs
+import gzip
+import io
+import lzma
 import os
 import shutil
+import subprocess
+import zipfile
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
@@ -13,6 +20,7 @@ from conftest import TINY_FLAGS, run_script
 import train
 import update_readme
 from parts.config import Flags
+from parts.text import read_text
 
 HINTS = get_type_hints(Flags, include_extras=True)
 LIMITS = {f.name: HINTS[f.name].__metadata__[0] for f in fields(Flags) if hasattr(HINTS[f.name], "__metadata__")}
@@ -101,6 +109,22 @@ def test_every_problem_is_reported_at_once(refused):
     assert message.count("train.py: error: ") == 3
 
 
+def zipped(**members: str) -> bytes:
+    """A zip archive; of a name's signs, __ stands for a slash. A member `mimetype` is stored as it is."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            kind = zipfile.ZIP_STORED if name == "mimetype" else zipfile.ZIP_DEFLATED
+            archive.writestr(name.replace("__", "/"), content, kind)
+    return data.getvalue()
+
+
+OPEN_DOCUMENT, EPUB = "application/vnd.oasis.opendocument.text", "application/epub+zip"
+OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(504)
+WESTERN = "Élan, café, naïve: “the Windows code page” — Zoë\u2019s.\n"
+RUSSIAN = "Другие книги читают каждый день.\n"
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -110,13 +134,53 @@ def test_every_problem_is_reported_at_once(refused):
         (b"good text, then \xff bad", "is not UTF-8: byte 0xff at offset 16"),
         ("text\n".encode("utf-16"), "is UTF-16, which is what '>' writes in Windows PowerShell 5.1"),
         ("text\n".encode("utf-16-be"), "tokens, but a slice needs"),
-        (b"caf\xe9 in the Windows code page", "byte 0xe9 at offset 3"),
+        (b"\xef\xbb\xbfgood text, then \xff bad", "is not UTF-8: byte 0xff at offset 19"),
+        (b"caf\xe9 in the Windows code page", "byte 0xe9 at offset 3; probably it is Windows-1252"),
+        (b"caf\xe9", "byte 0xe9 at offset 3; probably it is Windows-1252"),
+        (RUSSIAN.encode("cp1251"), "at offset 0; find out its encoding, such as windows-1251 (Cyrillic)"),
+        (("é" + WESTERN).encode() + WESTERN.encode("cp1252"), "what stands before is UTF-8, so that place is damaged"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "it is no text"),
+        (zipped(**{"[Content_Types].xml": "<Types/>", "word__document.xml": "<w:t>Text</w:t>"}), "a Word document"),
+        (zipped(mimetype=OPEN_DOCUMENT, **{"content.xml": "<text:p/>"}), "an OpenDocument file (.odt), not plain text"),
+        (zipped(mimetype=EPUB, **{"one.xhtml": "<p>Text</p>"}), 'or run pandoc --wrap=none -t plain -o utf8.txt "bad'),
+        (zipped(**{"text.txt": "A text. " * 50}), "a zip archive, or a document inside one, not plain text: unpack it"),
+        (OLE, "Office up to 2003 (.doc), not plain text: save it as plain text (UTF-8) in the program"),
+        (b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\n" * 9, 'a PDF, not plain text: run pdftotext -enc UTF-8 "'),
+        (rb"{\rtf1\ansi " + b"Plain words. " * 50 + b"}", "a document in Rich Text Format (.rtf)"),
+        (gzip.compress(b"A text. " * 50), "a gzip archive, not plain text: unpack it"),
+        (lzma.compress(b"A text. " * 50), "an xz archive"),
+        (bz2.compress(b"A text. " * 50), "a bzip2 archive"),
     ],
 )
 def test_corpora(refused, tmp_path, data, expected):
     (tmp_path / "bad.txt").write_bytes(data)
     message = refused("--input_file=bad.txt")
     assert expected in message and "bad.txt" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bpe:300"])
+def test_a_document_among_texts(refused, tmp_path, tokenizer):
+    """However the text is read, the file is called what it is; of a folder only the .txt files are read."""
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books/one.txt").write_text(WESTERN * 50, encoding="utf-8")
+    (tmp_path / "books/two.odt").write_bytes(zipped(mimetype=OPEN_DOCUMENT))
+    flags = [f"--tokenizer={tokenizer}", f"--cache_dir={tmp_path.parent / 'cache'}"]
+    assert "two.odt is an OpenDocument file" in refused("--input_file=books/*", *flags)
+    (tmp_path / "books/one.txt").unlink()
+    message = refused("--input_file=books", *flags)
+    assert "--input_file books holds no .txt file, nor do the folders in it; name others with a glob" in message
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="no iconv")
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-be"])
+def test_the_conversion_that_a_message_names(refused, tmp_path, encoding):
+    bom = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    (tmp_path / "my text.txt").write_bytes(bom + WESTERN.encode(encoding))
+    message = refused("--input_file=my text.txt")
+    command = message.partition("Linux, macOS: ")[2].partition("; PowerShell: ")[0]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert read_text(tmp_path / "utf8.txt")[0] == WESTERN
 
 
 def test_out_dir_below_a_file(refused):
@@ -159,10 +223,42 @@ def test_a_run_of_another_shape_or_text(earlier_run, refused, tmp_path):
     assert "last.pt has --block_size 16 (--preset gpt2), not 32" in refused("--block_size=32")
     assert "last.pt has --optimizer muon (--preset gpt2), not adamw: choose" in refused("--optimizer=adamw")
     (tmp_path / "other.txt").write_text("Another text. " * 50, encoding="utf-8")
-    assert "was trained on another text than other.txt" in refused("--input_file=other.txt")
+    message = refused("--input_file=other.txt").replace("\\", "/")
+    assert "was trained on another text than other.txt: to go on from its weights with this one, give" in message
+    assert " give --init_from run/checkpoints/last.pt and another --out_dir; for a new model, choose" in message
     assert "not 100: set --max_tokens 0 --val_fraction 0.0, or choose" in refused("--max_tokens=100")
     assert "holds weights alone" in refused("--resume=run/checkpoints/best.pt")
     assert "holds another run than --resume" in refused("--resume=elsewhere/last.pt")
+
+
+def test_a_text_that_has_grown_and_weights_of_another_model(refused, tmp_path, capsys):
+    """The flags that the messages name are the way on."""
+    text = tmp_path / "input.txt"
+    flags = [*TINY_FLAGS, f"--input_file={text}", "--tokenizer=bpe:300", f"--cache_dir={tmp_path.parent / 'cache'}"]
+    assert train.main([*flags, "--out_dir=run"]) == 0
+    text.write_text(text.read_text(encoding="utf-8") + "More text, and more words.\n" * 20, encoding="utf-8")
+    capsys.readouterr()
+    advice = refused(*flags[-2:]).replace("\\", "/").partition(" give ")[2].partition(" and another --out_dir")[0]
+    assert advice == "--init_from run/checkpoints/last.pt --tokenizer run/tokenizer.json"
+    assert train.main([*flags, *advice.split(), "--out_dir=more"]) == 0
+    assert "Starting from the weights of run" in Path("more/logs/train.log").read_text(encoding="utf-8")
+    capsys.readouterr()
+
+    other = ["--init_from=run/checkpoints/best.pt", "--n_layer=1", "--block_size=32"]
+    message = refused(*other, out_dir="third").replace("\\", "/")
+    assert "best.pt is another model than these flags make (it was made with --preset gpt2 and --token" in message
+    advice = message.strip().partition(" give ")[2]
+    assert advice == "--n_layer 2 --block_size 16 --tokenizer run/tokenizer.json"
+    assert train.main([*flags, *other, *advice.split(), "--out_dir=third"]) == 0
+    capsys.readouterr()
+    Path("run/tokenizer.json").write_text("{}", encoding="utf-8")
+    message = refused(other[0], out_dir="fourth")
+    assert "give --tokenizer PATH.json, with the tokenizer.json of its run" in message
+
+    assert train.main([*TINY_FLAGS, f"--input_file={text}", "--out_dir=gpt2"]) == 0
+    capsys.readouterr()
+    message = refused(*flags[-2:], "--init_from=gpt2/checkpoints/best.pt", out_dir="fifth")
+    assert message.strip().endswith(": give --tokenizer gpt2")
 
 
 def test_a_folder_of_another_program(refused, tmp_path):

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import sample
 import train
 from parts.checkpoint import load_checkpoint
 from parts.config import Config
+from parts.corpus import load_corpus
 from parts.text import load_tokenizer, train_vocabulary
 
 GREEDY = ["--temperature=0", "--amp=off", "--device=cpu", "--max_new_tokens=20"]
@@ -50,14 +52,14 @@ def say(folder, monkeypatch, capsys):
     return run
 
 
-def expected(folder: Path, prompt: str) -> str:
+def expected(folder: Path, prompt: str, max_new_tokens: int = 20) -> str:
     """What train.py's own generate adds, greedily in fp32."""
     checkpoint = load_checkpoint(folder / "run/checkpoints/best.pt")
     model = train.GPT(Config.from_dict(checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     tokenizer = load_tokenizer()
     options = dict(context=checkpoint["trained_context"], temperature=0.0, top_k=0, generators=[torch.Generator()])
-    return tokenizer.decode(train.generate(model, [tokenizer.encode_ordinary(prompt)], 20, **options)[0])
+    return tokenizer.decode(train.generate(model, [tokenizer.encode_ordinary(prompt)], max_new_tokens, **options)[0])
 
 
 @pytest.mark.slow
@@ -116,7 +118,31 @@ def test_a_character_is_written_when_it_is_whole(folder, monkeypatch):
     tokens = sampler.tokenizer.encode_ordinary(text)
     monkeypatch.setattr(train, "continuations", lambda *_args, **_options: iter([token] for token in tokens))
     pieces = list(sampler.stream("x", sample.Options(Path())))
-    assert "".join(pieces) == text and "".join(pieces[:-2]).count("\ufffd") <= 1 and len(pieces) > 3
+    assert pieces == ["ab", "\U0001fae8", "é", " ", "漢", "\ufffd", "!"]
+
+
+@pytest.mark.slow
+def test_no_sample_ends_inside_a_character(tmp_path, monkeypatch, capsys):
+    """Neither of sample.py nor of train.py, at whichever token of a character it ends."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("🫨漢鬱" * 200, encoding="utf-8")
+    flags = [*TINY_FLAGS, "--input_file=text.txt", "--out_dir=run", "--steps=60", "--lr=0.02", "--amp=off"]
+    assert train.main([*flags, "--save_every=60", "--sample_every=60"]) == 0
+    checkpoint = load_checkpoint(Path("run/checkpoints/best.pt"))
+    config = replace(Config.from_dict(checkpoint["config"]), temperature=0.0, prompt="🫨漢", num_prompts=1)
+    corpus, tokenizer, endings = load_corpus(config, load_tokenizer()), load_tokenizer(), set()
+    for n in range(1, 9):
+        trainer = train.Trainer(replace(config, max_new_tokens=n), corpus, None)
+        trainer.model.load_state_dict(checkpoint["model"])
+        trainer.progress.trained_context = checkpoint["trained_context"]
+        whole = expected(tmp_path, "🫨漢", n)
+        endings.add(whole[-1] == "\ufffd")
+        assert trainer.sample(tokenizer) == ("🫨漢", [whole.removesuffix("\ufffd")])
+        capsys.readouterr()
+        command = ["--checkpoint=run/checkpoints/best.pt", "--prompt=🫨漢", *GREEDY, f"--max_new_tokens={n}"]
+        assert sample.main(command) == 0
+        assert capsys.readouterr()[0] == whole.removesuffix("\ufffd") + "\n"
+    assert endings == {True, False}, "some of them would have"
 
 
 def test_copied_passages_are_found():

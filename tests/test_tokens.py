@@ -25,7 +25,7 @@ from parts import corpus
 from parts.checkpoint import Progress, load_checkpoint
 from parts.config import Config
 from parts.corpus import Corpus, load_corpus, loss_floor
-from parts.report import plan
+from parts.report import launch_record, plan
 from parts.text import (
     DOCUMENT_END,
     OwnVocabulary,
@@ -35,6 +35,7 @@ from parts.text import (
     pieces,
     separate,
     train_vocabulary,
+    whole_characters,
 )
 
 NASTY = [
@@ -239,6 +240,48 @@ def test_training_on_a_folder_equals_training_on_the_joined_ids(texts, tokenizer
 @pytest.fixture
 def vocabulary(tiny_shakespeare):
     return OwnVocabulary(train_vocabulary([tiny_shakespeare], 1000), "bpe:1000")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "own"])
+def test_text_ends_in_a_whole_character(kind, tokenizer, own):
+    """After each token: the characters whose bytes have all come, a real U+FFFD among them."""
+    vocabulary = tokenizer if kind == "gpt2" else own
+    text = "Zoë \ufffd 漢字🫨🦊 ไทย\ufffd鬱👩\u200d👧<|endoftext|>"
+    tokens, cut = vocabulary.encode_ordinary(text), 0
+    assert vocabulary.decode_bytes(tokens) == text.encode()
+    for end in range(len(tokens) + 1):
+        known = text.encode()[: len(vocabulary.decode_bytes(tokens[:end]))]
+        found = "".join(whole_characters(vocabulary, tokens[:end]))
+        assert found == known.decode("utf-8", errors="ignore")
+        cut += found != vocabulary.decode(tokens[:end])
+    assert found == text and cut >= 10
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "own"])
+def test_tokens_in_any_order_have_the_text_that_the_library_gives_them(kind, tokenizer, own):
+    """Whatever a model that knows nothing writes, bytes that are no UTF-8 and special tokens among it."""
+    vocabulary = tokenizer if kind == "gpt2" else own
+    generator = random.Random(3)
+    for _ in range(300):
+        tokens = [vocabulary.eot_token, *generator.choices(range(vocabulary.n_vocab), k=20)]
+        text = vocabulary.decode(tokens)
+        assert vocabulary.decode_bytes(tokens).decode("utf-8", errors="replace") == text
+        found = "".join(whole_characters(vocabulary, tokens))
+        assert found == text or found + "\ufffd" == text
+
+
+def test_a_folder_says_how_many_files_it_gave(texts, tokenizer):
+    def told(*inputs: str) -> tuple[str, int]:
+        config = Config(input_file=tuple(map(Path, inputs)), threads=1, seq_len=2, device="cpu").resolved()
+        corpus = load_corpus(config, tokenizer)
+        line = next(line for line in plan(config, corpus, {}, 0.0, Progress()) if line.startswith("Corpus: "))
+        record = launch_record([], config, corpus, {}, 1, [])
+        return line.partition(" tokens")[0].rpartition(", ")[0], record["corpus"]["files"]
+
+    assert told("b") == ("Corpus: b (2 files)", 2)
+    assert told("b/a") == ("Corpus: b/a (1 file)", 1)
+    assert told("b/*.*", "b/two.txt") == ("Corpus: b/*.*, b/two.txt (2 files)", 2)
+    assert told("b/two.txt") == ("Corpus: b/two.txt", 1)
 
 
 def test_an_own_vocabulary(vocabulary, tiny_shakespeare):
