@@ -1,4 +1,5 @@
-"""Fill the tables of the two READMEs: from the records of the other programs here, that of flags from parts/config.py.
+"""Fill the tables of the READMEs and of docs/: from the records of the other programs here, from benchmarks/cards.py,
+and those of flags from the scripts.
 
     python benchmarks/summary.py              # with --check nothing is written; exit 1 when a table is stale
 
@@ -7,21 +8,25 @@ A table stands between <!--RECORD:NAME:START--> and <!--RECORD:NAME:END-->.
 
 import ast
 import json
+import os
 import re
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import cards
+from parts.config import PRESETS
 from update_readme import markdown_table, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "records"
+FAIR, UNFAIR = "nanoGPT, compiled, memory kept", "nanoGPT, compiled"
 
 
 @dataclass(frozen=True)
@@ -47,28 +52,104 @@ def source(name: str) -> str:
     )
 
 
-def flags() -> str:
-    """Every flag of train.py with its default and its help, as parts/config.py has them."""
-    tree = ast.parse((ROOT / "parts" / "config.py").read_text(encoding="utf-8"))
-    groups = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Flags")]
+def flags(script: str, kind: str) -> str:
+    """Every flag of a script with its default and its help, as the fields of its dataclass have them; its bases are
+    groups."""
+    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    groups = [base.id for base in reversed(classes[kind].bases) if isinstance(base, ast.Name)]
     rows = []
-    for group in groups[:-1]:  # the last joins them
-        rows.append([f"**{group.name.removesuffix('Flags').lower()}**", "", ast.get_docstring(group) or ""])
-        for field, text in pairwise(group.body):
+    for name in [*groups, kind]:
+        if groups and name != kind:
+            rows.append([f"**{name.removesuffix('Flags').lower()}**", "", ast.get_docstring(classes[name]) or ""])
+        for field, text in pairwise(classes[name].body):
             if not isinstance(field, ast.AnnAssign) or "Suppress" in ast.unparse(field.annotation):
                 continue
             words = re.sub(r"\s+", " ", ast.literal_eval(text.value)).replace("|", "\\|")
-            default = "" if ast.unparse(field.value) == "None" else ast.unparse(field.value)
-            if call := re.search(r"Path\('([^']*)'\)", default):
-                default = call[1]
-            rows.append([f"`--{field.target.id}`", f"`{default.strip(chr(39)) or chr(32)}`", words])
+            default = "must be given" if field.value is None else f"`{plain(ast.unparse(field.value))}`"
+            rows.append([f"`--{field.target.id}`", default, words])
     return markdown_table(["flag", "default", "what it is"], rows, align="---")
 
 
+def plain(default: str) -> str:
+    """A default as it would be typed."""
+    path = re.search(r"Path\('([^']*)'\)", default)
+    return path[1] if path else default.replace("None", "").strip("'") or " "
+
+
+def presets() -> str:
+    """Shape and size of each."""
+    rows = []
+    for name in PRESETS:
+        config = cards.config_of(name)
+        shape = (config.n_layer, config.n_head, config.n_embd, config.block_size, config.batch_size, config.seq_len)
+        rows.append([f"`{name}`", f"{config.n_params:,}", *map(str, shape)])
+    return markdown_table(
+        ["preset", "parameters", "layers", "heads", "width", "positions", "batch_size", "seq_len"], rows
+    )
+
+
+def on_cards() -> str:
+    """Of each card: memory and time of the default run, and the largest preset with room."""
+    rows = []
+    for card in cards.CARDS:
+        largest = cards.largest_that_fits(card)
+        named = f"`{largest.preset}`" + f" `--micro_batch {largest.micro_batch}`" * (largest.micro_batch < 32)
+        default = need(card, cards.config_of("gpt2"))
+        rows.append([f"{card.name}, {card.gib} GB", *default, named, *need(card, largest)])
+    header = ["card", "`gpt2`: memory", "`gpt2`: time", "largest preset with room", "its memory", "its time"]
+    return markdown_table(header, rows, align="---")
+
+
+def need(card: cards.Card, config: cards.Config) -> tuple[str, str]:
+    """Memory, and the range of time."""
+    least, most = (max(1, round(cards.seconds(card, config, achieved) / 60)) for achieved in cards.ACHIEVED)
+    return f"{cards.total(config) / 1e9:.1f} GB", f"{least} to {most} min"
+
+
+def card_memory() -> str:
+    """The sum behind the table of cards, for each preset."""
+    rows = []
+    for name in (name for name in PRESETS if name != "demo"):
+        parts = cards.memory(cards.config_of(name))
+        cells = [f"{n_bytes / 1e9:.2f}" for n_bytes in (*parts.values(), cards.BESIDES)]
+        rows.append([f"`{name}`", *cells, f"{cards.total(cards.config_of(name)) / 1e9:.1f}"])
+    return markdown_table(["GB", *parts, "besides", "sum"], rows)
+
+
+def card_time() -> str:
+    """The quotient behind it."""
+    rows = []
+    for card in cards.CARDS:
+        cells = [f"{card.cuda_cores:,}", f"{card.boost_ghz:.2f}", f"{card.peak / 1e12:.1f}"]
+        rows.append([card.name, *cells, *(f"{card.peak * part / 1e12:.1f}" for part in cards.ACHIEVED)])
+    assumed = [f"{part:.0%} of it" for part in cards.ACHIEVED]
+    return markdown_table(["card", "CUDA cores", "boost clock, GHz", "peak in bf16, TFLOP/s", *assumed], rows)
+
+
+def card_check() -> str:
+    """The same sum beside what processes on a CPU took at their peak."""
+    measured = [
+        ("adamw", row["preset"], row["batch_size"], row["seq_len"], row["peak_gb"])
+        for row in record("scaling")["rows"]
+        if row["varied"] == "model" or row["batch_size"] == 16
+    ]
+    for row in record("throughput-32x128")["rows"]:
+        if row["program"] != "products":  # on a CPU 2,048 of a step's tokens at once
+            measured.append(("muon" if "muon" in row["program"] else "adamw", "gpt2", 16, 128, row["peak_gb"]))
+    rows = []
+    for optimizer, preset, micro_batch, seq_len, peak_gb in sorted(measured, key=lambda row: row[-1]):
+        config = replace(cards.config_of(preset, micro_batch), optimizer=optimizer, seq_len=seq_len)
+        cells = [f"{micro_batch} x {seq_len}", optimizer, f"{cards.total(config) / 1e9:.1f}", f"{peak_gb:.1f}"]
+        rows.append([f"`{preset}`", *cells])
+    header = ["preset", "slices x tokens at once", "optimizer", "the sum, GB", "measured on a CPU, GB"]
+    return "\n\n".join([markdown_table(header, rows), f"{source('scaling')}; {source('throughput-32x128')}"])
+
+
 def throughput(*names: str) -> str:
-    """Tokens per second, the ratio to train.py in the same rounds, and memory."""
+    """Tokens per second, the ratio to train.py in the same rounds, and memory; the fair comparison first."""
     rows, seen = [], set()
-    for row in (row for name in names for row in record(name)["rows"]):
+    for row in sorted((row for name in names for row in record(name)["rows"]), key=lambda row: rank_of(row["program"])):
         if row["program"] in seen:
             continue
         seen.add(row["program"])
@@ -79,6 +160,25 @@ def throughput(*names: str) -> str:
         rows.append([f"**{cell}**" if label == "train.py" and cell else cell for cell in cells])
     header = ["program", "tokens per second", "`train.py` is faster by (quartiles)", "peak memory, GB", "n"]
     return "\n\n".join([markdown_table(header, rows), "; ".join(map(source, names))])
+
+
+def rank_of(program: str) -> int:
+    """Of a row in the table of training speed."""
+    return ["train.py", FAIR, UNFAIR].index(program) if program in ("train.py", FAIR, UNFAIR) else 3
+
+
+def fair(name: str) -> str:
+    """The one ratio to quote, and the one without the setting that explains most of it."""
+    rows = {row["program"]: row for row in record(name)["rows"]}
+    fair, unfair = (
+        f"{rows[peer]['train.py is faster by']:.2f} times as fast (quartiles {low:.2f} to {high:.2f})"
+        for peer in (FAIR, UNFAIR)
+        for low, high in [rows[peer]["quartiles of that"]]
+    )
+    return (
+        f"**`train.py` is {fair} as nanoGPT with the same memory setting**, both compiled. "
+        f"It is {unfair} as nanoGPT as it comes, compiled, too."
+    )
 
 
 def tokenizing() -> str:
@@ -166,8 +266,17 @@ def ladder() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {
-        "FLAGS": flags,
+    "README.md": {"CARDS": on_cards},
+    "docs/flags.md": {
+        "PRESETS": presets,
+        "FLAGS": lambda: flags("parts/config.py", "Flags"),
+        "SAMPLE": lambda: flags("sample.py", "Options"),
+        "EXPORT": lambda: flags("export_hf.py", "Options"),
+        "REPORT": lambda: flags("update_readme.py", "Arguments"),
+    },
+    "docs/texts-and-devices.md": {"CARD_MEMORY": card_memory, "CARD_TIME": card_time, "CARD_CHECK": card_check},
+    "docs/speed.md": {
+        "FAIR": lambda: fair("throughput-8x128"),
         "THROUGHPUT": lambda: throughput("throughput-8x128", "throughput-8x128-more"),
         "LONG": lambda: throughput("throughput-8x1024"),
         "GENERATION": generation,
@@ -178,13 +287,14 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def filled(readme: str, text: str) -> str:
-    """The text with every table rewritten. Raises ValueError when one has no place."""
+    """A file's text with every table rewritten. Raises ValueError when one has no place."""
     for name, table in TABLES[readme].items():
         start, end = (f"<!--RECORD:{name}:{side}-->" for side in ("START", "END"))
         place = re.compile(f"{re.escape(start)}\n.*?{re.escape(end)}", re.DOTALL)
         if len(place.findall(text)) != 1:
             raise ValueError(f"{start} and {end} must stand in it once")
-        links = table().replace("](benchmarks/", "](" if readme.startswith("benchmarks/") else "](benchmarks/")
+        folder = Path(os.path.relpath(ROOT / "benchmarks", (ROOT / readme).parent)).as_posix()
+        links = table().replace("](benchmarks/", f"]({folder}/".replace("](./", "]("))
         content = f"{start}\n{links}\n{end}"
         text = place.sub(lambda _, content=content: content, text)
     return text

@@ -1,10 +1,12 @@
-"""What the README says is so: its commands work, its figures come from the run that it shows."""
+"""What the README and docs/ say is so: commands work, links lead somewhere, figures come from the run that is shown."""
 
 import json
 import re
 import shlex
 import shutil
+from collections import Counter
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
@@ -12,56 +14,137 @@ from conftest import ROOT, run_script
 import export_hf
 import sample
 import update_readme
-from benchmarks import accept_gpu
-from parts.commandline import parse_config
-from parts.config import DEMO_CORPUS, Config
+from benchmarks import accept_gpu, golden
+from parts.commandline import parse_config, read_flags
+from parts.config import DEMO_CORPUS, Config, out_of_range
 from parts.text import load_tokenizer, read_text
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCES = re.findall(r"^```(bash|powershell)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [(language, line) for language, block in FENCES for line in block.splitlines() if line.strip()]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / "benchmarks" / "README.md", ROOT / "data" / "README.md"]
+TEXT = {path: path.read_text(encoding="utf-8") for path in [*PAGES, *OTHERS]}
+README = TEXT[ROOT / "README.md"]
+GENERATED = re.compile(r"<!--(AUTO|RECORD):([A-Z_]+):START-->.*?<!--\1:\2:END-->", re.DOTALL)
+FENCES = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SCRIPTS = {
+    "train.py": Config, "sample.py": sample.Options, "export_hf.py": export_hf.Options,
+    "update_readme.py": update_readme.Arguments, "benchmarks/accept_gpu.py": accept_gpu.Options,
+    "benchmarks/golden.py": golden.Options,
+}  # fmt: skip
 
 
-def commands_of(script: str) -> list[list[str]]:
-    """The arguments of every call of a script in the README's fenced blocks."""
+def commands_in(text: str) -> list[tuple[str, str]]:
+    """Language and line of every command: in fenced blocks, and in a line of prose where a script is called."""
+    fenced = [(language, line) for language, block in FENCES.findall(text) for line in block.splitlines()]
+    inline = re.findall(r"`(python3? [^`\n]+)`", FENCES.sub("", GENERATED.sub("", text)))
+    return [(language, line) for language, line in fenced if language in ("bash", "powershell") and line.strip()] + [
+        ("bash", line) for line in inline
+    ]
+
+
+def commands_of(script: str, pages: list[Path] = PAGES) -> list[list[str]]:
+    """The arguments of every call of a script."""
     found = []
-    for language, line in COMMANDS:
-        for part in re.split(r"&&|;|\{|\}", line):
-            words = shlex.split(part.replace("\\", "/") if language == "powershell" else part, comments=True)
+    for language, line in (command for page in pages for command in commands_in(TEXT[page])):
+        for part in re.split(r"&&|;|\{|\}", re.split(r"(?:^|\s)#", line)[0]):
+            words = shlex.split(part.replace("\\", "/") if language == "powershell" else part)
             if script in words:
                 found.append(words[words.index(script) + 1 :])
     return found
 
 
+COMMANDS = [(script, arguments) for script in SCRIPTS for arguments in commands_of(script) if "--help" not in arguments]
+
+
 def test_there_are_commands_to_check():
-    assert len(commands_of("train.py")) >= 5 and len(commands_of("update_readme.py")) >= 1
+    counts = Counter(script for script, _ in COMMANDS)
+    assert counts["train.py"] >= 15 and counts.keys() == SCRIPTS.keys(), counts
 
 
-@pytest.mark.parametrize("arguments", commands_of("train.py"), ids=" ".join)
-def test_every_train_command_is_accepted(arguments):
-    if "--help" not in arguments:
+@pytest.mark.parametrize(("script", "arguments"), COMMANDS, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_command_is_accepted(script, arguments):
+    if script == "train.py":
         parse_config(arguments)
+    else:
+        assert not out_of_range(read_flags(SCRIPTS[script], arguments, script, None))
+
+
+def test_no_command_writes_into_the_run_that_is_shown():
+    shown = Path(commands_of("update_readme.py", [ROOT / "README.md"])[0][1])
+    assert (ROOT / shown / "results.json").is_file()
+    for script, arguments in COMMANDS:
+        if script == "train.py":
+            assert parse_config(arguments).out_dir != shown, arguments
+        if script == "update_readme.py":
+            assert "--check" in arguments or str(shown) not in arguments, arguments
 
 
 def test_every_flag_named_is_a_flag():
-    known = {field.name for field in fields(Config)} | {f.name for f in fields(update_readme.Arguments)}
-    known |= {field.name for program in (sample, export_hf, accept_gpu) for field in fields(program.Options)}
+    known = {field.name for options in SCRIPTS.values() for field in fields(options)}
     foreign = {"help", "index", "standalone", "nproc_per_node", "max_restarts"}  # of any program, pip and torchrun
-    named = set(re.findall(r"(?<![\w-])--([a-z0-9_]+)", README))
-    assert named - foreign <= known, named - foreign - known
+    foreign |= {"dist", "force"}  # pytest
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--([a-z0-9_]+)", TEXT[page]))
+        assert named - foreign <= known, (page.name, named - foreign - known)
+
+
+def anchors(text: str) -> set[str]:
+    """Those that GitHub gives the headings of a page."""
+    found: Counter[str] = Counter()
+    anchors = set()
+    for title in re.findall(r"^#+ +(.+?) *$", FENCES.sub("", text), re.MULTILINE):
+        title = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower()
+        anchor = re.sub(r"[^\w\- ]", "", title).replace(" ", "-")
+        anchors.add(f"{anchor}-{found[anchor]}" if found[anchor] else anchor)
+        found[anchor] += 1
+    return anchors
+
+
+@pytest.mark.parametrize("page", TEXT, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page):
+    text = FENCES.sub("", TEXT[page])
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    for link in links:
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{page.name}: {link}"
+
+
+def test_every_page_of_the_docs_is_reached_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/[^)#]+)", README))
+    assert linked == {page.relative_to(ROOT).as_posix() for page in PAGES[1:]}
+
+
+def test_the_readme_is_read_in_minutes():
+    words = len(GENERATED.sub("", README).split())
+    assert words <= 3000, f"{words:,} words beside the generated sections: move some of them to docs/"
+
+
+def test_the_ratio_in_the_readme_is_the_fair_one():
+    rows = json.loads((ROOT / "benchmarks/records/throughput-8x128.json").read_text(encoding="utf-8"))["rows"]
+    (fair,) = (row["train.py is faster by"] for row in rows if row["program"] == "nanoGPT, compiled, memory kept")
+    (stated,) = re.findall(r"([\d.]+) times nanoGPT with the same memory setting", README)
+    assert float(stated) == round(fair, 2)
 
 
 def test_the_two_set_up_commands_stand_in_bash_and_powershell():
     for marker in ("requirements.txt", "requirements-dev.txt"):
         for language in ("bash", "powershell"):
-            lines = [line for kind, line in COMMANDS if kind == language and f"-r {marker}" in line and "venv" in line]
+            lines = [
+                line
+                for kind, line in commands_in(README)
+                if kind == language and f"-r {marker}" in line and "venv" in line
+            ]
             assert len(lines) == 1, (marker, language)
             assert ("&&" in lines[0]) is (language == "bash")
 
 
 def test_the_sections_are_those_of_the_committed_run(monkeypatch):
     """As `--check` does in a fresh clone of the project."""
-    shown = re.search(r"python update_readme\.py --out_dir (\S+)", README)[1]
+    shown = commands_of("update_readme.py", [ROOT / "README.md"])[0][1]
     monkeypatch.chdir(ROOT)
     assert update_readme.main(["--out_dir", shown, "--readme", "README.md", "--check"]) == 0
     assert set(update_readme.find_sections(README.split("\n"), ROOT / "README.md")) == set(update_readme.SECTIONS)
