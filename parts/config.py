@@ -151,6 +151,9 @@ class Flags:
     """sample among the k likeliest tokens; 0: among all"""
     temperature: Annotated[float, Between(0, 100)] = 0.9
     """divides the logits before sampling; 0: always the likeliest token"""
+    tensorboard: bool = False
+    """show the whole run in TensorBoard, from the first step on whenever it is turned on (pip install tensorboard); a
+    start without it empties what is in tensorboard/ of the run directory, where the steps to come would be missing"""
 
     def resolved(self) -> "Config":
         """The same flags with every `None` replaced, except those of `choose_runtime`."""

@@ -12,6 +12,7 @@ PARTS = {
     "files": set(),
     "muon": set(),
     "background": {"files"},
+    "tensorboard": {"files", "config"},
     "text": {"config"},
     "machine": {"config"},
     "corpus": {"text", "files", "config"},
