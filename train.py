@@ -72,6 +72,7 @@ with packages_of("train.py", __name__):
     )
     from parts.muon import Muon
     from parts.setup import Setup, prepare, problems_of_all
+    from parts.tensorboard import shown
     from parts.text import Tokenizer, whole_characters
 
 log = logging.getLogger("train")
@@ -1077,7 +1078,8 @@ def open_and_train(setup: Setup, trainer: Trainer) -> int:
             move(run.last, damaged)
             log.warning("%s: set aside as %s; going on from %s", setup.damage, damaged, setup.resumed_from)
         run.restore(setup.checkpoint if setup.checkpoint and setup.continues else {})
-        return run_training(setup, trainer)
+        with shown(run, setup.config):
+            return run_training(setup, trainer)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1136,11 +1138,15 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
             follow(setup.config, trainer)
         return 0
     with logging_to(logging.StreamHandler(sys.stdout)):
-        if answer:
-            log.info(answer)
-            return 0
         try:
-            return (rehearse if setup.config.dry_run else open_and_train)(setup, trainer)
+            if not answer:
+                return (rehearse if setup.config.dry_run else open_and_train)(setup, trainer)
+            log.info(answer)
+            if setup.config.tensorboard:  # turned on when the run was over
+                setup.run.claim()
+                with shown(setup.run, setup.config):
+                    pass
+            return 0
         except KeyboardInterrupt as signal_name:
             again = report.how_to_continue(setup.config)
             log.error("Broken off without saving; %s continues from the last checkpoint, if any.", again)

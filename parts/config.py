@@ -182,6 +182,9 @@ class ReportingFlags:
     """sample among the k likeliest tokens; 0: among all"""
     temperature: Annotated[float, Between(0, 100)] = 0.9
     """divides the logits before sampling; 0: always the likeliest token"""
+    tensorboard: bool = False
+    """show the whole run in TensorBoard, from the first step on whenever it is turned on (pip install tensorboard); a
+    start without it empties what is in tensorboard/ of the run directory, where the steps to come would be missing"""
 
 
 @dataclass(frozen=True)

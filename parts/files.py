@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -93,6 +93,15 @@ def replacing(path: Path, previous: Path | None = None, shared: bool = False) ->
         beside.unlink(missing_ok=True)
 
 
+def append_whole(path: Path, data: bytes) -> None:
+    """Add bytes to a file that is there. Raises OSError, and then none of them is in it."""
+    with open(path, "r+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(data) < len(data):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
 def existing_part(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     return next((part for part in (path, *path.parents) if part.exists() or part.is_symlink()), path)
@@ -140,6 +149,8 @@ class RunDir:
         self.prev = root / "checkpoints" / "prev.pt"
         self.best = root / "checkpoints" / "best.pt"
         self.files = [path for path in vars(self).values() if path != root]
+        self.events = root / "tensorboard"
+        self.also: Callable[[Path, str], None] | None = None  # is given each text that `append` is given
         self.lock = FileLock(root / "run.lock")
         self.owner = root / "run.pid"  # of the process that holds the lock
         self.me = f"{os.getpid()} on {platform.node()}"
@@ -229,6 +240,8 @@ class RunDir:
         for name in ("logs", "samples", "config.json", "results.json", "tokenizer.json", "checkpoints"):
             if (self.root / name).exists():
                 (self.root / name).rename(target / name)
+        if self.events.exists():  # a TensorBoard that is open never lets go of a file that went away; see `shown`
+            shutil.copytree(self.events, target / self.events.name)
         return target
 
     def clean(self) -> None:
@@ -299,25 +312,22 @@ class RunDir:
             )
 
     def missing(self) -> str:
-        """What could not be written to the end, but for the plot, which `update_readme.py` draws as well."""
-        return ", ".join(what for what in self.refused if what != "the plot")
+        """What could not be written to the end, but for what is made from the rest again: plot and events."""
+        return ", ".join(what for what in self.refused if what not in ("the plot", "TensorBoard's events"))
 
     def append(self, path: Path, text: str) -> None:
         """Add text to a growing file; what the disk refuses waits in memory."""
         self.unwritten[path] = self.unwritten.get(path, "") + text
         with self.attempt(f"lines of {path}"):
             self.flush(path)
+        if self.also is not None:
+            self.also(path, text)
 
     def flush(self, path: Path) -> None:
         """Write the lines that wait. Raises OSError, and then none of them is in the file."""
         self.check_owner()
-        data = self.unwritten.get(path, "").encode("utf-8", "replace")
-        with open(path, "r+b", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            if file.write(data) < len(data):
-                file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            self.unwritten[path] = ""
+        append_whole(path, self.unwritten.get(path, "").encode("utf-8", "replace"))
+        self.unwritten[path] = ""
 
     def mark(self) -> dict[str, dict]:
         """For a checkpoint: the lengths of metrics and samples, in bytes, and the lines not yet there.

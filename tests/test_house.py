@@ -13,6 +13,7 @@ PARTS = {
     "muon": set(),
     "kernels": set(),
     "background": {"files"},
+    "tensorboard": {"files", "config"},
     "foreign": set(),
     "text": {"foreign", "config"},
     "machine": {"config"},

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,11 @@ def alone(here):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_same_run_on_several_ranks(alone, processes):
-    result = torchrun(processes, "--out_dir=shared")
+    result = torchrun(processes, "--out_dir=shared", "--tensorboard")
     assert result.returncode == 0, result.stderr
     assert_same_to_rounding("alone", "shared")
+    if find_spec("tensorboard"):
+        assert len(list(Path("shared/tensorboard").iterdir())) == 1, "one process writes for all"
     assert result.stdout.count("Training complete.") == 1, "one process speaks for all"
     assert result.stdout.count("step 5/8 | ") == 1
     cores = os.cpu_count()
