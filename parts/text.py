@@ -326,7 +326,7 @@ class OwnVocabulary:
         return b"".join(
             self.special[token].content.encode()
             if token in self.special
-            else bytes(self.bytes_of[letter] for letter in self.inner.id_to_token(token))
+            else bytes(self.bytes_of[letter] for letter in self.inner.id_to_token(token) or "")
             for token in tokens
         )
 
