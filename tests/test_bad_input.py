@@ -231,6 +231,7 @@ def test_a_run_of_another_shape_or_text(earlier_run, refused, tmp_path):
     assert "holds another run than --resume" in refused("--resume=elsewhere/last.pt")
 
 
+@pytest.mark.slow
 def test_a_text_that_has_grown_and_weights_of_another_model(refused, tmp_path, capsys):
     """The flags that the messages name are the way on."""
     text = tmp_path / "input.txt"
