@@ -307,7 +307,6 @@ class OwnVocabulary:
             raise ValueError(f"{name} has no token {DOCUMENT_END}, which stands between documents")
         self.eot_token: int = end
         self.content = self.inner.to_str()  # in one form, however the file was laid out
-        self.special = self.inner.get_added_tokens_decoder()
         # A token is spelled with one letter for a byte: the byte's own if it has a visible one, else one beyond 255.
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         visible = [ord(letter) for letter in letters if ord(letter) < 256]
@@ -322,12 +321,12 @@ class OwnVocabulary:
         return self.inner.decode(tokens, skip_special_tokens=False)
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
-        """The bytes of their text, also of a part of a character."""
+        """The bytes of their text, also of a part of a character. A token with a letter that stands for no byte, which
+        no text is encoded with, is its own text, as in the library's `decode`."""
+        words = [self.inner.id_to_token(token) or "" for token in tokens]
         return b"".join(
-            self.special[token].content.encode()
-            if token in self.special
-            else bytes(self.bytes_of[letter] for letter in self.inner.id_to_token(token) or "")
-            for token in tokens
+            bytes(self.bytes_of[letter] for letter in word) if self.bytes_of.keys() >= set(word) else word.encode()
+            for word in words
         )
 
 

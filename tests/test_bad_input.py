@@ -15,6 +15,8 @@ from typing import get_type_hints
 
 import pytest
 import torch
+import tree_sitter
+import tree_sitter_powershell
 from conftest import TINY_FLAGS, run_script
 
 import train
@@ -178,9 +180,12 @@ def test_the_conversion_that_a_message_names(refused, tmp_path, encoding):
     bom = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
     (tmp_path / "my text.txt").write_bytes(bom + WESTERN.encode(encoding))
     message = refused("--input_file=my text.txt")
-    command = message.partition("Linux, macOS: ")[2].partition("; PowerShell: ")[0]
+    command, _, windows = message.strip().partition("Linux, macOS: ")[2].partition("; PowerShell: ")
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     assert read_text(tmp_path / "utf8.txt")[0] == WESTERN
+    powershell = tree_sitter.Parser(tree_sitter.Language(tree_sitter_powershell.language()))
+    assert powershell.parse(b"if ($x { }").root_node.has_error, "the grammar must be able to refuse"
+    assert "my text.txt" in windows and not powershell.parse(windows.encode()).root_node.has_error
 
 
 def test_out_dir_below_a_file(refused):
@@ -231,6 +236,7 @@ def test_a_run_of_another_shape_or_text(earlier_run, refused, tmp_path):
     assert "holds another run than --resume" in refused("--resume=elsewhere/last.pt")
 
 
+@pytest.mark.slow
 def test_a_text_that_has_grown_and_weights_of_another_model(refused, tmp_path, capsys):
     """The flags that the messages name are the way on."""
     text = tmp_path / "input.txt"
