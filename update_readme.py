@@ -6,21 +6,16 @@
 A section stands between two lines, `<!--AUTO:NAME:START-->` and `<!--AUTO:NAME:END-->`, where NAME
 is PLOT, SUMMARY, LOGS, METRICS, SAMPLES or REPRO; a README has whichever of them it likes. Inside
 fenced code, such lines are ordinary text. The same run gives the same bytes, and nothing outside the
-sections moves. Only files are read: no torch, no clock. The idea is that of nedbat/cog.
+sections moves. Only files are read: no torch, no clock.
 """
 
 import difflib
-import html
-import json
-import math
 import os
-import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -31,15 +26,18 @@ with packages_of("update_readme.py", __name__):
 
     from parts.config import read_flags
     from parts.files import replacing
+    from parts.readme import cell, filled, markdown_table, preformatted, read_readme, shortened, write_text
+    from parts.runs import (
+        SAMPLES_BLOCK,
+        Run,
+        duration,
+        has_values,
+        number,
+        overfitting,
+        read_run,
+        smoothed,
+    )
 
-MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
-LOOKS_LIKE_MARKER = re.compile(r"<!--\s*AUTO\s*:", re.IGNORECASE)
-FENCE = re.compile(r"(?: {0,3}|\s*(?:[-*+]|\d+[.)])\s+)(`{3,}(?=[^`]*$)|~{3,})")  # in a list item, too
-FENCE_END = re.compile(r"\s*(`{3,}|~{3,})\s*")
-INLINE_CODE = re.compile(r"(`+)[^`]+\1")
-INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # and reordering
-LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \| [A-Z]+ \| ", re.MULTILINE)
-SAMPLES_BLOCK = re.compile(r"^={80}\n(?=STEP \d+$)", re.MULTILINE)
 LOG_LINES, SAMPLE_LINES, TABLE_ROWS, LAUNCHES = 20, 60, 12, 10
 
 LEVELS = (("ln_vocab", "ln V", "#969696"), ("target_loss", "target", "#238b45"), ("loss_floor", "floor", "#cb181d"))
@@ -51,90 +49,6 @@ OUTCOMES = {
     "interrupted": "interrupted, to be continued",
     "failed": "failed; the last good checkpoint is intact",
 }
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading a run
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run directory holds so far; whatever is not there yet is empty."""
-
-    out_dir: Path
-    metrics: pd.DataFrame  # numeric columns, NaN where a field is empty
-    results: dict
-    config: dict
-    log: str
-    samples: str
-
-
-def read_run(out_dir: Path) -> Run:
-    """Read a run directory, also one that is still being written.
-
-    Raises FileNotFoundError when there is no run, ValueError when a file is not what it should be.
-    """
-    csv, samples = out_dir / "logs" / "train_metrics.csv", out_dir / "samples" / "samples.txt"
-    if not csv.is_file():
-        raise FileNotFoundError(f"--out_dir {out_dir}: there is no run (no {csv.as_posix()}); name a run directory")
-    return Run(
-        out_dir,
-        read_metrics(csv),
-        read_json(out_dir / "results.json"),
-        read_json(out_dir / "config.json"),
-        read_text(out_dir / "logs" / "train.log", LOG_LINE, "line with a date and a level"),
-        read_text(samples, SAMPLES_BLOCK, "block of samples (80 '=', then STEP and a number)"),
-    )
-
-
-def read_text(path: Path, pattern: re.Pattern, what: str) -> str:
-    """Text of a UTF-8 file with \\n line ends; empty when there is no file, bad bytes replaced.
-
-    Raises ValueError when there is text and the pattern is nowhere in it.
-    """
-    if not path.exists():
-        return ""
-    text = "\n".join(path.read_bytes().decode("utf-8", errors="replace").splitlines())
-    if text.strip() and not pattern.search(text):
-        raise ValueError(f"{path.as_posix()} has no {what}: it was not written by train.py; move it away")
-    return text
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object; empty when there is no file. Raises ValueError when it is something else."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.as_posix()} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path.as_posix()} holds no JSON object")
-    return values
-
-
-def read_metrics(path: Path) -> pd.DataFrame:
-    """The CSV of a run, sorted by step; a last line that was cut short is left out.
-
-    Raises ValueError when the columns step and loss are missing.
-    """
-    text = path.read_bytes().decode("utf-8", errors="replace").lstrip("\ufeff")
-    rows = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()]
-    header, rows = (rows[0], rows[1:]) if rows else ([], [])
-    if not {"step", "loss"} <= set(header) or len(set(header)) < len(header):
-        raise ValueError(f"{path.as_posix()}: the first line names no columns step and loss")
-    table = pd.DataFrame([row for row in rows if len(row) == len(header)], columns=header)
-    table = table.apply(pd.to_numeric, errors="coerce").astype(float)
-    table = table.replace([math.inf, -math.inf], math.nan).dropna(subset=["step"])
-    return table.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds))) if abs(seconds) < 1e12 else f"{seconds:.3g} s"
-
-
 COLUMNS: dict[str, Callable[[float], str]] = {  # of the METRICS table
     "step": "{:,.0f}".format,
     "loss": "{:.4f}".format,
@@ -213,65 +127,9 @@ def draw_loss_curve(out_dir: Path) -> Path:
     return path
 
 
-def overfitting(run: Run) -> float | None:
-    """The step of the lowest validation loss, if it has risen since by more than a hundredth while the training loss
-    went on falling."""
-    if not has_values(run.metrics, "val_loss"):
-        return None
-    measured = run.metrics.dropna(subset=["val_loss"])
-    lowest, last = measured.loc[measured["val_loss"].idxmin()], measured.iloc[-1]
-    risen = last["val_loss"] > 1.01 * lowest["val_loss"] and smoothed(run.metrics)[0].iloc[-1] < lowest["val_loss"]
-    return lowest["step"] if risen else None
-
-
-def has_values(table: pd.DataFrame, column: str) -> bool:
-    """Whether the column is there and not empty."""
-    return column in table and bool(table[column].notna().any())
-
-
-def smoothed(table: pd.DataFrame) -> tuple[pd.Series, str]:
-    """The run's own window_loss; for a CSV without one, a running mean over rows. And its name."""
-    if has_values(table, "window_loss"):
-        return table["window_loss"], "window_loss"
-    rows = max(1, len(table) // 20)
-    return table["loss"].rolling(rows, min_periods=1).mean(), f"mean of {rows} rows"
-
-
 # ---------------------------------------------------------------------------------------------
 # The sections
 # ---------------------------------------------------------------------------------------------
-
-
-def number(values: dict, key: str) -> float | None:
-    """A finite number, or None when the key is missing or something else."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
-        return None
-    return float(value)
-
-
-def preformatted(text: str) -> str:
-    """The text as an HTML block that shows it letter for letter and that nothing in it can end."""
-    visible = INVISIBLE.sub("\ufffd", text).strip("\n")
-    return f"<pre>\n{html.escape(visible, quote=False)}\n</pre>"
-
-
-def shortened(lines: list[str], most: int) -> list[str]:
-    """At most so many lines, and at most 400 characters of each; what is left out is said."""
-    cut = [line if len(line) <= 400 else line[:400] + " [...]" for line in lines[:most]]
-    return cut if len(lines) <= most else [*cut, f"[... {len(lines) - most} more lines]"]
-
-
-def cell(text: object) -> str:
-    """Text of unknown origin as it may stand in a table: anything that Markdown or HTML could take for its own
-    becomes a question mark."""
-    return re.sub(r"[^\w .,:+/()-]", "?", str(text))[:200]
-
-
-def markdown_table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
-    """A pipe table; the cells must be free of pipes and line ends. `align` is that of all columns but the first."""
-    rule = ["---", *[align] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
 def plot_section(run: Run, readme: Path) -> str:
@@ -404,87 +262,14 @@ SECTIONS: dict[str, Callable[[Run, Path], str]] = {
 }
 
 
+def sections_of(run: Run, readme: Path) -> dict[str, Callable[[], str]]:
+    """The text of each section, to be made where the README has it."""
+    return {name: partial(section, run, readme) for name, section in SECTIONS.items()}
+
+
 # ---------------------------------------------------------------------------------------------
 # The README
 # ---------------------------------------------------------------------------------------------
-
-
-def find_sections(lines: list[str], readme: Path) -> dict[str, tuple[int, int]]:
-    """Name of each section to the indices of its two marker lines.
-
-    Raises ValueError, with file and line, for a marker that is missing, doubled, crossed, unknown or
-    not alone on its line, and when there is none at all.
-    """
-    found: dict[str, tuple[int, int]] = {}
-    name, start, fence = "", -1, ""  # of the section or the fenced code that the line stands in
-    for index, line in enumerate(lines):
-        where = f"{readme.as_posix()}:{index + 1}"
-        if not name and fence:
-            closing = FENCE_END.fullmatch(line)
-            if closing and closing[1].startswith(fence):
-                fence = ""
-            continue
-        if not name and (opening := FENCE.match(line)):
-            fence = opening[1]
-            continue
-        marker = MARKER.fullmatch(line.strip("\ufeff \t\r\n"))
-        if not marker:
-            if not name and LOOKS_LIKE_MARKER.search(INLINE_CODE.sub("", line)):
-                raise ValueError(f"{where}: a marker must be exactly <!--AUTO:NAME:START--> or END, alone on its line")
-        elif marker[1] not in SECTIONS:
-            raise ValueError(f"{where}: unknown section {marker[1]}; there are {', '.join(SECTIONS)}")
-        elif marker[2] == "START":
-            if name:
-                raise ValueError(f"{where}: {marker[1]} starts inside {name}, which started in line {start + 1}")
-            if marker[1] in found:
-                raise ValueError(
-                    f"{where}: a second section {marker[1]}; the first is in line {found[marker[1]][0] + 1}"
-                )
-            name, start = marker[1], index
-        elif marker[1] != name:
-            inside = f"inside {name}, which started in line {start + 1}" if name else "without a start"
-            raise ValueError(f"{where}: {marker[1]} ends {inside}")
-        else:
-            found[name], name = (start, index), ""
-    if name:
-        raise ValueError(
-            f"{readme.as_posix()}:{start + 1}: {name} starts here and never ends: add <!--AUTO:{name}:END-->"
-        )
-    if not found:
-        raise ValueError(
-            f"{readme.as_posix()}: no sections; put <!--AUTO:SUMMARY:START--> and <!--AUTO:SUMMARY:END--> on two lines"
-        )
-    return found
-
-
-def filled(text: str, run: Run, readme: Path) -> str:
-    """The README's text with each of its sections rewritten; everything else to the byte as it was."""
-    lines = re.split(r"(?<=\n)", text)
-    newline = "\r\n" if "\r\n" in text else "\n"
-    pieces, done = [], 0
-    for name, (start, end) in sorted(find_sections(lines, readme).items(), key=lambda item: item[1]):
-        pieces += lines[done : start + 1]
-        pieces += [line + newline for line in SECTIONS[name](run, readme).split("\n")]
-        done = end
-    return "".join(pieces + lines[done:])
-
-
-def read_readme(readme: Path) -> str:
-    """The README's text with its line ends. Raises FileNotFoundError, or ValueError when it is not UTF-8."""
-    if not readme.is_file():
-        raise FileNotFoundError(f"--readme {readme}: no such file")
-    try:
-        return readme.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{readme.as_posix()} is not UTF-8: offset {error.start}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole, its permissions kept."""
-    path = path.resolve()
-    with replacing(path, shared=True) as file:
-        file.write(text.encode())
-        shutil.copymode(path, file.name)
 
 
 def git_ignored(path: Path) -> bool:
@@ -513,7 +298,7 @@ def update(arguments: Arguments) -> int:
     readme = arguments.readme
     before = read_readme(readme)
     run = read_run(arguments.out_dir)
-    after = filled(before, run, readme)
+    after = filled(before, sections_of(run, readme), readme)
     plot = run.out_dir / "logs" / "loss_curve.png"
     if arguments.check:
         diff = difflib.unified_diff(

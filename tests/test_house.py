@@ -11,6 +11,8 @@ PARTS = {
     "config": set(),
     "files": set(),
     "muon": set(),
+    "runs": set(),
+    "readme": {"files"},
     "background": {"files"},
     "text": {"config"},
     "machine": {"config"},
