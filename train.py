@@ -948,7 +948,8 @@ class StepLog:
                 self.hinted = True
         if p.step == self.first_step + 9:
             remaining = timedelta(seconds=round((config.steps - p.step) * (now - self.started) / 10))
-            log.info(f"ETA {remaining} to step {config.steps}, sooner if the target is reached")
+            sooner = ", sooner if the target is reached" if config.target_loss else ""
+            log.info(f"ETA {remaining} to step {config.steps}{sooner}")
 
 
 def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
