@@ -1,22 +1,26 @@
-"""Fill the marked sections of a README from a run directory, and draw its loss curve.
+"""Fill the marked sections of a README from a run, and draw its loss curve; or compare several runs.
 
     python update_readme.py --out_dir out/gpt2 --readme README.md
     python update_readme.py --out_dir out/gpt2 --readme README.md --check    # exit 1 when stale
+    python update_readme.py --out_dir out/a out/b out/c                      # a table on the terminal, and a plot
+    python update_readme.py --out_dir "out/lr-*" --readme README.md          # the same in its section COMPARE
 
-A section stands between two lines, `<!--AUTO:NAME:START-->` and `<!--AUTO:NAME:END-->`, where NAME
-is PLOT, SUMMARY, LOGS, METRICS, SAMPLES or REPRO; a README has whichever of them it likes. Inside
-fenced code, such lines are ordinary text. The same run gives the same bytes, and nothing outside the
-sections moves. Only files are read: no torch, no clock.
+A section stands between two lines, `<!--AUTO:NAME:START-->` and `<!--AUTO:NAME:END-->`. One run fills
+PLOT, SUMMARY, LOGS, METRICS, SAMPLES and REPRO, whichever of them the README has; several runs fill
+COMPARE alone. The same runs give the same bytes, and nothing outside the sections moves. Only files
+are read: no torch, no clock.
 """
 
 import difflib
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from parts.start import packages_of
@@ -24,6 +28,7 @@ from parts.start import packages_of
 with packages_of("update_readme.py", __name__):
     import pandas as pd
 
+    from parts.comparison import Comparison, common_parent, compare, find_runs, is_glob
     from parts.config import read_flags
     from parts.files import replacing
     from parts.readme import cell, filled, markdown_table, preformatted, read_readme, shortened, write_text
@@ -33,22 +38,22 @@ with packages_of("update_readme.py", __name__):
         duration,
         has_values,
         number,
+        outcome,
         overfitting,
         read_run,
         smoothed,
     )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COMPARISON_PLOT = "compare.png"
 LOG_LINES, SAMPLE_LINES, TABLE_ROWS, LAUNCHES = 20, 60, 12, 10
 
 LEVELS = (("ln_vocab", "ln V", "#969696"), ("target_loss", "target", "#238b45"), ("loss_floor", "floor", "#cb181d"))
-OUTCOMES = {
-    "target": "target reached",
-    "patience": "stopped, since the validation loss fell no further",
-    "steps": "all steps done, target not reached",
-    "running": "still running at the last save",
-    "interrupted": "interrupted, to be continued",
-    "failed": "failed; the last good checkpoint is intact",
-}
+UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1, "tokens"))
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")  # see `styles`
 COLUMNS: dict[str, Callable[[float], str]] = {  # of the METRICS table
     "step": "{:,.0f}".format,
     "loss": "{:.4f}".format,
@@ -64,7 +69,7 @@ COLUMNS: dict[str, Callable[[float], str]] = {  # of the METRICS table
 
 
 # ---------------------------------------------------------------------------------------------
-# The plot
+# The plots
 # ---------------------------------------------------------------------------------------------
 
 
@@ -75,7 +80,6 @@ def draw_loss_curve(out_dir: Path) -> Path:
     Raises what `read_run` raises, and ValueError when no row has a loss yet.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     run = read_run(out_dir)
     table = run.metrics[run.metrics["loss"] > 0]
@@ -102,14 +106,7 @@ def draw_loss_curve(out_dir: Path) -> Path:
         axis.plot([step], [best], "*", color="#6a51a3", markersize=11, label=f"best {best:.4f} at step {step:.0f}")
         drawn.append(best)
 
-    low, high = min(drawn) / 1.3, max(drawn) * 1.3
-    axis.set_yscale("log")
-    axis.set_ylim(low, high)
-    ticks = (digit * 10.0**exponent for exponent in range(-5, 4) for digit in (1, 2, 5))
-    axis.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.grid(color="#e5e5e5", linewidth=0.6)
+    show_losses(axis, min(drawn) / 1.3, max(drawn) * 1.3)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss, nats per token (log scale)")
     if has_values(table, "lr"):
@@ -121,10 +118,122 @@ def draw_loss_curve(out_dir: Path) -> Path:
     axis.set_title(out_dir.resolve().name, fontsize=11)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
 
-    path = out_dir / "logs" / "loss_curve.png"
+    return write_plot(figure, out_dir / "logs" / "loss_curve.png")
+
+
+def show_losses(axis: "Axes", low: float, high: float) -> None:
+    """Make y a log scale of losses from low to high, with round numbers at it, at least four where there are."""
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    finer = ([number / count for number in range(count, 10 * count)] for count in (2, 5, 10, 100))
+    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), *finer):
+        ticks = (digit * 10.0**exponent for exponent in range(-5, 4) for digit in digits)
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) >= 4:
+            break
+    axis.set_yscale("log")
+    axis.set_ylim(low, high)
+    axis.yaxis.set_major_locator(FixedLocator(inside))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.grid(color="#e5e5e5", linewidth=0.6)
+
+
+def write_plot(figure: "Figure", path: Path) -> Path:
+    """Write a PNG whole."""
     with replacing(path, shared=True) as file:
         figure.savefig(file, format="png")
     return path
+
+
+def curves(comparison: Comparison, run: Run) -> dict[str, pd.DataFrame]:
+    """What is drawn of a run, by line style: tokens and loss, in the comparison's unit; training solid, validation
+    dashed."""
+    table, bits = run.metrics, comparison.unit == "bits per byte"
+    if not has_values(table, "tokens"):
+        return {}
+    training = table.get("bits_per_byte") if bits else smoothed(table)[0]
+    losses = {
+        "-": training if comparison.one_text else None,
+        "--": table.get("val_bits_per_byte" if bits else "val_loss"),
+    }
+    found = {}
+    for dash, loss in losses.items():
+        drawn = pd.DataFrame({"tokens": table["tokens"], "loss": math.nan if loss is None else loss}).dropna()
+        if (drawn["loss"] > 0).any():
+            found[dash] = drawn[drawn["loss"] > 0]
+    return found
+
+
+def styles(count: int) -> list[dict]:
+    """Colours and markers for so many runs, told apart without colour vision as well.
+
+    Up to eight the colours of Okabe & Ito (2008), "Color Universal Design", grey for their yellow, which white paper
+    swallows. Beyond, viridis from the first to the last, with markers, which neighbours do not share.
+    """
+    if count <= len(COLOURS):
+        return [{"color": colour} for colour in COLOURS[:count]]
+    from matplotlib import colormaps
+
+    shades = [colormaps["viridis"](0.92 * number / (count - 1)) for number in range(count)]
+    return [
+        {
+            "color": shade,
+            "marker": "os^Dv"[number % 5],
+            "markersize": 4.5,
+            "markevery": (0.02 + 0.025 * (number % 4), 0.1),
+        }
+        for number, shade in enumerate(shades)
+    ]
+
+
+def comparison_figure(comparison: Comparison) -> "Figure | None":
+    """The losses of all runs over the tokens trained, log scale; None when there is none yet.
+
+    A first steep fall that most of the height would go to is cut off: the losses after a twentieth of the tokens fill
+    the plot.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    drawn = {name: curves(comparison, run) for name, run in comparison.runs.items()}
+    tables = [table for found in drawn.values() for table in found.values()]
+    if not tables:
+        return None
+    end = max(table["tokens"].max() for table in tables)
+    unit, words = next((unit for unit in UNITS if end >= unit[0]), UNITS[-1])
+    figure = Figure(figsize=(10, 5.4), dpi=110, layout="constrained")
+    axis = figure.add_subplot()
+    handles = []
+    for found, style in zip(drawn.values(), styles(len(drawn)), strict=True):
+        for dash, table in found.items():
+            look = style | {"linewidth": 1.6, "linestyle": dash}
+            if len(table) == 1:
+                look |= {"marker": "o", "markevery": None}
+            elif dash == "-" and "--" in found and len(drawn) > len(COLOURS):  # or there are too many lines
+                look |= {"linewidth": 0.8, "alpha": 0.45, "marker": ""}
+            axis.plot(table["tokens"] / unit, table["loss"], **look)
+        handles.append(Line2D([], [], linewidth=2, **style | {"markevery": None}))
+    shown = [table.loc[(table["tokens"] >= end / 20) | (table.index == table.index[-1]), "loss"] for table in tables]
+    low, high = min(losses.min() for losses in shown), max(losses.max() for losses in shown)
+    show_losses(axis, low / 1.05, high * 1.05)
+    axis.set_xlim(0, end / unit * 1.01)
+    axis.set_xlabel(f"{words} trained")
+    kinds = {"-": "window_loss", "--": "validation loss (dashed)"}
+    seen = [kind for dash, kind in kinds.items() if any(dash in found for found in drawn.values())]
+    axis.set_ylabel(f"{', '.join(seen)}, {comparison.unit}")
+    names = [name if len(name) <= 44 else f"{name[:20]} ... {name[-19:]}" for name in drawn]
+    legend = figure.legend(handles, names, loc="outside right upper", alignment="left", fontsize=9, frameon=False)
+    legend.set_title(f"by {comparison.label}")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may hold dollars
+    return figure
+
+
+def draw_comparison(comparison: Comparison, path: Path) -> Path | None:
+    """Draw the runs over each other; None when no loss is there to be drawn. Raises OSError."""
+    figure = comparison_figure(comparison)
+    return None if figure is None else write_plot(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -155,17 +264,19 @@ def summary_section(run: Run, _readme: Path) -> str:
         if None not in values:
             rows.append([label, form.format(*values)])
 
-    flags, corpus = (run.config.get(key) for key in ("config", "corpus"))
-    if isinstance(flags, dict):
+    flags, corpus = run.flags, run.corpus
+    if flags:
         shape = ", ".join(f"{name} {flags.get(name)}" for name in ("n_layer", "n_head", "n_embd", "seq_len"))
         rows.append(["model", cell(f"{flags.get('preset')} ({shape})")])
         rows.append(["device", cell(", ".join(str(flags.get(name)) for name in ("device", "amp")))])
-    if isinstance(corpus, dict):
+    if corpus:
         tokens = number(corpus, "tokens")
         rows.append(["corpus", cell(f"{corpus.get('file')}, {'?' if tokens is None else f'{tokens:,.0f}'} tokens")])
-    reason = run.results.get("stop_reason")
-    rows.append(["outcome", OUTCOMES.get(reason if isinstance(reason, str) else "", "unknown")])
-    add("target (window_loss)", "{:g} over {:.0f} steps", "target_loss", "target_window")
+    rows.append(["outcome", outcome(run)])
+    if r.get("target_loss") == 0:
+        rows.append(["target (window_loss)", "none"])
+    else:
+        add("target (window_loss)", "{:g} over {:.0f} steps", "target_loss", "target_window")
     metric = "val_loss" if run.results.get("best_metric") == "val_loss" else "window_loss"
     add(f"best {metric}", "**{:.6f}** at step {:,.0f}", "best_loss", "best_step")
     add("last step", "loss {:.6f} at step {:,.0f}", "final_loss", "final_step")
@@ -246,9 +357,8 @@ def repro_section(run: Run, _readme: Path) -> str:
         add("started", launch.get("date"))
     for label in ("seed", "git_commit", "versions", "hardware", "corpus"):
         add(label.replace("_", " "), config.get(label))
-    flags = config.get("config")
-    if isinstance(flags, dict):
-        add("runtime", {key: flags.get(key) for key in ("device", "amp", "compile", "threads")})
+    if run.flags:
+        add("runtime", {key: run.flags.get(key) for key in ("device", "amp", "compile", "threads")})
     return preformatted("\n".join(shortened(lines, 40)))
 
 
@@ -272,6 +382,13 @@ def sections_of(run: Run, readme: Path) -> dict[str, Callable[[], str]]:
 # ---------------------------------------------------------------------------------------------
 
 
+def comparison_section(comparison: Comparison) -> str:
+    """The plot beside the README, if there is anything to draw, and the table."""
+    drawn = any(curves(comparison, run) for run in comparison.runs.values())
+    image = [f"![{len(comparison.runs)} runs compared]({COMPARISON_PLOT})"] if drawn else []
+    return "\n\n".join([*image, comparison.markdown()])
+
+
 def git_ignored(path: Path) -> bool:
     """Whether git would leave the file out; False where there is no git."""
     try:
@@ -285,36 +402,76 @@ def git_ignored(path: Path) -> bool:
 class Arguments:
     """Flags of the command line."""
 
-    out_dir: Path
-    """run directory to report"""
-    readme: Path = Path("README.md")
-    """Markdown file whose sections are filled"""
+    out_dir: tuple[Path, ...]
+    """run directory to report; several, or globs, to compare"""
+    readme: Path | None = None
+    """Markdown file whose sections are filled; None: README.md for one run, no file for several"""
     check: bool = False
     """change nothing; print what would change and exit 1 if anything would"""
 
 
-def update(arguments: Arguments) -> int:
-    """Fill the README, or compare it. Returns the exit code; raises ValueError or OSError for bad input."""
-    readme = arguments.readme
+def fill(
+    readme: Path, contents: Mapping[str, Callable[[], str]], source: str, check: bool, draw: Callable[[], Path | None]
+) -> int:
+    """Fill these sections of the README and draw what it shows, or compare it. Returns the exit code.
+
+    Raises ValueError or OSError for bad input.
+    """
     before = read_readme(readme)
-    run = read_run(arguments.out_dir)
-    after = filled(before, sections_of(run, readme), readme)
-    plot = run.out_dir / "logs" / "loss_curve.png"
-    if arguments.check:
+    after = filled(before, contents, readme)
+    if check:
         diff = difflib.unified_diff(
-            before.splitlines(), after.splitlines(), str(readme), f"{readme} from {run.out_dir}", lineterm=""
+            before.splitlines(), after.splitlines(), str(readme), f"{readme} from {source}", lineterm=""
         )
-        print(*(diff if before != after else [f"{readme}: up to date with {run.out_dir}"]), sep="\n")
+        print(*(diff if before != after else [f"{readme}: up to date with {source}"]), sep="\n")
         return int(before != after)
-    if (run.metrics["loss"] > 0).any():
-        draw_loss_curve(run.out_dir)
-        if git_ignored(plot):
-            print(f"update_readme.py: warning: git ignores {plot.as_posix()}: git add -f {plot.as_posix()}, or it "
-                  "will not show on the forge", file=sys.stderr)  # fmt: skip
+    plot = draw()
+    if plot is not None and git_ignored(plot):
+        print(f"update_readme.py: warning: git ignores {plot.as_posix()}: git add -f {plot.as_posix()}, or it "
+              "will not show on the forge", file=sys.stderr)  # fmt: skip
     if before != after:
         write_text(readme, after)
-    print(f"{readme}: {'updated' if before != after else 'already up to date'} from {run.out_dir}")
+    print(f"{readme}: {'updated' if before != after else 'already up to date'} from {source}")
     return 0
+
+
+def report_run(run: Run, readme: Path, check: bool) -> int:
+    """Fill the README from one run, and draw its loss curve. Returns and raises as `fill`."""
+    drawable = (run.metrics["loss"] > 0).any()
+    draw = partial(draw_loss_curve, run.out_dir) if drawable else lambda: None
+    return fill(readme, sections_of(run, readme), str(run.out_dir), check, draw)
+
+
+def report_comparison(comparison: Comparison, readme: Path | None, check: bool) -> int:
+    """Fill the README from several runs, or print the table; draw the plot. Returns the exit code.
+
+    Raises ValueError or OSError for bad input.
+    """
+    if readme is not None:
+        contents = {"COMPARE": partial(comparison_section, comparison)}
+        draw = partial(draw_comparison, comparison, readme.parent / COMPARISON_PLOT)
+        return fill(readme, contents, f"{len(comparison.runs)} runs", check, draw)
+    if check:
+        raise ValueError("--check compares a README with the runs: name it with --readme")
+    print(comparison.text())
+    folder = common_parent([run.out_dir for run in comparison.runs.values()])
+    if folder is None:
+        raise ValueError(
+            "the plot was not drawn: the runs lie on several drives; name a README, and it goes beside that"
+        )
+    if plot := draw_comparison(comparison, folder / COMPARISON_PLOT):
+        print(f"\nPlot: {plot.relative_to(Path.cwd()) if plot.is_relative_to(Path.cwd()) else plot}")
+    return 0
+
+
+def update(arguments: Arguments) -> int:
+    """Report one run, or compare several. Returns the exit code; raises ValueError or OSError for bad input."""
+    paths = arguments.out_dir
+    if not paths:
+        raise ValueError("--out_dir is empty: name a run directory, or several to compare them")
+    if len(paths) == 1 and not is_glob(paths[0]):
+        return report_run(read_run(paths[0]), arguments.readme or Path("README.md"), arguments.check)
+    return report_comparison(compare(list(map(read_run, find_runs(paths)))), arguments.readme, arguments.check)
 
 
 def main(argv: list[str] | None = None) -> int:

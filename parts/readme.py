@@ -7,12 +7,12 @@ are ordinary text. The idea is that of nedbat/cog.
 import html
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from parts.files import replacing
 
-NAMES = ("PLOT", "SUMMARY", "LOGS", "METRICS", "SAMPLES", "REPRO")  # of the sections that there are
+NAMES = ("PLOT", "SUMMARY", "LOGS", "METRICS", "SAMPLES", "REPRO", "COMPARE")  # of the sections that there are
 MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
 LOOKS_LIKE_MARKER = re.compile(r"<!--\s*AUTO\s*:", re.IGNORECASE)
 FENCE = re.compile(r"(?: {0,3}|\s*(?:[-*+]|\d+[.)])\s+)(`{3,}(?=[^`]*$)|~{3,})")  # in a list item, too
@@ -33,10 +33,15 @@ def shortened(lines: list[str], most: int) -> list[str]:
     return cut if len(lines) <= most else [*cut, f"[... {len(lines) - most} more lines]"]
 
 
+def plain(text: object) -> str:
+    """Text of unknown origin on one line: anything that Markdown or HTML could take for its own becomes a question
+    mark."""
+    return re.sub(r"[^\w .,:;+=%±/()-]", "?", str(text))
+
+
 def cell(text: object) -> str:
-    """Text of unknown origin as it may stand in a table: anything that Markdown or HTML could take for its own
-    becomes a question mark."""
-    return re.sub(r"[^\w .,:+/()-]", "?", str(text))[:200]
+    """The same, short enough for a table."""
+    return plain(text)[:200]
 
 
 def markdown_table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
@@ -49,7 +54,7 @@ def find_sections(lines: list[str], readme: Path) -> dict[str, tuple[int, int]]:
     """Name of each section to the indices of its two marker lines.
 
     Raises ValueError, with file and line, for a marker that is missing, doubled, crossed, unknown or
-    not alone on its line, and when there is none at all.
+    not alone on its line.
     """
     found: dict[str, tuple[int, int]] = {}
     name, start, fence = "", -1, ""  # of the section or the fenced code that the line stands in
@@ -86,22 +91,25 @@ def find_sections(lines: list[str], readme: Path) -> dict[str, tuple[int, int]]:
         raise ValueError(
             f"{readme.as_posix()}:{start + 1}: {name} starts here and never ends: add <!--AUTO:{name}:END-->"
         )
-    if not found:
-        raise ValueError(
-            f"{readme.as_posix()}: no sections; put <!--AUTO:SUMMARY:START--> and <!--AUTO:SUMMARY:END--> on two lines"
-        )
     return found
 
 
-def filled(text: str, contents: dict[str, Callable[[], str]], readme: Path) -> str:
-    """The README's text with each of its sections rewritten; everything else to the byte as it was.
+def filled(text: str, contents: Mapping[str, Callable[[], str]], readme: Path) -> str:
+    """The README's text with each of these sections rewritten that it has; everything else to the byte as it was.
 
-    Raises ValueError as `find_sections` does.
+    Raises ValueError as `find_sections` does, and when it has none of them.
     """
     lines = re.split(r"(?<=\n)", text)
     newline = "\r\n" if "\r\n" in text else "\n"
     pieces, done = [], 0
-    for name, (start, end) in sorted(find_sections(lines, readme).items(), key=lambda item: item[1]):
+    found = {name: place for name, place in find_sections(lines, readme).items() if name in contents}
+    if not found:
+        name = "COMPARE" if "COMPARE" in contents else "SUMMARY"
+        raise ValueError(
+            f"{readme.as_posix()}: no sections to fill; put <!--AUTO:{name}:START--> and <!--AUTO:{name}:END--> on two "
+            "lines"
+        )
+    for name, (start, end) in sorted(found.items(), key=lambda item: item[1]):
         pieces += lines[done : start + 1]
         pieces += [line + newline for line in contents[name]().split("\n")]
         done = end

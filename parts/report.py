@@ -244,7 +244,12 @@ def launch_record(
         "seed": config.seed,
         "git_commit": git_commit(),
         **environment(config),
-        "corpus": {"file": names(config.input_file), "sha256": corpus.sha256, "tokens": len(corpus.tokens)},
+        "corpus": {
+            "file": names(config.input_file),
+            "sha256": corpus.sha256,
+            "tokens": len(corpus.tokens),
+            **({"val_sha256": corpus.val_sha256} if corpus.val_sha256 else {}),
+        },
         "parameters": config.n_params,
         "reasons": dict(reasons),
         "launches": [*earlier_launches, launch],

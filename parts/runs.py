@@ -1,5 +1,6 @@
 """What a run directory holds, read without PyTorch, also while train.py writes into it."""
 
+import hashlib
 import json
 import math
 import re
@@ -11,6 +12,13 @@ import pandas as pd
 
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \| [A-Z]+ \| ", re.MULTILINE)
 SAMPLES_BLOCK = re.compile(r"^={80}\n(?=STEP \d+$)", re.MULTILINE)
+OUTCOMES = {  # reasons to stop, of results.json
+    "target": "target reached",
+    "patience": "stopped, since the validation loss fell no further",
+    "steps": "all steps done",
+    "interrupted": "interrupted, to be continued",
+    "failed": "failed; the last good checkpoint is intact",
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,19 @@ class Run:
     config: dict
     log: str
     samples: str
+    vocabulary: str  # what tells it from others
+
+    @property
+    def flags(self) -> dict:
+        """The resolved flags, of config.json."""
+        flags = self.config.get("config")
+        return flags if isinstance(flags, dict) else {}
+
+    @property
+    def corpus(self) -> dict:
+        """What config.json says of the text."""
+        corpus = self.config.get("corpus")
+        return corpus if isinstance(corpus, dict) else {}
 
 
 def read_run(out_dir: Path) -> Run:
@@ -33,6 +54,7 @@ def read_run(out_dir: Path) -> Run:
     csv, samples = out_dir / "logs" / "train_metrics.csv", out_dir / "samples" / "samples.txt"
     if not csv.is_file():
         raise FileNotFoundError(f"--out_dir {out_dir}: there is no run (no {csv.as_posix()}); name a run directory")
+    tokenizer = out_dir / "tokenizer.json"  # of an own vocabulary
     return Run(
         out_dir,
         read_metrics(csv),
@@ -40,6 +62,7 @@ def read_run(out_dir: Path) -> Run:
         read_json(out_dir / "config.json"),
         read_text(out_dir / "logs" / "train.log", LOG_LINE, "line with a date and a level"),
         read_text(samples, SAMPLES_BLOCK, "block of samples (80 '=', then STEP and a number)"),
+        hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else "gpt2",
     )
 
 
@@ -120,3 +143,27 @@ def number(values: dict, key: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
         return None
     return float(value)
+
+
+def latest(run: Run, column: str, key: str) -> float | None:
+    """How far a growing number has come: rows are written at once, results.json at saves and at the end."""
+    last = run.metrics[column].max() if has_values(run.metrics, column) else None
+    return max((float(value) for value in (last, number(run.results, key)) if value is not None), default=None)
+
+
+def state(run: Run) -> str:
+    """How the run stands: a key of `OUTCOMES`, running, or unknown. A run that was killed looks like one that runs."""
+    reason, saved, rows = run.results.get("stop_reason"), number(run.results, "final_step"), run.metrics["step"]
+    going_on = bool(run.config) if not run.results else saved is not None and len(rows) and rows.iloc[-1] > saved
+    if going_on or reason == "running":
+        return "running"
+    return reason if isinstance(reason, str) and reason in OUTCOMES else "unknown"
+
+
+def outcome(run: Run) -> str:
+    """The same in words."""
+    how, step = state(run), latest(run, "step", "final_step")
+    if how == "running":
+        return "running, before its first row" if step is None else f"running, as of step {step:,.0f}"
+    missed = how == "steps" and (number(run.results, "target_loss") or 0) > 0
+    return OUTCOMES.get(how, how) + ", target not reached" * missed
