@@ -1,27 +1,26 @@
-"""Fill the marked sections of a README from a run directory, and draw its loss curve.
+"""Fill the marked sections of a README from a run, and draw its loss curve; or compare several runs.
 
     python update_readme.py --out_dir out/gpt2 --readme README.md
     python update_readme.py --out_dir out/gpt2 --readme README.md --check    # exit 1 when stale
+    python update_readme.py --out_dir out/a out/b out/c                      # a table on the terminal, and a plot
+    python update_readme.py --out_dir "out/lr-*" --readme README.md          # the same in its section COMPARE
 
-A section stands between two lines, `<!--AUTO:NAME:START-->` and `<!--AUTO:NAME:END-->`, where NAME
-is PLOT, SUMMARY, LOGS, METRICS, SAMPLES or REPRO; a README has whichever of them it likes. Inside
-fenced code, such lines are ordinary text. The same run gives the same bytes, and nothing outside the
-sections moves. Only files are read: no torch, no clock. The idea is that of nedbat/cog.
+A section stands between two lines, `<!--AUTO:NAME:START-->` and `<!--AUTO:NAME:END-->`. One run fills
+PLOT, SUMMARY, LOGS, METRICS, SAMPLES and REPRO, whichever of them the README has; several runs fill
+COMPARE alone. The same runs give the same bytes, and nothing outside the sections moves. Only files
+are read: no torch, no clock.
 """
 
 import difflib
-import html
-import json
 import math
 import os
-import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from parts.start import packages_of
@@ -30,111 +29,31 @@ with packages_of("update_readme.py", __name__):
     import pandas as pd
 
     from parts.commandline import read_flags
+    from parts.comparison import Comparison, common_parent, compare, find_runs, is_glob
     from parts.files import replacing
+    from parts.readme import cell, filled, markdown_table, preformatted, read_readme, shortened, write_text
+    from parts.runs import (
+        SAMPLES_BLOCK,
+        Run,
+        duration,
+        has_values,
+        number,
+        outcome,
+        overfitting,
+        read_run,
+        smoothed,
+    )
 
-MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
-LOOKS_LIKE_MARKER = re.compile(r"<!--\s*AUTO\s*:", re.IGNORECASE)
-FENCE = re.compile(r"(?: {0,3}|\s*(?:[-*+]|\d+[.)])\s+)(`{3,}(?=[^`]*$)|~{3,})")  # in a list item, too
-FENCE_END = re.compile(r"\s*(`{3,}|~{3,})\s*")
-INLINE_CODE = re.compile(r"(`+)[^`]+\1")
-INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # and reordering
-LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \| [A-Z]+ \| ", re.MULTILINE)
-SAMPLES_BLOCK = re.compile(r"^={80}\n(?=STEP \d+$)", re.MULTILINE)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COMPARISON_PLOT = "compare.png"
 LOG_LINES, SAMPLE_LINES, TABLE_ROWS, LAUNCHES = 20, 60, 12, 10
 
 LEVELS = (("ln_vocab", "ln V", "#969696"), ("target_loss", "target", "#238b45"), ("loss_floor", "floor", "#cb181d"))
-OUTCOMES = {
-    "target": "target reached",
-    "patience": "stopped, since the validation loss fell no further",
-    "steps": "all steps done, target not reached",
-    "running": "still running at the last save",
-    "interrupted": "interrupted, to be continued",
-    "failed": "failed; the last good checkpoint is intact",
-}
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading a run
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run directory holds so far; whatever is not there yet is empty."""
-
-    out_dir: Path
-    metrics: pd.DataFrame  # numeric columns, NaN where a field is empty
-    results: dict
-    config: dict
-    log: str
-    samples: str
-
-
-def read_run(out_dir: Path) -> Run:
-    """Read a run directory, also one that is still being written.
-
-    Raises FileNotFoundError when there is no run, ValueError when a file is not what it should be.
-    """
-    csv, samples = out_dir / "logs" / "train_metrics.csv", out_dir / "samples" / "samples.txt"
-    if not csv.is_file():
-        raise FileNotFoundError(f"--out_dir {out_dir}: there is no run (no {csv.as_posix()}); name a run directory")
-    return Run(
-        out_dir,
-        read_metrics(csv),
-        read_json(out_dir / "results.json"),
-        read_json(out_dir / "config.json"),
-        read_text(out_dir / "logs" / "train.log", LOG_LINE, "line with a date and a level"),
-        read_text(samples, SAMPLES_BLOCK, "block of samples (80 '=', then STEP and a number)"),
-    )
-
-
-def read_text(path: Path, pattern: re.Pattern, what: str) -> str:
-    """Text of a UTF-8 file with \\n line ends; empty when there is no file, bad bytes replaced.
-
-    Raises ValueError when there is text and the pattern is nowhere in it.
-    """
-    if not path.exists():
-        return ""
-    text = "\n".join(path.read_bytes().decode("utf-8", errors="replace").splitlines())
-    if text.strip() and not pattern.search(text):
-        raise ValueError(f"{path.as_posix()} has no {what}: it was not written by train.py; move it away")
-    return text
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object; empty when there is no file. Raises ValueError when it is something else."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.as_posix()} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path.as_posix()} holds no JSON object")
-    return values
-
-
-def read_metrics(path: Path) -> pd.DataFrame:
-    """The CSV of a run, sorted by step; a last line that was cut short is left out.
-
-    Raises ValueError when the columns step and loss are missing.
-    """
-    text = path.read_bytes().decode("utf-8", errors="replace").lstrip("\ufeff")
-    rows = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()]
-    header, rows = (rows[0], rows[1:]) if rows else ([], [])
-    if not {"step", "loss"} <= set(header) or len(set(header)) < len(header):
-        raise ValueError(f"{path.as_posix()}: the first line names no columns step and loss")
-    table = pd.DataFrame([row for row in rows if len(row) == len(header)], columns=header)
-    table = table.apply(pd.to_numeric, errors="coerce").astype(float)
-    table = table.replace([math.inf, -math.inf], math.nan).dropna(subset=["step"])
-    return table.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds))) if abs(seconds) < 1e12 else f"{seconds:.3g} s"
-
-
+UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1, "tokens"))
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")  # see `styles`
 COLUMNS: dict[str, Callable[[float], str]] = {  # of the METRICS table
     "step": "{:,.0f}".format,
     "loss": "{:.4f}".format,
@@ -150,7 +69,7 @@ COLUMNS: dict[str, Callable[[float], str]] = {  # of the METRICS table
 
 
 # ---------------------------------------------------------------------------------------------
-# The plot
+# The plots
 # ---------------------------------------------------------------------------------------------
 
 
@@ -161,7 +80,6 @@ def draw_loss_curve(out_dir: Path) -> Path:
     Raises what `read_run` raises, and ValueError when no row has a loss yet.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     run = read_run(out_dir)
     table = run.metrics[run.metrics["loss"] > 0]
@@ -188,14 +106,7 @@ def draw_loss_curve(out_dir: Path) -> Path:
         axis.plot([step], [best], "*", color="#6a51a3", markersize=11, label=f"best {best:.4f} at step {step:.0f}")
         drawn.append(best)
 
-    low, high = min(drawn) / 1.3, max(drawn) * 1.3
-    axis.set_yscale("log")
-    axis.set_ylim(low, high)
-    ticks = (digit * 10.0**exponent for exponent in range(-5, 4) for digit in (1, 2, 5))
-    axis.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.grid(color="#e5e5e5", linewidth=0.6)
+    show_losses(axis, min(drawn) / 1.3, max(drawn) * 1.3)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss, nats per token (log scale)")
     if has_values(table, "lr"):
@@ -207,71 +118,127 @@ def draw_loss_curve(out_dir: Path) -> Path:
     axis.set_title(out_dir.resolve().name, fontsize=11)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
 
-    path = out_dir / "logs" / "loss_curve.png"
+    return write_plot(figure, out_dir / "logs" / "loss_curve.png")
+
+
+def show_losses(axis: "Axes", low: float, high: float) -> None:
+    """Make y a log scale of losses from low to high, with round numbers at it, at least four where there are."""
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    finer = ([number / count for number in range(count, 10 * count)] for count in (2, 5, 10, 100))
+    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), *finer):
+        ticks = (digit * 10.0**exponent for exponent in range(-5, 4) for digit in digits)
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) >= 4:
+            break
+    axis.set_yscale("log")
+    axis.set_ylim(low, high)
+    axis.yaxis.set_major_locator(FixedLocator(inside))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.grid(color="#e5e5e5", linewidth=0.6)
+
+
+def write_plot(figure: "Figure", path: Path) -> Path:
+    """Write a PNG whole."""
     with replacing(path, shared=True) as file:
         figure.savefig(file, format="png")
     return path
 
 
-def overfitting(run: Run) -> float | None:
-    """The step of the lowest validation loss, if it has risen since by more than a hundredth while the training loss
-    went on falling."""
-    if not has_values(run.metrics, "val_loss"):
+def curves(comparison: Comparison, run: Run) -> dict[str, pd.DataFrame]:
+    """What is drawn of a run, by line style: tokens and loss, in the comparison's unit; training solid, validation
+    dashed."""
+    table, bits = run.metrics, comparison.unit == "bits per byte"
+    if not has_values(table, "tokens"):
+        return {}
+    training = table.get("bits_per_byte") if bits else smoothed(table)[0]
+    losses = {
+        "-": training if comparison.one_text else None,
+        "--": table.get("val_bits_per_byte" if bits else "val_loss"),
+    }
+    found = {}
+    for dash, loss in losses.items():
+        drawn = pd.DataFrame({"tokens": table["tokens"], "loss": math.nan if loss is None else loss}).dropna()
+        if (drawn["loss"] > 0).any():
+            found[dash] = drawn[drawn["loss"] > 0]
+    return found
+
+
+def styles(count: int) -> list[dict]:
+    """Colours and markers for so many runs, told apart without colour vision as well.
+
+    Up to eight the colours of Okabe & Ito (2008), "Color Universal Design", grey for their yellow, which white paper
+    swallows. Beyond, viridis from the first to the last, with markers, which neighbours do not share.
+    """
+    if count <= len(COLOURS):
+        return [{"color": colour} for colour in COLOURS[:count]]
+    from matplotlib import colormaps
+
+    shades = [colormaps["viridis"](0.92 * number / (count - 1)) for number in range(count)]
+    return [
+        {
+            "color": shade,
+            "marker": "os^Dv"[number % 5],
+            "markersize": 4.5,
+            "markevery": (0.02 + 0.025 * (number % 4), 0.1),
+        }
+        for number, shade in enumerate(shades)
+    ]
+
+
+def comparison_figure(comparison: Comparison) -> "Figure | None":
+    """The losses of all runs over the tokens trained, log scale; None when there is none yet.
+
+    A first steep fall that most of the height would go to is cut off: the losses after a twentieth of the tokens fill
+    the plot.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    drawn = {name: curves(comparison, run) for name, run in comparison.runs.items()}
+    tables = [table for found in drawn.values() for table in found.values()]
+    if not tables:
         return None
-    measured = run.metrics.dropna(subset=["val_loss"])
-    lowest, last = measured.loc[measured["val_loss"].idxmin()], measured.iloc[-1]
-    risen = last["val_loss"] > 1.01 * lowest["val_loss"] and smoothed(run.metrics)[0].iloc[-1] < lowest["val_loss"]
-    return lowest["step"] if risen else None
+    end = max(table["tokens"].max() for table in tables)
+    unit, words = next((unit for unit in UNITS if end >= unit[0]), UNITS[-1])
+    figure = Figure(figsize=(10, 5.4), dpi=110, layout="constrained")
+    axis = figure.add_subplot()
+    handles = []
+    for found, style in zip(drawn.values(), styles(len(drawn)), strict=True):
+        for dash, table in found.items():
+            look = style | {"linewidth": 1.6, "linestyle": dash}
+            if len(table) == 1:
+                look |= {"marker": "o", "markevery": None}
+            elif dash == "-" and "--" in found and len(drawn) > len(COLOURS):  # or there are too many lines
+                look |= {"linewidth": 0.8, "alpha": 0.45, "marker": ""}
+            axis.plot(table["tokens"] / unit, table["loss"], **look)
+        handles.append(Line2D([], [], linewidth=2, **style | {"markevery": None}))
+    shown = [table.loc[(table["tokens"] >= end / 20) | (table.index == table.index[-1]), "loss"] for table in tables]
+    low, high = min(losses.min() for losses in shown), max(losses.max() for losses in shown)
+    show_losses(axis, low / 1.05, high * 1.05)
+    axis.set_xlim(0, end / unit * 1.01)
+    axis.set_xlabel(f"{words} trained")
+    kinds = {"-": "window_loss", "--": "validation loss (dashed)"}
+    seen = [kind for dash, kind in kinds.items() if any(dash in found for found in drawn.values())]
+    axis.set_ylabel(f"{', '.join(seen)}, {comparison.unit}")
+    names = [name if len(name) <= 44 else f"{name[:20]} ... {name[-19:]}" for name in drawn]
+    legend = figure.legend(handles, names, loc="outside right upper", alignment="left", fontsize=9, frameon=False)
+    legend.set_title(f"by {comparison.label}")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may hold dollars
+    return figure
 
 
-def has_values(table: pd.DataFrame, column: str) -> bool:
-    """Whether the column is there and not empty."""
-    return column in table and bool(table[column].notna().any())
-
-
-def smoothed(table: pd.DataFrame) -> tuple[pd.Series, str]:
-    """The run's own window_loss; for a CSV without one, a running mean over rows. And its name."""
-    if has_values(table, "window_loss"):
-        return table["window_loss"], "window_loss"
-    rows = max(1, len(table) // 20)
-    return table["loss"].rolling(rows, min_periods=1).mean(), f"mean of {rows} rows"
+def draw_comparison(comparison: Comparison, path: Path) -> Path | None:
+    """Draw the runs over each other; None when no loss is there to be drawn. Raises OSError."""
+    figure = comparison_figure(comparison)
+    return None if figure is None else write_plot(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------
 # The sections
 # ---------------------------------------------------------------------------------------------
-
-
-def number(values: dict, key: str) -> float | None:
-    """A finite number, or None when the key is missing or something else."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
-        return None
-    return float(value)
-
-
-def preformatted(text: str) -> str:
-    """The text as an HTML block that shows it letter for letter and that nothing in it can end."""
-    visible = INVISIBLE.sub("\ufffd", text).strip("\n")
-    return f"<pre>\n{html.escape(visible, quote=False)}\n</pre>"
-
-
-def shortened(lines: list[str], most: int) -> list[str]:
-    """At most so many lines, and at most 400 characters of each; what is left out is said."""
-    cut = [line if len(line) <= 400 else line[:400] + " [...]" for line in lines[:most]]
-    return cut if len(lines) <= most else [*cut, f"[... {len(lines) - most} more lines]"]
-
-
-def cell(text: object) -> str:
-    """Text of unknown origin as it may stand in a table: anything that Markdown or HTML could take for its own
-    becomes a question mark."""
-    return re.sub(r"[^\w .,:+/()-]", "?", str(text))[:200]
-
-
-def markdown_table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
-    """A pipe table; the cells must be free of pipes and line ends. `align` is that of all columns but the first."""
-    rule = ["---", *[align] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
 def plot_section(run: Run, readme: Path) -> str:
@@ -297,17 +264,19 @@ def summary_section(run: Run, _readme: Path) -> str:
         if None not in values:
             rows.append([label, form.format(*values)])
 
-    flags, corpus = (run.config.get(key) for key in ("config", "corpus"))
-    if isinstance(flags, dict):
+    flags, corpus = run.flags, run.corpus
+    if flags:
         shape = ", ".join(f"{name} {flags.get(name)}" for name in ("n_layer", "n_head", "n_embd", "seq_len"))
         rows.append(["model", cell(f"{flags.get('preset')} ({shape})")])
         rows.append(["device", cell(", ".join(str(flags.get(name)) for name in ("device", "amp")))])
-    if isinstance(corpus, dict):
+    if corpus:
         tokens = number(corpus, "tokens")
         rows.append(["corpus", cell(f"{corpus.get('file')}, {'?' if tokens is None else f'{tokens:,.0f}'} tokens")])
-    reason = run.results.get("stop_reason")
-    rows.append(["outcome", OUTCOMES.get(reason if isinstance(reason, str) else "", "unknown")])
-    add("target (window_loss)", "{:g} over {:.0f} steps", "target_loss", "target_window")
+    rows.append(["outcome", outcome(run)])
+    if r.get("target_loss") == 0:
+        rows.append(["target (window_loss)", "none"])
+    else:
+        add("target (window_loss)", "{:g} over {:.0f} steps", "target_loss", "target_window")
     metric = "val_loss" if run.results.get("best_metric") == "val_loss" else "window_loss"
     add(f"best {metric}", "**{:.6f}** at step {:,.0f}", "best_loss", "best_step")
     add("last step", "loss {:.6f} at step {:,.0f}", "final_loss", "final_step")
@@ -388,9 +357,8 @@ def repro_section(run: Run, _readme: Path) -> str:
         add("started", launch.get("date"))
     for label in ("seed", "git_commit", "versions", "hardware", "corpus"):
         add(label.replace("_", " "), config.get(label))
-    flags = config.get("config")
-    if isinstance(flags, dict):
-        add("runtime", {key: flags.get(key) for key in ("device", "amp", "compile", "threads")})
+    if run.flags:
+        add("runtime", {key: run.flags.get(key) for key in ("device", "amp", "compile", "threads")})
     return preformatted("\n".join(shortened(lines, 40)))
 
 
@@ -404,87 +372,21 @@ SECTIONS: dict[str, Callable[[Run, Path], str]] = {
 }
 
 
+def sections_of(run: Run, readme: Path) -> dict[str, Callable[[], str]]:
+    """The text of each section, to be made where the README has it."""
+    return {name: partial(section, run, readme) for name, section in SECTIONS.items()}
+
+
 # ---------------------------------------------------------------------------------------------
 # The README
 # ---------------------------------------------------------------------------------------------
 
 
-def find_sections(lines: list[str], readme: Path) -> dict[str, tuple[int, int]]:
-    """Name of each section to the indices of its two marker lines.
-
-    Raises ValueError, with file and line, for a marker that is missing, doubled, crossed, unknown or
-    not alone on its line, and when there is none at all.
-    """
-    found: dict[str, tuple[int, int]] = {}
-    name, start, fence = "", -1, ""  # of the section or the fenced code that the line stands in
-    for index, line in enumerate(lines):
-        where = f"{readme.as_posix()}:{index + 1}"
-        if not name and fence:
-            closing = FENCE_END.fullmatch(line)
-            if closing and closing[1].startswith(fence):
-                fence = ""
-            continue
-        if not name and (opening := FENCE.match(line)):
-            fence = opening[1]
-            continue
-        marker = MARKER.fullmatch(line.strip("\ufeff \t\r\n"))
-        if not marker:
-            if not name and LOOKS_LIKE_MARKER.search(INLINE_CODE.sub("", line)):
-                raise ValueError(f"{where}: a marker must be exactly <!--AUTO:NAME:START--> or END, alone on its line")
-        elif marker[1] not in SECTIONS:
-            raise ValueError(f"{where}: unknown section {marker[1]}; there are {', '.join(SECTIONS)}")
-        elif marker[2] == "START":
-            if name:
-                raise ValueError(f"{where}: {marker[1]} starts inside {name}, which started in line {start + 1}")
-            if marker[1] in found:
-                raise ValueError(
-                    f"{where}: a second section {marker[1]}; the first is in line {found[marker[1]][0] + 1}"
-                )
-            name, start = marker[1], index
-        elif marker[1] != name:
-            inside = f"inside {name}, which started in line {start + 1}" if name else "without a start"
-            raise ValueError(f"{where}: {marker[1]} ends {inside}")
-        else:
-            found[name], name = (start, index), ""
-    if name:
-        raise ValueError(
-            f"{readme.as_posix()}:{start + 1}: {name} starts here and never ends: add <!--AUTO:{name}:END-->"
-        )
-    if not found:
-        raise ValueError(
-            f"{readme.as_posix()}: no sections; put <!--AUTO:SUMMARY:START--> and <!--AUTO:SUMMARY:END--> on two lines"
-        )
-    return found
-
-
-def filled(text: str, run: Run, readme: Path) -> str:
-    """The README's text with each of its sections rewritten; everything else to the byte as it was."""
-    lines = re.split(r"(?<=\n)", text)
-    newline = "\r\n" if "\r\n" in text else "\n"
-    pieces, done = [], 0
-    for name, (start, end) in sorted(find_sections(lines, readme).items(), key=lambda item: item[1]):
-        pieces += lines[done : start + 1]
-        pieces += [line + newline for line in SECTIONS[name](run, readme).split("\n")]
-        done = end
-    return "".join(pieces + lines[done:])
-
-
-def read_readme(readme: Path) -> str:
-    """The README's text with its line ends. Raises FileNotFoundError, or ValueError when it is not UTF-8."""
-    if not readme.is_file():
-        raise FileNotFoundError(f"--readme {readme}: no such file")
-    try:
-        return readme.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{readme.as_posix()} is not UTF-8: offset {error.start}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole, its permissions kept."""
-    path = path.resolve()
-    with replacing(path, shared=True) as file:
-        file.write(text.encode())
-        shutil.copymode(path, file.name)
+def comparison_section(comparison: Comparison) -> str:
+    """The plot beside the README, if there is anything to draw, and the table."""
+    drawn = any(curves(comparison, run) for run in comparison.runs.values())
+    image = [f"![{len(comparison.runs)} runs compared]({COMPARISON_PLOT})"] if drawn else []
+    return "\n\n".join([*image, comparison.markdown()])
 
 
 def git_ignored(path: Path) -> bool:
@@ -500,36 +402,76 @@ def git_ignored(path: Path) -> bool:
 class Arguments:
     """Flags of the command line."""
 
-    out_dir: Path
-    """run directory to report"""
-    readme: Path = Path("README.md")
-    """Markdown file whose sections are filled"""
+    out_dir: tuple[Path, ...]
+    """run directory to report; several, or globs, to compare"""
+    readme: Path | None = None
+    """Markdown file whose sections are filled; None: README.md for one run, no file for several"""
     check: bool = False
     """change nothing; print what would change and exit 1 if anything would"""
 
 
-def update(arguments: Arguments) -> int:
-    """Fill the README, or compare it. Returns the exit code; raises ValueError or OSError for bad input."""
-    readme = arguments.readme
+def fill(
+    readme: Path, contents: Mapping[str, Callable[[], str]], source: str, check: bool, draw: Callable[[], Path | None]
+) -> int:
+    """Fill these sections of the README and draw what it shows, or compare it. Returns the exit code.
+
+    Raises ValueError or OSError for bad input.
+    """
     before = read_readme(readme)
-    run = read_run(arguments.out_dir)
-    after = filled(before, run, readme)
-    plot = run.out_dir / "logs" / "loss_curve.png"
-    if arguments.check:
+    after = filled(before, contents, readme)
+    if check:
         diff = difflib.unified_diff(
-            before.splitlines(), after.splitlines(), str(readme), f"{readme} from {run.out_dir}", lineterm=""
+            before.splitlines(), after.splitlines(), str(readme), f"{readme} from {source}", lineterm=""
         )
-        print(*(diff if before != after else [f"{readme}: up to date with {run.out_dir}"]), sep="\n")
+        print(*(diff if before != after else [f"{readme}: up to date with {source}"]), sep="\n")
         return int(before != after)
-    if (run.metrics["loss"] > 0).any():
-        draw_loss_curve(run.out_dir)
-        if git_ignored(plot):
-            print(f"update_readme.py: warning: git ignores {plot.as_posix()}: git add -f {plot.as_posix()}, or it "
-                  "will not show on the forge", file=sys.stderr)  # fmt: skip
+    plot = draw()
+    if plot is not None and git_ignored(plot):
+        print(f"update_readme.py: warning: git ignores {plot.as_posix()}: git add -f {plot.as_posix()}, or it "
+              "will not show on the forge", file=sys.stderr)  # fmt: skip
     if before != after:
         write_text(readme, after)
-    print(f"{readme}: {'updated' if before != after else 'already up to date'} from {run.out_dir}")
+    print(f"{readme}: {'updated' if before != after else 'already up to date'} from {source}")
     return 0
+
+
+def report_run(run: Run, readme: Path, check: bool) -> int:
+    """Fill the README from one run, and draw its loss curve. Returns and raises as `fill`."""
+    drawable = (run.metrics["loss"] > 0).any()
+    draw = partial(draw_loss_curve, run.out_dir) if drawable else lambda: None
+    return fill(readme, sections_of(run, readme), str(run.out_dir), check, draw)
+
+
+def report_comparison(comparison: Comparison, readme: Path | None, check: bool) -> int:
+    """Fill the README from several runs, or print the table; draw the plot. Returns the exit code.
+
+    Raises ValueError or OSError for bad input.
+    """
+    if readme is not None:
+        contents = {"COMPARE": partial(comparison_section, comparison)}
+        draw = partial(draw_comparison, comparison, readme.parent / COMPARISON_PLOT)
+        return fill(readme, contents, f"{len(comparison.runs)} runs", check, draw)
+    if check:
+        raise ValueError("--check compares a README with the runs: name it with --readme")
+    print(comparison.text())
+    folder = common_parent([run.out_dir for run in comparison.runs.values()])
+    if folder is None:
+        raise ValueError(
+            "the plot was not drawn: the runs lie on several drives; name a README, and it goes beside that"
+        )
+    if plot := draw_comparison(comparison, folder / COMPARISON_PLOT):
+        print(f"\nPlot: {plot.relative_to(Path.cwd()) if plot.is_relative_to(Path.cwd()) else plot}")
+    return 0
+
+
+def update(arguments: Arguments) -> int:
+    """Report one run, or compare several. Returns the exit code; raises ValueError or OSError for bad input."""
+    paths = arguments.out_dir
+    if not paths:
+        raise ValueError("--out_dir is empty: name a run directory, or several to compare them")
+    if len(paths) == 1 and not is_glob(paths[0]):
+        return report_run(read_run(paths[0]), arguments.readme or Path("README.md"), arguments.check)
+    return report_comparison(compare(list(map(read_run, find_runs(paths)))), arguments.readme, arguments.check)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cards
 from parts.config import PRESETS
-from update_readme import markdown_table, write_text
+from parts.readme import markdown_table, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "records"

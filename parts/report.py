@@ -294,6 +294,7 @@ def launch_record(
             "files": corpus.n_files or 1,
             "sha256": corpus.sha256,
             "tokens": len(corpus.tokens),
+            **({"val_sha256": corpus.val_sha256} if corpus.val_sha256 else {}),
         },
         "parameters": config.n_params,
         "reasons": dict(reasons),

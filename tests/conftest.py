@@ -36,7 +36,7 @@ TINY_FLAGS = [
 
 # Tests that send signals to processes or wait for them: one after the other, in one worker.
 KILLS = [pytest.mark.slow, pytest.mark.xdist_group("kills")]
-DRAW_LOSS_CURVE = update_readme.draw_loss_curve
+DRAW_LOSS_CURVE, DRAW_COMPARISON = update_readme.draw_loss_curve, update_readme.draw_comparison
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -49,6 +49,7 @@ def no_plots():
     """What runs in the tests' own process draws no plot, which takes as long as a tiny run; see `plots`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(update_readme, "draw_loss_curve", lambda out_dir: out_dir / "logs" / "loss_curve.png")
+        patch.setattr(update_readme, "draw_comparison", lambda comparison, path: path)
         yield
 
 
@@ -56,6 +57,7 @@ def no_plots():
 def plots(monkeypatch):
     """Plots are drawn after all."""
     monkeypatch.setattr(update_readme, "draw_loss_curve", DRAW_LOSS_CURVE)
+    monkeypatch.setattr(update_readme, "draw_comparison", DRAW_COMPARISON)
 
 
 @pytest.fixture

@@ -225,6 +225,13 @@ def test_compiled_equals_eager(launch):
     assert weights(Path("eager/checkpoints/last.pt")).keys() == weights(Path("compiled/checkpoints/last.pt")).keys()
 
 
+def test_without_a_target_none_is_spoken_of(launch):
+    assert launch("run", "--steps=10", "--target_loss=0") == 0
+    log = log_text(Path("run"))
+    assert re.search(r"ETA \d:\d\d:\d\d to step 10\n", log) and "; no target" in log
+    assert "the target" not in log and "Target" not in log
+
+
 def test_a_target_below_the_floor_is_a_warning_with_the_way_out(launch):
     assert launch("run", "--steps=1", "--target_loss=0.001") == 0
     assert re.search(

@@ -12,6 +12,9 @@ PARTS = {
     "files": set(),
     "muon": set(),
     "kernels": set(),
+    "runs": set(),
+    "readme": {"files"},
+    "comparison": {"runs", "readme", "config"},
     "background": {"files"},
     "tensorboard": {"files", "config"},
     "foreign": set(),
@@ -53,6 +56,19 @@ def test_a_script_imports_parts_and_few_scripts(name):
     """The one exception: train.py borrows the plot of update_readme.py when it draws, and not before."""
     scripts = {module.split(".")[0] for module in imported(ROOT / f"{name}.py")} & SCRIPTS.keys()
     assert scripts - ({"update_readme"} if name == "train" else set()) <= SCRIPTS[name]
+
+
+def test_what_reports_runs_imports_no_torch():
+    """A run is reported and compared where there is no PyTorch: neither update_readme.py nor what it stands on."""
+    waiting, known = [ROOT / "update_readme.py"], set()
+    while waiting:
+        path = waiting.pop()
+        text = path.read_text(encoding="utf-8")
+        assert "import torch" not in text and "from torch" not in text, path.name
+        found = {ROOT / "parts" / f"{name.split('.')[1]}.py" for name in imported(path) if name.startswith("parts.")}
+        waiting += found - known
+        known |= found
+    assert {path.stem for path in known} >= {"runs", "comparison", "readme", "config"}
 
 
 def test_no_room_is_larger_than_a_reader_can_hold():

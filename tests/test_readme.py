@@ -17,6 +17,8 @@ import update_readme
 from benchmarks import accept_gpu, golden
 from parts.commandline import parse_config, read_flags
 from parts.config import DEMO_CORPUS, Config, out_of_range
+from parts.readme import find_sections
+from parts.runs import read_metrics
 from parts.text import load_tokenizer, read_text
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -147,7 +149,7 @@ def test_the_sections_are_those_of_the_committed_run(monkeypatch):
     shown = commands_of("update_readme.py", [ROOT / "README.md"])[0][1]
     monkeypatch.chdir(ROOT)
     assert update_readme.main(["--out_dir", shown, "--readme", "README.md", "--check"]) == 0
-    assert set(update_readme.find_sections(README.split("\n"), ROOT / "README.md")) == set(update_readme.SECTIONS)
+    assert set(find_sections(README.split("\n"), ROOT / "README.md")) == set(update_readme.SECTIONS)
     config = json.loads((ROOT / shown / "config.json").read_text(encoding="utf-8"))
     assert config["git_commit"] and not config["git_commit"].endswith("-dirty")
 
@@ -162,7 +164,7 @@ def test_the_demo_reaches_its_target_and_fills_a_readme(tmp_path, monkeypatch):
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert results["stop_reason"] == "target" and results["window_loss"] <= results["target_loss"] == 0.099999
     assert results["target_window"] == 20
-    first = update_readme.read_metrics(run / "logs/train_metrics.csv")["loss"][0]
+    first = read_metrics(run / "logs/train_metrics.csv")["loss"][0]
     assert abs(first - results["ln_vocab"]) < 0.5  # GPT-2's own initialisation keeps 0.3, see test_model.py
     corpus = load_tokenizer().decode(load_tokenizer().encode_ordinary(read_text(DEMO_CORPUS)[0])[:1500])
     sample = (run / "samples/samples.txt").read_text(encoding="utf-8").rsplit("OUTPUT:\n", 1)[1].strip()

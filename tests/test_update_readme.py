@@ -1,5 +1,6 @@
 """The README updater fills what is marked, the same way each time, and touches nothing else."""
 
+import html
 import json
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 import train
 import update_readme
+from parts.readme import INVISIBLE, filled, preformatted
+from parts.runs import read_metrics, read_run
 
 ALL = "".join(f"## {n}\n\n<!--AUTO:{n}:START-->\n<!--AUTO:{n}:END-->\n\n" for n in update_readme.SECTIONS)
 HEADER = "step,loss,lr,tokens_per_sec,elapsed_sec\n"
@@ -171,7 +174,7 @@ def test_partial_csvs(partial_run, tmp_path, body, steps, plots):
     csv.write_text(HEADER + body, encoding="utf-8")
     readme = tmp_path / "README.md"
     readme.write_text(ALL, encoding="utf-8")
-    assert update_readme.read_metrics(csv)["step"].tolist() == steps
+    assert read_metrics(csv)["step"].tolist() == steps
     assert update(partial_run, readme) == 0
     assert ("No loss has been logged yet." in readme.read_text(encoding="utf-8")) is (not steps)
 
@@ -236,10 +239,10 @@ fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChe
 @fuzz
 @given(text=st.text(max_size=300))
 def test_no_text_escapes_its_block(text):
-    block = update_readme.preformatted(text)
+    block = preformatted(text)
     inside = block.removeprefix("<pre>\n").removesuffix("\n</pre>")
     assert "<" not in inside and "\r" not in inside
-    assert update_readme.html.unescape(inside) == update_readme.INVISIBLE.sub("\ufffd", text).strip("\n")
+    assert html.unescape(inside) == INVISIBLE.sub("\ufffd", text).strip("\n")
 
 
 PIECES = ["<!--AUTO:PLOT:START-->", "<!--AUTO:PLOT:END-->", "<!--AUTO:LOGS:START-->", "<!--AUTO:LOGS:END-->"]
@@ -267,7 +270,7 @@ def test_any_readme_is_filled_or_refused(partial_run, tmp_path, lines, newline):
 def test_no_csv_crashes_the_reader(partial_run, data):
     path = partial_run / "logs/train_metrics.csv"
     path.write_bytes(HEADER.encode() + data)
-    table = update_readme.read_metrics(path)
+    table = read_metrics(path)
     assert table["step"].is_monotonic_increasing and table["step"].is_unique
     readme = partial_run / "README.md"
     readme.write_text("<!--AUTO:METRICS:START-->\n<!--AUTO:METRICS:END-->\n<!--AUTO:SUMMARY:START-->\n"
@@ -299,7 +302,7 @@ def test_no_file_of_a_run_crashes_the_updater_or_escapes(finished_run, tmp_path_
     code = update(run, readme, "--check")
     assert code in (0, 1, 2) and readme.read_bytes() == before.encode()
     if code != 2:
-        text = update_readme.filled(before, update_readme.read_run(run), readme)
+        text = filled(before, update_readme.sections_of(read_run(run), readme), readme)
         for section_name in update_readme.SECTIONS:
             text = text.replace(section(text, section_name), "", 1)
         assert text == before

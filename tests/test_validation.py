@@ -19,6 +19,7 @@ from parts.checkpoint import Progress, load_checkpoint
 from parts.config import VOCAB_SIZE, Config
 from parts.corpus import Corpus, load_corpus
 from parts.report import plan
+from parts.runs import overfitting, read_run
 from parts.text import load_tokenizer
 
 FLAGS = [*TINY_FLAGS, "--val_fraction=0.2", "--eval_every=3", "--input_file=input.txt", "--amp=off"]
@@ -130,8 +131,8 @@ def test_the_best_is_the_one_with_the_lowest_validation_loss(here):
     assert train.validation_loss(model, corpus.val_tokens, config) == pytest.approx(best["loss"], rel=1e-6)
     log = Path("run/logs/train.log").read_text(encoding="utf-8")
     assert f"Validation loss was lowest at step {lowest} " in log and "overfits" in log
-    assert update_readme.overfitting(update_readme.read_run(Path("run"))) == lowest
-    summary = update_readme.summary_section(update_readme.read_run(Path("run")), Path("README.md"))
+    assert overfitting(read_run(Path("run"))) == lowest
+    summary = update_readme.summary_section(read_run(Path("run")), Path("README.md"))
     assert "| best val_loss | **" in summary and f"| overfitting | from step {lowest} on" in summary
 
 
@@ -236,4 +237,4 @@ def test_a_run_that_diverges_does_not_overfit(here):
     flags = [*FLAGS, "--lr=5", "--min_lr=1", "--eval_every=1", "--steps=40", "--out_dir=run", "--optimizer=adamw"]
     assert train.main(flags) in (0, 1)
     assert "overfits" not in Path("run/logs/train.log").read_text(encoding="utf-8")
-    assert update_readme.overfitting(update_readme.read_run(Path("run"))) is None
+    assert overfitting(read_run(Path("run"))) is None

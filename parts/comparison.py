@@ -1,0 +1,289 @@
+"""Several runs side by side: whether they compare, in which unit and order, and the flags in which they differ."""
+
+import glob
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from parts.config import PRESETS, Config, Flags
+from parts.readme import INVISIBLE, cell, markdown_table, plain
+from parts.runs import Run, duration, has_values, latest, number, outcome, state
+
+# Flags that say where things lie, or what is told of a run. Texts are compared by what is in them.
+REPORTING = {"input_file", "val_file", "out_dir", "resume", "cache_dir", "log_every", "save_every", "sample_every"}
+REPORTING |= {"eval_every", "prompt", "num_prompts", "max_new_tokens", "top_k", "temperature"}
+DERIVED = ("decay_steps", "warmup_steps", "min_lr", "max_tokens")  # not given, they follow from other flags
+FOLLOWS = {  # flag: others, of which one that differs explains it
+    "vocab_size": {"tokenizer"},
+    "micro_batch": {"batch_size", "grad_accum", "seq_len", "device", "processes"},
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Which runs
+# ---------------------------------------------------------------------------------------------
+
+
+def is_glob(path: Path) -> bool:
+    """Whether it is a pattern, which PowerShell and cmd leave as it is, and no name of something."""
+    return glob.has_magic(str(path)) and not path.exists()
+
+
+def find_runs(paths: tuple[Path, ...]) -> list[Path]:
+    """The paths and, in order, the run directories that match the globs among them, each once. A file is left out: a
+    shell that expands out/* names also what lies there beside the runs.
+
+    Raises FileNotFoundError for what is not there.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        matches = [path] if path.is_dir() else []
+        if is_glob(path):
+            matches = [match for match in sorted(map(Path, glob.glob(str(path), recursive=True))) if holds_run(match)]
+            if not matches:
+                raise FileNotFoundError(f"--out_dir {path}: no run directory matches")
+        elif not path.exists():
+            raise FileNotFoundError(f"--out_dir {path}: there is no such directory")
+        for match in matches:
+            found.setdefault(match.resolve(), match)
+    if not found:
+        raise FileNotFoundError(f"--out_dir {' '.join(map(str, paths))}: there is no run directory among them")
+    return list(found.values())
+
+
+def holds_run(path: Path) -> bool:
+    """Whether there is a run in this directory."""
+    return (path / "logs" / "train_metrics.csv").is_file()
+
+
+def common_parent(paths: list[Path]) -> Path | None:
+    """The deepest folder that holds all of them; None under Windows, when they are on several drives."""
+    absolute = [os.path.abspath(path) for path in paths]
+    try:
+        common = os.path.commonpath(absolute)
+    except ValueError:
+        return None
+    return Path(common).parent if common in absolute else Path(common)
+
+
+def named(runs: list[Run]) -> dict[str, Run]:
+    """The runs by what tells them apart, in the order of that: their paths from the common parent on."""
+    parent = common_parent([run.out_dir for run in runs])
+    names = {(Path(os.path.relpath(run.out_dir, parent)) if parent else run.out_dir).as_posix(): run for run in runs}
+    return {name: names[name] for name in sorted(names)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Whether they compare
+# ---------------------------------------------------------------------------------------------
+
+Identity = tuple[object, ...]
+
+
+def training_text(run: Run, one_vocabulary: bool) -> Identity:
+    """What tells training texts apart. The hash is that of the whole text; --max_tokens and --val_fraction cut it in
+    tokens, so that with several vocabularies the first 1,000 tokens, say, are several texts."""
+    sha256 = str(run.corpus.get("sha256"))
+    if one_vocabulary:
+        return sha256, number(run.corpus, "tokens")
+    first = number(run.flags, "max_tokens") or 0
+    return sha256, first, run.vocabulary if first else "", number(run.flags, "val_fraction") or 0
+
+
+def validation_text(run: Run, one_vocabulary: bool) -> Identity:
+    """What tells held-out texts apart; without a hash of --val_file, which older programs did not keep, its name."""
+    if names := run.flags.get("val_file"):
+        return (str(run.corpus.get("val_sha256") or names),)
+    return *training_text(run, one_vocabulary), number(run.flags, "val_fraction") or 0
+
+
+def odd_one(runs: dict[str, Run], text: Callable[[Run, bool], Identity], one_vocabulary: bool) -> str | None:
+    """The name of a run whose text is not that of the first; None when all have the same."""
+    texts = {name: text(run, one_vocabulary) for name, run in runs.items()}
+    first = next(iter(texts.values()))
+    return next((name for name in texts if texts[name] != first), None)
+
+
+def described(run: Run) -> str:
+    """A training text in words."""
+    file, sha256, tokens = (run.corpus.get(key) for key in ("file", "sha256", "tokens"))
+    return plain(f"{file}, sha256 {str(sha256)[:12]}, {tokens} tokens of {run.flags.get('tokenizer', 'gpt2')}")[:120]
+
+
+def check_comparable(runs: dict[str, Run], one_vocabulary: bool) -> None:
+    """Raises ValueError for a run whose text is not known, or has no losses in the unit that they need."""
+    for name, run in runs.items():
+        if not isinstance(run.corpus.get("sha256"), str):
+            raise ValueError(
+                f"{plain(name)}: no config.json says which text this run learned, so that its loss compares with no "
+                "other: leave it out"
+            )
+        if not one_vocabulary and "bits_per_byte" not in run.metrics:
+            raise ValueError(
+                f"{plain(name)}: vocabularies differ among the runs, and the older train.py that wrote this one kept "
+                "no bits per byte, the unit in which they compare: leave it out"
+            )
+
+
+def compare(found: list[Run]) -> "Comparison":
+    """Runs in the order of their validation losses, if all have one, on one text; else of their corpus losses.
+
+    Losses on different texts are refused, in bits per byte as well: one text is easier to predict than another, so
+    that a difference would say nothing of the runs. One text in several vocabularies compares in bits per byte; runs
+    with one --val_file compare by their validation losses, whatever they learned.
+
+    Raises ValueError.
+    """
+    runs = named(found)
+    first, one_vocabulary = next(iter(runs)), len({run.vocabulary for run in runs.values()}) == 1
+    check_comparable(runs, one_vocabulary)
+    without = [name for name, run in runs.items() if not has_values(run.metrics, "val_loss")]
+    held_out = None if without else odd_one(runs, validation_text, one_vocabulary)
+    learned = odd_one(runs, training_text, one_vocabulary)
+    by_validation = not without and held_out is None
+    if learned and not by_validation:
+        raise ValueError(
+            f"{plain(first)} and {plain(learned)} learned different texts ({described(runs[first])}; "
+            f"{described(runs[learned])}), on which losses do not compare: choose runs on one text, or with one "
+            "--val_file"
+        )
+    notes = []
+    if not one_vocabulary:
+        notes.append("Losses are in bits per byte, because the vocabularies differ.")
+    if not one_vocabulary and by_validation and not runs[first].flags.get("val_file"):
+        notes.append("Each run holds out the same part of its own tokens, which is nearly the same text.")
+    if held_out:
+        notes.append(f"Not by validation loss: {plain(first)} and {plain(held_out)} hold out different texts.")
+    elif 0 < len(without) < len(runs):
+        notes.append(f"Not by validation loss: {plain(without[0])} has none.")
+    if learned:
+        notes.append(f"{plain(first)} and {plain(learned)} learned different texts: only validation losses compare.")
+    loss = lowest_validation_loss if by_validation else corpus_loss
+    losses = {name: loss(run, not one_vocabulary) for name, run in runs.items()}
+    return Comparison(
+        {name: runs[name] for name in sorted(runs, key=lambda name: (losses[name] or (math.inf,), name))},
+        losses,
+        "lowest validation loss" if by_validation else "corpus loss",
+        "nats per token" if one_vocabulary else "bits per byte",
+        learned is None,
+        notes,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------
+
+Measured = tuple[float, str]  # a loss, and its cell
+
+
+def lowest_validation_loss(run: Run, bits: bool) -> Measured | None:
+    """That of the measurement whose weights are best.pt; None before the first."""
+    if not has_values(run.metrics, "val_loss"):
+        return None
+    row = run.metrics.loc[run.metrics["val_loss"].idxmin()]
+    value = row.get("val_bits_per_byte" if bits else "val_loss", math.nan)
+    return (value, f"{value:.4f} at step {row['step']:,.0f}") if value == value else None
+
+
+def corpus_loss(run: Run, bits: bool) -> Measured | None:
+    """Mean and standard error over random slices; None until the run is over, and again when it goes on."""
+    nats, error = (number(run.results, key) for key in ("corpus_loss", "corpus_loss_standard_error"))
+    value = number(run.results, "bits_per_byte") if bits else nats
+    if value is None or not nats or state(run) == "running":
+        return None
+    return value, f"{value:.4f}" + ("" if error is None else f" ± {error * value / nats:.4f}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs that compare, and by what."""
+
+    runs: dict[str, Run]  # by name, in the table's order
+    losses: dict[str, Measured | None]
+    label: str  # of these losses
+    unit: str  # of all losses, also of those that are drawn
+    one_text: bool  # all learned the same; if not, their training losses do not compare
+    notes: list[str]  # sentences below the table
+
+    def table(self) -> list[list[str]]:
+        """Header and rows."""
+        flags = differing_flags(list(self.runs.values()), REPORTING if self.one_text else REPORTING - {"input_file"})
+        header = ["run", f"{self.label}, {self.unit}", "tokens", "time", "outcome", *flags]
+        return [
+            header,
+            *([name, *self.cells(name), *(shown(self.runs[name], flag) for flag in flags)] for name in self.runs),
+        ]
+
+    def cells(self, name: str) -> list[str]:
+        """What came of a run."""
+        run, loss = self.runs[name], self.losses[name]
+        tokens, elapsed = latest(run, "tokens", "tokens"), latest(run, "elapsed_sec", "elapsed_sec")
+        unmeasured = f"none: {how}" if (how := state(run)) in ("running", "interrupted", "failed") else "none"
+        return [
+            unmeasured if loss is None else loss[1],
+            "" if tokens is None else f"{tokens:,.0f}",
+            "" if elapsed is None else duration(elapsed),
+            outcome(run),
+        ]
+
+    def markdown(self) -> str:
+        """The table for a README, and the notes."""
+        header, *rows = [[cell(text) for text in row] for row in self.table()]
+        return "\n\n".join([markdown_table(header, rows, align="---"), *self.notes])
+
+    def text(self) -> str:
+        """The same for a terminal: columns aligned, numbers to the right and all else to the left."""
+        columns = []
+        for column in zip(*self.table(), strict=True):
+            texts = [" ".join(INVISIBLE.sub("\ufffd", text).split()) for text in column]
+            width, numeric = max(map(len, texts)), all(re.fullmatch(r"[\d.,:e+-]*", text) for text in texts[1:])
+            columns.append([text.rjust(width) if numeric else text.ljust(width) for text in texts])
+        lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+        return "\n".join([*lines, *([""] * bool(self.notes)), *self.notes])
+
+
+def shown(run: Run, flag: str) -> str:
+    """A flag's value as the table has it."""
+    value = run.flags.get(flag, "unknown")  # to an older program
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def differing_flags(runs: list[Run], left_out: set[str]) -> list[str]:
+    """The flags that are not the same in all runs, but for those to be left out and those that follow from others;
+    where the preset is one of them, also those that are the same although it would have them differ."""
+    flags = dict.fromkeys(flag for run in runs for flag in run.flags if flag not in left_out)
+    differ = {flag for flag in flags if len({shown(run, flag) for run in runs}) > 1}
+    if "preset" in differ:
+        differ |= {flag for flag in flags if len({str(of_preset(flag, run.flags)) for run in runs}) > 1}
+    return [flag for flag in flags if flag in differ and not follows(flag, differ, runs)]
+
+
+def follows(flag: str, differ: set[str], runs: list[Run]) -> bool:
+    """Whether a flag that differs says nothing new: nobody has set it, and what it is by default is due to another."""
+    if FOLLOWS.get(flag, set()) & differ:
+        return True
+    if flag in DERIVED and all(run.flags.get(flag) == derived(flag, run.flags) for run in runs):
+        return True
+    return "preset" in differ - {flag} and all(run.flags.get(flag) == of_preset(flag, run.flags) for run in runs)
+
+
+def derived(flag: str, flags: dict) -> object:
+    """What the flag would be, had it not been given; None where the others are not what they should be."""
+    not_given: dict[str, Any] = {flag: None}
+    try:
+        return getattr(replace(Config.from_dict(flags), **not_given).resolved(), flag)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return None
+
+
+def of_preset(flag: str, flags: dict) -> object:
+    """The flag's value in the preset; None where there is no such preset."""
+    preset = PRESETS.get(str(flags.get("preset")))
+    return None if preset is None else Flags(**preset).resolved().as_dict().get(flag)

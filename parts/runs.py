@@ -1,0 +1,169 @@
+"""What a run directory holds, read without PyTorch, also while train.py writes into it."""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pandas as pd
+
+LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \| [A-Z]+ \| ", re.MULTILINE)
+SAMPLES_BLOCK = re.compile(r"^={80}\n(?=STEP \d+$)", re.MULTILINE)
+OUTCOMES = {  # reasons to stop, of results.json
+    "target": "target reached",
+    "patience": "stopped, since the validation loss fell no further",
+    "steps": "all steps done",
+    "interrupted": "interrupted, to be continued",
+    "failed": "failed; the last good checkpoint is intact",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds so far; whatever is not there yet is empty."""
+
+    out_dir: Path
+    metrics: pd.DataFrame  # numeric columns, NaN where a field is empty
+    results: dict
+    config: dict
+    log: str
+    samples: str
+    vocabulary: str  # what tells it from others
+
+    @property
+    def flags(self) -> dict:
+        """The resolved flags, of config.json."""
+        flags = self.config.get("config")
+        return flags if isinstance(flags, dict) else {}
+
+    @property
+    def corpus(self) -> dict:
+        """What config.json says of the text."""
+        corpus = self.config.get("corpus")
+        return corpus if isinstance(corpus, dict) else {}
+
+
+def read_run(out_dir: Path) -> Run:
+    """Read a run directory, also one that is still being written.
+
+    Raises FileNotFoundError when there is no run, ValueError when a file is not what it should be.
+    """
+    csv, samples = out_dir / "logs" / "train_metrics.csv", out_dir / "samples" / "samples.txt"
+    if not csv.is_file():
+        raise FileNotFoundError(f"--out_dir {out_dir}: there is no run (no {csv.as_posix()}); name a run directory")
+    tokenizer = out_dir / "tokenizer.json"  # of an own vocabulary
+    return Run(
+        out_dir,
+        read_metrics(csv),
+        read_json(out_dir / "results.json"),
+        read_json(out_dir / "config.json"),
+        read_text(out_dir / "logs" / "train.log", LOG_LINE, "line with a date and a level"),
+        read_text(samples, SAMPLES_BLOCK, "block of samples (80 '=', then STEP and a number)"),
+        hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else "gpt2",
+    )
+
+
+def read_text(path: Path, pattern: re.Pattern, what: str) -> str:
+    """Text of a UTF-8 file with \\n line ends; empty when there is no file, bad bytes replaced.
+
+    Raises ValueError when there is text and the pattern is nowhere in it.
+    """
+    if not path.exists():
+        return ""
+    text = "\n".join(path.read_bytes().decode("utf-8", errors="replace").splitlines())
+    if text.strip() and not pattern.search(text):
+        raise ValueError(f"{path.as_posix()} has no {what}: it was not written by train.py; move it away")
+    return text
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; empty when there is no file. Raises ValueError when it is something else."""
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.as_posix()} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.as_posix()} holds no JSON object")
+    return values
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """The CSV of a run, sorted by step; a last line that was cut short is left out.
+
+    Raises ValueError when the columns step and loss are missing.
+    """
+    text = path.read_bytes().decode("utf-8", errors="replace").lstrip("\ufeff")
+    rows = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()]
+    header, rows = (rows[0], rows[1:]) if rows else ([], [])
+    if not {"step", "loss"} <= set(header) or len(set(header)) < len(header):
+        raise ValueError(f"{path.as_posix()}: the first line names no columns step and loss")
+    table = pd.DataFrame([row for row in rows if len(row) == len(header)], columns=header)
+    table = table.apply(pd.to_numeric, errors="coerce").astype(float)
+    table = table.replace([math.inf, -math.inf], math.nan).dropna(subset=["step"])
+    return table.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds))) if abs(seconds) < 1e12 else f"{seconds:.3g} s"
+
+
+def overfitting(run: Run) -> float | None:
+    """The step of the lowest validation loss, if it has risen since by more than a hundredth while the training loss
+    went on falling."""
+    if not has_values(run.metrics, "val_loss"):
+        return None
+    measured = run.metrics.dropna(subset=["val_loss"])
+    lowest, last = measured.loc[measured["val_loss"].idxmin()], measured.iloc[-1]
+    risen = last["val_loss"] > 1.01 * lowest["val_loss"] and smoothed(run.metrics)[0].iloc[-1] < lowest["val_loss"]
+    return lowest["step"] if risen else None
+
+
+def has_values(table: pd.DataFrame, column: str) -> bool:
+    """Whether the column is there and not empty."""
+    return column in table and bool(table[column].notna().any())
+
+
+def smoothed(table: pd.DataFrame) -> tuple[pd.Series, str]:
+    """The run's own window_loss; for a CSV without one, a running mean over rows. And its name."""
+    if has_values(table, "window_loss"):
+        return table["window_loss"], "window_loss"
+    rows = max(1, len(table) // 20)
+    return table["loss"].rolling(rows, min_periods=1).mean(), f"mean of {rows} rows"
+
+
+def number(values: dict, key: str) -> float | None:
+    """A finite number, or None when the key is missing or something else."""
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
+        return None
+    return float(value)
+
+
+def latest(run: Run, column: str, key: str) -> float | None:
+    """How far a growing number has come: rows are written at once, results.json at saves and at the end."""
+    last = run.metrics[column].max() if has_values(run.metrics, column) else None
+    return max((float(value) for value in (last, number(run.results, key)) if value is not None), default=None)
+
+
+def state(run: Run) -> str:
+    """How the run stands: a key of `OUTCOMES`, running, or unknown. A run that was killed looks like one that runs."""
+    reason, saved, rows = run.results.get("stop_reason"), number(run.results, "final_step"), run.metrics["step"]
+    going_on = bool(run.config) if not run.results else saved is not None and len(rows) and rows.iloc[-1] > saved
+    if going_on or reason == "running":
+        return "running"
+    return reason if isinstance(reason, str) and reason in OUTCOMES else "unknown"
+
+
+def outcome(run: Run) -> str:
+    """The same in words."""
+    how, step = state(run), latest(run, "step", "final_step")
+    if how == "running":
+        return "running, before its first row" if step is None else f"running, as of step {step:,.0f}"
+    missed = how == "steps" and (number(run.results, "target_loss") or 0) > 0
+    return OUTCOMES.get(how, how) + ", target not reached" * missed
