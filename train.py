@@ -53,6 +53,7 @@ with packages_of("train.py", __name__):
         STATE_BYTES,
         WEIGHT_BYTES,
         Progress,
+        Start,
         check_same_run,
         find_checkpoints,
         load_newest,
@@ -1026,7 +1027,7 @@ class Setup:
     run: RunDir
     resumed_from: Path | None
     checkpoint: dict | None  # what that file holds
-    start: dict[str, torch.Tensor] | None  # weights of another run, for a new one
+    start: Start | None  # weights of another run, for a new one
     damage: str | None  # what is wrong with the newer checkpoint that should have been it
 
     @property
@@ -1050,6 +1051,8 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack) -> Setup:
     if checkpoint is None and run.config_json.exists() and "launches" not in read_json(run.config_json):
         raise ValueError(f"{run.config_json} was not written by train.py: choose another --out_dir")
     previous = None if checkpoint is None else Config.from_dict(checkpoint["config"])
+    if previous is not None:
+        config = replace(config, init_from=previous.init_from)  # what its weights began as
     config, reasons = choose_runtime(config, previous)
     tokenizer = choose_tokenizer(config, checkpoint)
     config = replace(config, vocab_size=tokenizer.n_vocab)
@@ -1083,7 +1086,8 @@ def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{setup.resumed_from} does not fit this model ({type(error).__name__}: {reason})") from error
     if setup.start is not None:
-        trainer.model.load_state_dict(setup.start)
+        trainer.model.load_state_dict(setup.start.model)
+        trainer.progress.trained_context = max(trainer.progress.trained_context, setup.start.trained_context)
     if setup.checkpoint is not None and not best_compares(setup, setup.checkpoint):
         trainer.progress.forget_best()
     return trainer
@@ -1109,7 +1113,7 @@ def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
         if changes := report.changes(setup.checkpoint["config"], config):
             log.info("Changed from here on: %s", changes)
     if setup.start is not None:
-        log.info("Starting from the weights of %s", config.init_from)
+        log.info("Starting from the weights of %s", setup.start.path)
     if progress.best_step and not run.best.exists():
         log.warning("%s is missing: the best from here on will be written there", run.best)
         progress.forget_best()
