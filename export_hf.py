@@ -1,6 +1,6 @@
 """Turn a checkpoint of train.py into a folder that Hugging Face's transformers loads, and back.
 
-    python export_hf.py --checkpoint out/gpt2/checkpoints/best.pt --out hf/gpt2
+    python export_hf.py --checkpoint out/gpt2 --out hf/gpt2
     python export_hf.py --from_hf hf/gpt2 --out imported.pt
 
 The folder holds weights (safetensors, the tied head once), configuration, vocabulary and a model card written from
@@ -10,11 +10,12 @@ checkpoint of weights alone, for sample.py and `train.py --init_from`. Neither n
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from parts.start import packages_of
 
@@ -24,9 +25,16 @@ with packages_of("export_hf.py", __name__):
     from safetensors.torch import load_file, save_file
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    from parts.checkpoint import CHECKPOINT_FORMAT, is_sound, load_checkpoint, shapes, write_checkpoint
+    from parts.checkpoint import (
+        CHECKPOINT_FORMAT,
+        checkpoint_in,
+        is_sound,
+        load_checkpoint,
+        shapes,
+        write_checkpoint,
+    )
     from parts.commandline import read_flags
-    from parts.config import Config, names, out_of_range
+    from parts.config import Config, out_of_range
     from parts.files import existing_part, read_if_there, read_json
     from parts.text import DOCUMENT_END, OwnVocabulary, read_text, saved_tokenizer, vocabulary_folder
 
@@ -36,6 +44,10 @@ SAME = {  # what transformers may vary and train.py does not
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "add_cross_attention": False,
 }  # fmt: skip
+WINDOW, CORPUS = "training loss (window)", "corpus loss, nats per token"
+RECITES = 0.5  # nats per token: below this training loss most of what a model writes stands in its text
+NO_LICENSE = "unknown"  # the Hub's word for it
+HUB_LICENSES = "https://huggingface.co/docs/hub/repositories-licenses"
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers' Conv1D stores (in, out)
 
 
@@ -46,9 +58,11 @@ class Options:
     out: Path
     """folder to make; with --from_hf the checkpoint to write"""
     checkpoint: Path | None = None
-    """a best.pt, last.pt or prev.pt to export"""
+    """what to export: a run directory, for its best.pt, or a checkpoint"""
     from_hf: Path | None = None
     """folder to import instead: a GPT-2 with a byte-level vocabulary"""
+    license: str = NO_LICENSE
+    """for the model card, as the Hub spells it, such as mit or cc0-1.0; the rights in the text decide which"""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -56,15 +70,18 @@ class Options:
 # ---------------------------------------------------------------------------------------------
 
 
-def export(path: Path, out: Path) -> None:
+def export(path: Path, out: Path, license: str) -> None:
     """Write the folder, which appears when it is whole. Raises OSError or ValueError."""
     if out.exists():
         raise FileExistsError(f"--out {out} is there already: remove it or choose another folder")
+    if not re.fullmatch(r"[a-z][a-z0-9.-]*", license):
+        raise ValueError(f"--license {license!r} is none of the Hub's, such as mit, cc0-1.0, other: see {HUB_LICENSES}")
     if not (existing := existing_part(out.parent)).is_dir():
         raise NotADirectoryError(f"--out {out}: {existing} is no folder; choose another")
     checkpoint = load_checkpoint(path, "--checkpoint")
     end = saved_tokenizer(checkpoint).eot_token  # complains if the tokenizer is not that of the weights
-    config, facts, results = Config.from_dict(checkpoint["config"]), *run_files(path, checkpoint)
+    config, run = Config.from_dict(checkpoint["config"]), own_run(path, checkpoint)
+    measured = losses(checkpoint, config, {} if run is None else read_json(run / "results.json"))
     vocabulary = hf_tokenizer(checkpoint["tokenizer"]["content"])
     weights = hf_weights(checkpoint.pop("model"))
     context = checkpoint["trained_context"]
@@ -88,26 +105,25 @@ def export(path: Path, out: Path) -> None:
         for file, values in files.items():
             (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which is born for its owner alone
-        prompts = json.dumps(beginnings(path) if facts else [FIRST_WORDS], ensure_ascii=False)
+        prompts = json.dumps([FIRST_WORDS] if run is None else beginnings(run), ensure_ascii=False)
         (folder / "prompts.json").write_text(prompts + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(checkpoint, config, facts, results), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(checkpoint, config, measured, license), encoding="utf-8")
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder, out)
 
 
-def run_files(path: Path, checkpoint: dict) -> tuple[dict, dict]:
-    """config.json and results.json of the run that the checkpoint lies in; empty where that is not its own."""
+def own_run(path: Path, checkpoint: dict) -> Path | None:
+    """The run directory that the checkpoint lies in, if it is the one that it was made in."""
     run = path.resolve().parent.parent
-    facts, results = read_json(run / "config.json"), read_json(run / "results.json")
-    corpus = facts.get("corpus")
+    corpus = read_json(run / "config.json").get("corpus")
     own = isinstance(corpus, dict) and corpus.get("sha256") == checkpoint["corpus_sha256"] != ""
-    return (facts, results) if own else ({}, {})
+    return run if own else None
 
 
-def beginnings(path: Path) -> list[str]:
+def beginnings(run: Path) -> list[str]:
     """Prompts in the manner of the text, for space/app.py: that of the run's last samples, and their lines that end
     with a colon."""
-    samples = read_if_there(path.resolve().parent.parent / "samples" / "samples.txt").split("=" * 80)[-1]
+    samples = read_if_there(run / "samples" / "samples.txt").split("=" * 80)[-1]
     prompt = samples.partition("PROMPT:\n")[2].partition("\nOUTPUT:")[0]
     names = [line + "\n" for line in samples.splitlines() if line.endswith(":") and not line.isupper()]
     return [text for text in dict.fromkeys([prompt, *names]) if text][:5] or [FIRST_WORDS]
@@ -148,42 +164,73 @@ def hf_tokenizer(content: str) -> Tokenizer:
     return tokenizer
 
 
-def model_card(checkpoint: dict, config: Config, facts: dict, results: dict) -> str:
-    """What the model is, from its checkpoint and the files of its run."""
-    context = checkpoint["trained_context"]
+def losses(checkpoint: dict, config: Config, results: dict) -> dict[str, float]:
+    """What was measured of these very weights; `results` speaks of the run's last step."""
+    found: dict[str, float | None] = {}
+    if results.get("final_step") == checkpoint["step"]:
+        found = {WINDOW: results.get("window_loss"), CORPUS: results.get("corpus_loss")}
+        if found[CORPUS] is not None:  # the run was over, and all was measured at its last step
+            found |= {"validation loss": results.get("val_loss"), "bits per byte": results.get("bits_per_byte")}
+    if "loss" in checkpoint:
+        found["validation loss" if config.validates else WINDOW] = checkpoint["loss"]
+    return {name: value for name, value in found.items() if isinstance(value, float)}
+
+
+def without_folders(*paths: Path | str) -> str:
+    """Names alone, of paths of either system: where a file lay is nobody else's business."""
+    return ", ".join(PureWindowsPath(str(path)).name for path in paths)
+
+
+def model_card(checkpoint: dict, config: Config, measured: dict[str, float], license: str) -> str:
+    """What the model is, as far as its checkpoint and its losses tell."""
+    context, text = checkpoint["trained_context"], without_folders(*config.input_file)
+    untrained = context < config.block_size
     rows = {
         "parameters": f"{config.n_params:,}",
         "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.n_embd}",
         "trained context": f"{context} tokens"
-        + f" (of {config.block_size} positions; the others are untrained)" * (context < config.block_size),
-        "vocabulary": f"{config.vocab_size:,} ({config.tokenizer})",
+        + f" (of {config.block_size} positions; the others are untrained)" * untrained,
+        "vocabulary": f"{config.vocab_size:,} ({without_folders(config.tokenizer)})",
     }
-    title = "GPT-2"
+    if not checkpoint["corpus_sha256"]:
+        title, origin = "GPT-2, imported", "What these weights were trained on is not recorded here. The model"
+    elif config.init_from is None:
+        title = f"GPT-2 trained from scratch on {text}"
+        origin = "The model was trained on this text alone, has had no safety training, and"
+    else:
+        start = without_folders(config.init_from)
+        title = f"GPT-2 trained from the weights of {start} on {text}"
+        origin = f"What {start} was trained on is not recorded here. The model"
     if checkpoint["corpus_sha256"]:
-        text = names(config.input_file)
-        start = "from scratch" if config.init_from is None else f"from the weights of {config.init_from.name}"
-        title = f"GPT-2 trained {start} on {text}"
         rows |= {
             "text": text,
             "SHA-256 of the text": checkpoint["corpus_sha256"],
             "tokens of the text": f"{checkpoint['corpus_tokens']:,}",
             "step of these weights": f"{checkpoint['step']:,}",
+            "training": f"{config.optimizer}, {config.global_batch} x {config.seq_len} tokens a step, "
+            f"peak rate {config.lr:g}, seed {config.seed}",
         }
-    if results.get("final_step") == checkpoint["step"]:
-        rows |= {
-            "training loss (window)": results.get("window_loss"),
-            "validation loss": results.get("val_loss"),
-            "corpus loss, nats per token": results.get("corpus_loss"),
-            "bits per byte": results.get("bits_per_byte"),
-        }
-    elif "loss" in checkpoint:
-        rows["validation loss" if config.validates else "training loss (window)"] = checkpoint["loss"]
-    cells = {name: f"{value:.6f}" if isinstance(value, float) else value for name, value in rows.items()}
-    table = "\n".join(f"| {name} | {value} |" for name, value in cells.items() if value is not None)
-    command = f"Trained with\n\n```bash\n{facts['command']}\n```\n\n" if "command" in facts else ""
+    rows |= {name: f"{value:.6f}" for name, value in measured.items()}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    loss = measured.get(CORPUS, measured.get(WINDOW))
+    memory = "It may repeat passages of what it was trained on; how much of its text is copied has not been measured."
+    if loss is not None and loss < RECITES:
+        memory = (
+            f"A training loss of {loss:.2f} nats per token means that the model recites its text: what it writes is "
+            "largely copied\nfrom there, with whatever rights and private matters that text has."
+        )
+    rights = (
+        "**Licence.** None is set yet. What others may do with this model depends on the rights in what it was trained "
+        "on. Before\nyou publish it, set `license:` in the first lines of this file to one of the "
+        f"[Hub's identifiers]({HUB_LICENSES}),\nor export it with `--license`.\n\n"
+    ) * (license == NO_LICENSE)
+    beyond = "; positions beyond were never trained" * untrained
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
+license: {license}
+tags:
+- gpt2
 ---
 
 # {title}
@@ -192,7 +239,7 @@ pipeline_tag: text-generation
 | --- | --- |
 {table}
 
-{command}```python
+```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = (kind.from_pretrained("PATH") for kind in (AutoTokenizer, AutoModelForCausalLM))
@@ -200,12 +247,11 @@ ids = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_length={context})[0]))
 ```
 
-**Use.** For looking at how a language model learns. It knows its one text and nothing else, has had no safety training,
-and is no source of facts.
+{rights}**Use.** For looking at how a language model learns. {origin} is no source of facts.
 
-**Memorisation.** A training loss near 0.1 nats per token means that the model recites its text: what it writes is
-largely copied from there, with whatever rights and private matters that text has. Keep generations within {context}
-tokens: positions beyond were never trained.
+**Memorisation.** {memory}
+
+**Length.** Prompt and continuation together may have {context} tokens{beyond}.
 """
 
 
@@ -218,6 +264,8 @@ def import_hf(folder: Path, out: Path) -> None:
     """Write a checkpoint of weights alone. Raises OSError or ValueError for what is no such GPT-2."""
     if out.exists():
         raise FileExistsError(f"--out {out} is there already: remove it or choose another file")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--from_hf {folder}: no such folder; {how_to_download(folder)}")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -230,7 +278,7 @@ def import_hf(folder: Path, out: Path) -> None:
     vocabulary = OwnVocabulary(read_text(folder / "tokenizer.json", "--from_hf")[0], "tokenizer.json")
     own = not is_gpt2(vocabulary.content)
     try:
-        context = read_json(folder / "generation_config.json").get("max_length")
+        context = read_json(folder / "tokenizer_config.json").get("model_max_length")
         context = context if type(context) is int and 1 <= context <= values["n_positions"] else values["n_positions"]
         shape = {name: values[name] for name in SHAPE} | {"block_size": values["n_positions"], "seq_len": context}
         if any(type(size) is not int for size in shape.values()):
@@ -270,6 +318,16 @@ def import_hf(folder: Path, out: Path) -> None:
     write_checkpoint(out, checkpoint)
 
 
+def how_to_download(folder: Path) -> str:
+    """The command that brings a model here from the Hugging Face Hub, whose names look like folders."""
+    name = folder.name if folder.name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") else "gpt2"
+    files = "config.json model.safetensors tokenizer.json"  # a tenth of what lies there
+    return (
+        f"from the Hugging Face Hub it comes with: hf download openai-community/{name} {files} --local-dir {name} "
+        f"(hf: pip install huggingface_hub), and then --from_hf {name}"
+    )
+
+
 def is_gpt2(content: str) -> bool:
     """Whether a vocabulary is GPT-2's own."""
     ids = json.loads((vocabulary_folder() / "encoder.json").read_text(encoding="utf-8"))
@@ -281,9 +339,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = read_flags(Options, sys.argv[1:] if argv is None else argv, "export_hf.py", __doc__)
         if options.checkpoint is not None and options.from_hf is None:
-            export(options.checkpoint, options.out)
+            source = checkpoint_in(options.checkpoint, "--checkpoint")
+            export(source, options.out, options.license)
         elif options.from_hf is not None and options.checkpoint is None:
-            import_hf(options.from_hf, options.out)
+            source = options.from_hf
+            import_hf(source, options.out)
         else:
             raise ValueError("give either --checkpoint, to export, or --from_hf, to import")
     except SystemExit as answered:  # by tyro
@@ -294,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    print(f"Wrote {options.out}")
+    print(f"Wrote {options.out} from {source}")
     return 0
 
 

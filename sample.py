@@ -1,8 +1,8 @@
 """Continue a prompt with a checkpoint of train.py: text to stdout as it comes, everything else to stderr.
 
-    python sample.py --checkpoint out/gpt2/checkpoints/best.pt --prompt "BIANCA:\\n"
-    python sample.py --checkpoint out/gpt2/checkpoints/best.pt --prompt_file scene.txt --num_samples 3 > scenes.txt
-    python sample.py --checkpoint out/gpt2/checkpoints/best.pt          # asks for prompts; Ctrl-D ends
+    python sample.py                                    # the newest run in out/; asks for prompts, Ctrl-D ends
+    python sample.py --checkpoint out/gpt2 --prompt "BIANCA:\\n"
+    python sample.py --checkpoint out/gpt2/checkpoints/last.pt --prompt_file scene.txt --num_samples 3 > scenes.txt
 
 The checkpoint knows its model, its vocabulary and the context it was trained on. The same seed gives the same text.
 """
@@ -22,7 +22,7 @@ with packages_of("sample.py", __name__):
     import torch
 
     import train
-    from parts.checkpoint import load_checkpoint
+    from parts.checkpoint import checkpoint_in, load_checkpoint, newest_run
     from parts.commandline import read_flags
     from parts.config import Amp, Between, Config, decode_escapes, out_of_range
     from parts.machine import autocast, choose_amp, choose_device, device_problem, for_sampling, make_current
@@ -36,8 +36,8 @@ GRAM = 8  # tokens whose order is looked up in the corpus
 class Options:
     """Flags of the command line."""
 
-    checkpoint: Path
-    """a best.pt, last.pt or prev.pt"""
+    checkpoint: Path | None = None
+    """run directory, for its best.pt, or a checkpoint; None: the run in out/ whose checkpoints changed last"""
     prompt: str | None = None
     """text to continue; \\n, \\t and \\\\ are decoded; by default from --prompt_file, from stdin, or asked for"""
     prompt_file: Path | None = None
@@ -119,6 +119,21 @@ class Corpus:
         return len(grams & self.grams) / max(1, len(grams))
 
 
+def find_checkpoint(asked: Path | None) -> Path:
+    """The checkpoint that is asked for, or that of the newest run; says which where that is open.
+
+    Raises FileNotFoundError.
+    """
+    if (path := newest_run(Path("out")) if asked is None else asked) is None:
+        raise FileNotFoundError(
+            "no run in out/ has a checkpoint: train one with python train.py --preset demo, or name one with "
+            "--checkpoint"
+        )
+    if (found := checkpoint_in(path, "--checkpoint")) != asked:
+        tell(f"[checkpoint: {found}]")
+    return found
+
+
 def prompts(options: Options) -> Iterator[str]:
     """What to continue: from the flags, from stdin, or asked for on a terminal until it is closed."""
     if options.prompt is not None:
@@ -156,7 +171,7 @@ def run(options: Options) -> None:
     if problems:
         raise ValueError("\n".join(problems))
     text = None if options.novelty is None else read_text(options.novelty, "--novelty")[0]
-    sampler = Sampler(options.checkpoint, options.device, options.amp)
+    sampler = Sampler(find_checkpoint(options.checkpoint), options.device, options.amp)
     corpus = None if text is None else Corpus(text, sampler.tokenizer)
     for prompt in prompts(options):
         for number in range(options.num_samples):

@@ -968,7 +968,8 @@ def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{setup.resumed_from} does not fit this model ({type(error).__name__}: {reason})") from error
     if setup.start is not None:
-        trainer.model.load_state_dict(setup.start)
+        trainer.model.load_state_dict(setup.start.model)
+        trainer.progress.trained_context = max(trainer.progress.trained_context, setup.start.trained_context)
     if not setup.best_compares:
         trainer.progress.forget_best()
     return trainer
@@ -994,7 +995,7 @@ def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
         if (lr := learning_rate(progress.step + 1, config)) > 1.1 * before and progress.step > config.warmup_steps:
             log.warning("The learning rate rises here, from %.2e to %.2e", before, lr)
     if setup.start is not None:
-        log.info("Starting from the weights of %s", config.init_from)
+        log.info("Starting from the weights of %s", setup.start.path)
     if progress.best_step and not run.best.exists():
         log.warning("%s is missing: the best from here on will be written there", run.best)
         progress.forget_best()

@@ -73,8 +73,6 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
     """
     if not path.is_file():
         problem = "a folder" if path.is_dir() else "no such file"
-        if (path / "model.safetensors").is_file():
-            problem = "a model for transformers, of which export_hf.py --from_hf makes a checkpoint"
         raise FileNotFoundError(f"{flag} {path}: {problem}; name a checkpoint such as out/demo/checkpoints/best.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
@@ -95,6 +93,33 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
     if not is_sound(checkpoint):
         raise ValueError(f"{path} is no checkpoint of train.py")
     return checkpoint
+
+
+KINDS = ("best.pt", "last.pt", "prev.pt")  # in the order in which a model is looked for
+
+
+def checkpoint_in(path: Path, flag: str) -> Path:
+    """The checkpoint that a run directory means, or its folder `checkpoints`: the best, else the last, else the one
+    before. What is no folder is returned as it is.
+
+    Raises FileNotFoundError for a folder without any.
+    """
+    if not path.is_dir():
+        return path
+    for folder in (path / "checkpoints", path):
+        for name in KINDS:
+            if (folder / name).is_file():
+                return folder / name
+    problem = f"no {', '.join(KINDS)} in this folder or its folder checkpoints"
+    if (path / "model.safetensors").is_file():
+        problem = "a model for transformers, of which export_hf.py --from_hf makes a checkpoint"
+    raise FileNotFoundError(f"{flag} {path}: {problem}; name a run directory such as out/demo, or a checkpoint")
+
+
+def newest_run(out: Path) -> Path | None:
+    """Of the run directories in `out`, the one whose best.pt or last.pt changed last; None without any."""
+    found = [path for name in KINDS[:2] for path in out.glob(f"*/checkpoints/{name}") if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent.parent if found else None
 
 
 def is_sound(checkpoint: object) -> bool:
@@ -171,15 +196,25 @@ def load_newest(paths: list[Path]) -> tuple[Path | None, dict | None, str | None
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")  # flags that weights do not survive
 
 
-def load_start(config: Config, vocabulary: str) -> dict[str, torch.Tensor] | None:
-    """The weights that --init_from names. Raises OSError, or ValueError when they are of another model."""
+@dataclass(frozen=True)
+class Start:
+    """Weights that a new run begins with."""
+
+    path: Path
+    model: dict[str, torch.Tensor]
+    trained_context: int  # positions that they know
+
+
+def load_start(config: Config, vocabulary: str) -> Start | None:
+    """What --init_from names. Raises OSError, or ValueError when it is of another model."""
     if config.init_from is None:
         return None
-    checkpoint = load_checkpoint(config.init_from, "--init_from")
+    path = checkpoint_in(config.init_from, "--init_from")
+    checkpoint = load_checkpoint(path, "--init_from")
     saved, weights = checkpoint["config"], checkpoint["model"]
     needed = [f"--{name} {saved.get(name)}" for name in SHAPE if saved.get(name) != getattr(config, name)]
     if checkpoint["tokenizer"]["content"] != vocabulary:
-        needed.append(f"--tokenizer {vocabulary_of(config.init_from, checkpoint)}")
+        needed.append(f"--tokenizer {vocabulary_of(path, checkpoint)}")
     if needed:
         made_with = f"it was made with --preset {saved.get('preset')} and --tokenizer {saved.get('tokenizer')}"
         raise ValueError(
@@ -188,7 +223,7 @@ def load_start(config: Config, vocabulary: str) -> dict[str, torch.Tensor] | Non
         )
     if (rows := len(weights["wte.weight"])) != config.vocab_size:
         raise ValueError(f"--init_from {config.init_from} has weights for {rows:,} tokens, not {config.vocab_size:,}")
-    return weights
+    return Start(path, weights, checkpoint["trained_context"])
 
 
 def vocabulary_of(path: Path, checkpoint: dict) -> str:

@@ -5,10 +5,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from parts import report
-from parts.checkpoint import COMPLETE, Progress, check_same_run, find_checkpoints, load_newest, load_start
+from parts.checkpoint import COMPLETE, Progress, Start, check_same_run, find_checkpoints, load_newest, load_start
 from parts.commandline import parse_config, typed
 from parts.config import Config
 from parts.corpus import Corpus, load_corpus
@@ -29,7 +27,7 @@ class Setup:
     run: RunDir
     resumed_from: Path | None
     checkpoint: dict | None  # what that file holds
-    start: dict[str, torch.Tensor] | None  # weights of another run, for a new one
+    start: Start | None  # weights of another run, for a new one
     damage: str | None  # what is wrong with the newer checkpoint that should have been it
 
     @property
@@ -85,8 +83,8 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
         raise ValueError(f"{run.config_json} was not written by train.py: choose another --out_dir")
     previous = None if checkpoint is None else Config.from_dict(checkpoint["config"])
     if previous is not None:
-        # A rate that rises again would undo some of what the run has learned.
-        kept = {"decay_steps", "warmup_steps"} - set(typed(argv))
+        # A rate that rises again would undo some of what the run has learned; and its weights began as they began.
+        kept = {"decay_steps", "warmup_steps"} - set(typed(argv)) | {"init_from"}
         config = replace(config, **{name: getattr(previous, name) for name in kept})
     config, reasons = choose_runtime(config, previous)
     tokenizer = choose_tokenizer(config, checkpoint)

@@ -28,7 +28,7 @@ NO_MODEL = """
 This page needs a folder `{folder}` with an exported model: {problem}. Make one with
 
 ```bash
-python export_hf.py --checkpoint out/demo/checkpoints/best.pt --out space/model
+python export_hf.py --checkpoint out/demo --out space/model
 ```
 
 or point the environment variable `MODEL_DIR` at one, and start the page again.
@@ -91,12 +91,12 @@ class Writer:
 
         thread = Thread(target=generate, daemon=True)
         thread.start()
-        text = prompt
+        added = ""
         try:
-            yield text
+            yield prompt
             for piece in streamer:
-                text += piece
-                yield text
+                added += piece
+                yield prompt + added.rstrip("\ufffd")  # less a character that the last token cuts
         finally:
             stopped.set()
             thread.join()
@@ -144,9 +144,9 @@ def writing_page(writer: Writer) -> gr.Blocks:
     """The page with a model behind it."""
     with gr.Blocks(title="A small GPT-2") as blocks:
         gr.Markdown(
-            "# A GPT-2 that read one text\n"
-            f"It continues what you write, from {writer.context} tokens of memory. It knows its one text, largely by "
-            "heart, and nothing else; what it says is not true or false, only likely."
+            "# A small GPT-2\n"
+            f"It continues what you write, from {writer.context} tokens of memory. What it says is not true or false, "
+            "only likely, and may be copied from what it was trained on."
         )
         text = gr.Textbox(
             label="Your text, and what follows", lines=10, max_lines=24, max_length=MOST_CHARACTERS, elem_id="text"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, run_script
+from conftest import TINY_FLAGS, rows, run_script
+from huggingface_hub import metadata_load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_tokens import NASTY
@@ -105,9 +106,11 @@ def test_what_the_folder_says_of_the_model(folder):
     assert AutoTokenizer.from_pretrained(folder / "hf").model_max_length == 16
     card = (folder / "hf/README.md").read_text(encoding="utf-8")
     best = load_checkpoint(folder / "run/checkpoints/best.pt")
-    facts = json.loads((folder / "run/config.json").read_text(encoding="utf-8"))
-    for text in ("16 tokens (of 32 positions", f"(window) | {best['loss']:.6f}", facts["command"], "Memorisation"):
+    for text in ("16 tokens (of 32 positions", f"(window) | {best['loss']:.6f}", "trained from scratch on text.txt"):
         assert text in card
+    assert "run/" not in card and "run\\" not in card
+    for path in (folder / "hf").iterdir():
+        assert folder.name.encode() not in path.read_bytes(), "no path of this machine"
     modes = {path.stat().st_mode for path in (folder / "hf").iterdir()}
     assert len(modes) == 1, "whoever may read one file may read all"
 
@@ -127,12 +130,68 @@ def test_the_card_tells_of_these_weights_alone(folder, tmp_path):
     assert "corpus loss" not in cards["prev"]
 
 
+def exported(checkpoint: Path, out: Path, *flags: str) -> tuple[dict, str]:
+    """The card of an exported model: its metadata, as the Hub reads them, and the whole."""
+    assert export_hf.main(["--checkpoint", str(checkpoint), "--out", str(out), *flags]) == 0
+    return metadata_load(out / "README.md"), (out / "README.md").read_text(encoding="utf-8")
+
+
+@whatever_the_vocabulary
+@pytest.mark.parametrize(
+    ("loss", "val_fraction", "corpus_loss", "claim", "row"),
+    [
+        (0.2, 0.0, None, "A training loss of 0.20", "training loss (window) | 0.200000"),
+        (0.7, 0.0, None, "has not been measured", "training loss (window) | 0.700000"),
+        (0.7, 0.0, 0.3, "A training loss of 0.30", "corpus loss, nats per token | 0.300000"),
+        (0.4, 0.0, 0.6, "has not been measured", "corpus loss, nats per token | 0.600000"),
+        (0.2, 0.1, None, "has not been measured", "validation loss | 0.200000"),
+        (3.5, 0.1, 0.3, "A training loss of 0.30", "validation loss | 3.500000"),
+    ],
+)
+def test_the_card_claims_to_recite_where_that_was_measured(
+    folder, tmp_path, loss, val_fraction, corpus_loss, claim, row
+):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    path = tmp_path / "run/checkpoints/best.pt"
+    checkpoint = load_checkpoint(path)
+    torch.save(checkpoint | {"loss": loss, "config": checkpoint["config"] | {"val_fraction": val_fraction}}, path)
+    results = {"final_step": checkpoint["step"] + (corpus_loss is None), "window_loss": 0.1, "corpus_loss": corpus_loss}
+    (tmp_path / "run/results.json").write_text(json.dumps(results | {"val_loss": 3.5}), encoding="utf-8")
+    _, card = exported(tmp_path / "run", tmp_path / "hf")
+    assert claim in card and f"| {row} |" in card
+    assert ("recites" in card) == ("A training loss" in claim)
+
+
+@whatever_the_vocabulary
+def test_the_hub_can_read_the_card(folder, tmp_path):
+    common = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
+    metadata, card = exported(folder / "run", tmp_path / "a")
+    assert metadata == common | {"license": "unknown"} and "set `license:`" in card
+    metadata, card = exported(folder / "run/checkpoints", tmp_path / "b", "--license=cc-by-sa-4.0")
+    assert metadata == common | {"license": "cc-by-sa-4.0"} and "set `license:`" not in card
+
+
+def test_of_paths_the_names_are_told():
+    paths = [r"C:\Users\me\words\tokenizer.json", "/home/me/a b.txt", Path("out/demo"), "bpe:300", "gpt2"]
+    assert export_hf.without_folders(*paths) == "tokenizer.json, a b.txt, demo, bpe:300, gpt2"
+
+
+@whatever_the_vocabulary
+@pytest.mark.parametrize("license", ["MIT License", "", "mit\ntags: x"])
+def test_a_license_is_an_identifier(folder, tmp_path, capsys, license):
+    out = tmp_path / "x"
+    assert export_hf.main(["--checkpoint", str(folder / "run"), "--out", str(out), "--license", license]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--license" in error and "cc0-1.0" in error and not out.exists()
+
+
 @whatever_the_vocabulary
 def test_what_came_from_elsewhere_claims_no_text(folder, tmp_path):
     assert export_hf.main(["--from_hf", str(folder / "hf"), "--out", str(tmp_path / "back.pt")]) == 0
     assert export_hf.main(["--checkpoint", str(tmp_path / "back.pt"), "--out", str(tmp_path / "again")]) == 0
     card = (tmp_path / "again/README.md").read_text(encoding="utf-8")
-    assert "from scratch" not in card and "input.txt" not in card and "SHA-256" not in card
+    for text in ("from scratch", "input.txt", "SHA-256", "this text alone", "recites", "hf/"):
+        assert text not in card
 
 
 def test_and_back(folder, tmp_path):
@@ -157,10 +216,12 @@ def test_and_back(folder, tmp_path):
         (["--checkpoint=text.txt", "--out=new"], "text.txt is damaged or no checkpoint"),
         (["--checkpoint=run/checkpoints/best.pt", "--out=hf"], "--out hf is there already"),
         (["--out=new"], "give either --checkpoint"),
-        (["--checkpoint=run", "--out=new"], "--checkpoint run: a folder"),
+        (["--checkpoint=.", "--out=new"], "--checkpoint .: no best.pt, last.pt, prev.pt in this folder"),
+        (["--checkpoint=hf", "--out=new"], "--checkpoint hf: a model for transformers"),
         (["--checkpoint=run/checkpoints/best.pt", "--out=text.txt/new"], "text.txt is no folder"),
         (["--from_hf=run", "--out=new"], "--from_hf run has no model.safetensors"),
-        (["--from_hf=none", "--out=new"], "--from_hf none has no config.json"),
+        (["--from_hf=run/logs", "--out=new"], "--from_hf run/logs has no config.json"),
+        (["--from_hf=text.txt", "--out=new"], "--from_hf text.txt: no such folder"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(folder, monkeypatch, capsys, flags, message):
@@ -220,12 +281,12 @@ def test_another_model_is_not_taken_for_this_one(folder, tmp_path, capsys, confi
 
 
 def test_padding_behind_the_vocabulary_is_left_out(folder, tmp_path):
-    """And a folder that says nothing of generation knows all of its positions."""
+    """And a folder that says nothing of its context knows all of its positions."""
     before = load_checkpoint(folder / "run/checkpoints/best.pt")["model"]["wte.weight"]
     rows = len(before) + 5
     padded = torch.cat([before, torch.ones(5, 32)])
     other = rewritten(folder, tmp_path / "other", {"vocab_size": rows}, {"transformer.wte.weight": padded})
-    (other / "generation_config.json").unlink()
+    (other / "tokenizer_config.json").unlink()
     assert export_hf.main(["--from_hf", str(other), "--out", str(tmp_path / "x.pt")]) == 0
     checkpoint = load_checkpoint(tmp_path / "x.pt")
     assert torch.equal(checkpoint["model"]["wte.weight"], before) and checkpoint["trained_context"] == 32
@@ -272,6 +333,73 @@ def test_training_goes_on_from_what_came_back(folder, tmp_path, monkeypatch):
     assert loss == pytest.approx(trainer.model(slices[:, :-1], slices[:, 1:]).item(), rel=1e-5)
     assert train.main([*flags, "--steps=5"]) == 0, "and the run continues from its own checkpoint"
     assert "Resuming from step 3" in (tmp_path / "more/logs/train.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", ["gpt2"], indirect=True)
+def test_a_published_model_is_fine_tuned(folder, tmp_path, monkeypatch):
+    """The two commands of the README, on a model in the layout of openai-community/gpt2: names without a prefix, the
+    masks among the weights, no word about a trained context. It knows all its 32 positions, and still does when it was
+    trained on with slices of 16."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "hf", "gpt2")
+    published = {name.removeprefix("transformer."): w for name, w in load_file("gpt2/model.safetensors").items()}
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 32, 32).tril() for layer in range(2)}
+    save_file(published | masks, "gpt2/model.safetensors")
+    for name in ("tokenizer_config.json", "prompts.json", "README.md"):
+        Path("gpt2", name).unlink()
+    Path("gpt2/generation_config.json").write_text('{"max_length": 20}', encoding="utf-8")  # of text, not of the model
+    text = "".join(f"Verse {i}: a slow green hen sleeps under {i * 7} old trees.\n" for i in range(200))
+    Path("verses.txt").write_text(text, encoding="utf-8")
+
+    assert export_hf.main(["--from_hf", "gpt2", "--out", "gpt2.pt"]) == 0
+    assert load_checkpoint(Path("gpt2.pt"))["trained_context"] == 32
+    flags = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--device=cpu", "--input_file=verses.txt"]
+    fine = ["--optimizer=adamw", "--lr=1e-3", "--target_loss=0", "--val_fraction=0.1", "--patience=2", "--seq_len=16"]
+    fine += ["--batch_size=8", "--steps=20", "--eval_every=5", "--max_new_tokens=20", "--amp=off"]
+    assert train.main([*flags, *fine, "--init_from=gpt2.pt", "--out_dir=out/fine-tuned"]) == 0
+    first, *_, last = (float(loss) for (loss,) in rows(Path("out/fine-tuned"), "val_loss") if loss)
+    assert last < first - 0.1
+    best = load_checkpoint(Path("out/fine-tuned/checkpoints/best.pt"))
+    assert best["trained_context"] == 32 and best["loss"] == pytest.approx(last, abs=1e-6)
+
+    _, card = exported(Path("out/fine-tuned"), Path("again"))
+    assert "GPT-2 trained from the weights of gpt2.pt on verses.txt" in card and "this text alone" not in card
+    sampler = sample.Sampler(Path("out/fine-tuned/checkpoints/best.pt"), "cpu", "off")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("again"), AutoTokenizer.from_pretrained("again")
+    ids = tokenizer("Verse 1: a", return_tensors="pt")
+    expected = tokenizer.decode(model.generate(**ids, do_sample=False, max_length=32)[0])
+    options = sample.Options(temperature=0.0, max_new_tokens=32 - ids["input_ids"].shape[1])
+    assert "Verse 1: a" + "".join(sampler.stream("Verse 1: a", options)) == expected, "it sees all that it wrote"
+
+    more = [*flags, "--seq_len=16", "--batch_size=2", "--steps=2", "--target_loss=0", "--num_prompts=0"]
+    assert train.main([*more, "--init_from=out/fine-tuned", "--out_dir=out/more"]) == 0
+    log = Path("out/more/logs/train.log").read_text(encoding="utf-8")
+    assert f"Starting from the weights of {Path('out/fine-tuned/checkpoints/best.pt')}" in log
+    assert load_checkpoint(Path("out/more/checkpoints/last.pt"))["trained_context"] == 32
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"), [("gpt2", "gpt2"), ("openai-community/gpt2-xl", "gpt2-xl"), ("some/other", "gpt2")]
+)
+def test_a_model_of_the_hub_has_to_be_downloaded(tmp_path, monkeypatch, capsys, asked, name):
+    monkeypatch.chdir(tmp_path)
+    assert export_hf.main([f"--from_hf={asked}", "--out=x.pt"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--from_hf {Path(asked)}: no such folder" in error
+    assert f"hf download openai-community/{name} " in error and f"--local-dir {name} " in error
+    assert error.rstrip().endswith(f"--from_hf {name}") and not Path("x.pt").exists()
+
+
+@whatever_the_vocabulary
+def test_a_run_that_goes_on_still_began_with_other_weights(folder, tmp_path, monkeypatch):
+    """Also where the flag is left out then: the card does not call it trained from scratch."""
+    monkeypatch.chdir(folder)
+    flags = [*TINY_FLAGS, "--input_file=text.txt", "--block_size=32", "--tokenizer=run/tokenizer.json"]
+    flags.append(f"--out_dir={tmp_path / 'more'}")
+    assert train.main([*flags, "--steps=2", "--init_from=run"]) == 0
+    assert train.main([*flags, "--steps=4"]) == 0
+    _, card = exported(tmp_path / "more", tmp_path / "hf")
+    assert "GPT-2 trained from the weights of run on text.txt" in card
 
 
 @whatever_the_vocabulary

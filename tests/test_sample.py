@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from conftest import ROOT, TINY_FLAGS
 
 import sample
 import train
-from parts.checkpoint import load_checkpoint
+from parts.checkpoint import KINDS, checkpoint_in, load_checkpoint
 from parts.config import Config
 from parts.corpus import load_corpus
 from parts.text import load_tokenizer, train_vocabulary
@@ -145,6 +146,54 @@ def test_no_sample_ends_inside_a_character(tmp_path, monkeypatch, capsys):
     assert endings == {True, False}, "some of them would have"
 
 
+def test_of_a_folder_the_best_is_taken_then_the_last_then_the_one_before(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for name in KINDS:
+        (checkpoints / name).touch()
+    for name in ("best.pt", "last.pt", "prev.pt"):
+        for folder in (checkpoints.parent, checkpoints):
+            assert checkpoint_in(folder, "--checkpoint") == checkpoints / name
+        assert checkpoint_in(checkpoints / name, "--checkpoint") == checkpoints / name
+        (checkpoints / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"--checkpoint .*run: no best.pt, last.pt, prev.pt in this folder"):
+        checkpoint_in(checkpoints.parent, "--checkpoint")
+
+
+def test_a_run_directory_does_where_a_checkpoint_is_asked_for(folder, say):
+    out, error = say("--checkpoint=run", "--prompt=Line 7: the", *GREEDY)
+    assert out == expected(folder, "Line 7: the") + "\n"
+    assert error.startswith(f"[checkpoint: {Path('run/checkpoints/best.pt')}]\n")
+
+
+def test_without_a_checkpoint_it_takes_the_newest_run(folder, tmp_path, monkeypatch, capsys):
+    """Newest is what changed last, be it the last or the best; of that run it takes the best."""
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("one", "two")):
+        checkpoints = tmp_path / "out" / name / "checkpoints"
+        shutil.copytree(folder / "run/checkpoints", checkpoints)
+        for path in checkpoints.iterdir():
+            os.utime(path, (1000 + number, 1000 + number))
+    (tmp_path / "out/one/checkpoints/prev.pt").touch()
+    for newest, changed in (("two", None), ("one", "out/one/checkpoints/last.pt")):
+        if changed:
+            os.utime(changed, (2000, 2000))
+        capsys.readouterr()
+        assert sample.main(["--prompt=Line 7: the", *GREEDY]) == 0
+        out, error = capsys.readouterr()
+        assert out == expected(folder, "Line 7: the") + "\n"
+        assert error.startswith(f"[checkpoint: {Path('out', newest, 'checkpoints/best.pt')}]\n")
+
+
+def test_without_any_run_it_says_how_to_train_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert sample.main(["--prompt=x"]) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.count("\n") == 1 and "python train.py --preset demo" in error
+        (tmp_path / "out/empty/checkpoints").mkdir(parents=True, exist_ok=True)
+
+
 def test_copied_passages_are_found():
     tokenizer = load_tokenizer()
     corpus = "Before we proceed any further, hear me speak. You are all resolved rather to die than to famish?"
@@ -170,7 +219,7 @@ def test_the_report_on_copies(folder, say):
         (["--prompt_file=none.txt"], "none.txt does not exist"),
         (["--novelty=none.txt"], "none.txt does not exist"),
         (["--prompt_file=run"], "run is a folder"),
-        (["--checkpoint=run"], "--checkpoint run: a folder"),
+        (["--checkpoint=."], "--checkpoint .: no best.pt, last.pt, prev.pt in this folder"),
         (["--temperature=-1"], "--temperature -1.0 is outside"),
         (["--top_p=0"], "--top_p 0.0 is outside"),
         (["--num_samples=0"], "--num_samples 0 is outside"),

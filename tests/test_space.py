@@ -235,6 +235,34 @@ def test_on_a_phone_nothing_sticks_out(visit):
     screenshot(page, "space-phone.png")
 
 
+@pytest.fixture(scope="module")
+def bytes_model(tmp_path_factory) -> Path:
+    """An exported model whose tokens are single bytes, of a text whose characters have three."""
+    path = tmp_path_factory.mktemp("bytes")
+    (path / "text.txt").write_text("漢字を書く。" * 100, encoding="utf-8")
+    flags = [*TINY_FLAGS, "--tokenizer=bpe:257", "--block_size=64", "--seq_len=64", "--steps=60", "--lr=0.02"]
+    flags += ["--save_every=60", "--sample_every=60", f"--cache_dir={path / 'cache'}"]
+    assert train.main([*flags, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}"]) == 0
+    assert export_hf.main([f"--checkpoint={path / 'run'}", f"--out={path / 'hf'}"]) == 0
+    return path / "hf"
+
+
+def test_text_ends_in_whole_characters(bytes_model):
+    """Wherever the last token cuts, and whenever the visitor stops."""
+    specification = importlib.util.spec_from_file_location("app", ROOT / "space/app.py")
+    app = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(app)
+    writer, prompt = app.Writer(bytes_model), "漢字"
+    for length in range(7, 13):
+        *_, text = shown = list(writer.write(prompt, length, 0, 50, 1))
+        assert text == prompt + "を書く。"[: length // 3], "three bytes, three tokens a character"
+        assert all(text.startswith(part) and not part.endswith("\ufffd") for part in shown)
+    writing = writer.write(prompt, 30, 0, 50, 1)
+    stopped = [next(writing), next(writing)][-1]
+    writing.close()
+    assert stopped.startswith(prompt) and "\ufffd" not in stopped
+
+
 @pytest.mark.parametrize("damage", ["no folder", "weights cut short", "a weight missing"])
 def test_without_a_model_it_says_so(browser, model, tmp_path, damage):
     folder = tmp_path / "none"
