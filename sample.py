@@ -37,7 +37,7 @@ class Options:
     """Flags of the command line."""
 
     checkpoint: Path | None = None
-    """run directory, for its best.pt, or a checkpoint; None: the run in out/ whose checkpoints changed last"""
+    """run directory, for its best.pt, or a checkpoint; by default the run in out/ whose checkpoints changed last"""
     prompt: str | None = None
     """text to continue; \\n, \\t and \\\\ are decoded; by default from --prompt_file, from stdin, or asked for"""
     prompt_file: Path | None = None

@@ -14,10 +14,11 @@ are read: no torch, no clock.
 import difflib
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ with packages_of("update_readme.py", __name__):
 
     from parts.commandline import read_flags
     from parts.comparison import Comparison, common_parent, compare, find_runs, is_glob
+    from parts.config import Flags
     from parts.files import replacing
     from parts.readme import cell, filled, markdown_table, preformatted, read_readme, shortened, write_text
     from parts.runs import (
@@ -359,7 +361,23 @@ def repro_section(run: Run, _readme: Path) -> str:
         add(label.replace("_", " "), config.get(label))
     if run.flags:
         add("runtime", {key: run.flags.get(key) for key in ("device", "amp", "compile", "threads")})
-    return preformatted("\n".join(shortened(lines, 40)))
+    lines = shortened(lines, 40)
+    if run.flags:
+        lines += ["", "The same with every flag, whatever the defaults will be, into another directory:"]
+        lines.append(full_command({**run.flags, "out_dir": "out/again"}))
+    return preformatted("\n".join(lines))
+
+
+def full_command(flags: Mapping[str, object]) -> str:
+    """The command that gives train.py these flags, each of them spelled out."""
+    words = ["python", "train.py"]
+    for field in fields(Flags):
+        value = flags.get(field.name)
+        if field.name in ("resume", "dry_run", "processes", "vocab_size") or value is False or value in (None, "", []):
+            continue
+        given = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{field.name}", *map(str, given)]
+    return shlex.join(words)
 
 
 SECTIONS: dict[str, Callable[[Run, Path], str]] = {
@@ -405,7 +423,7 @@ class Arguments:
     out_dir: tuple[Path, ...]
     """run directory to report; several, or globs, to compare"""
     readme: Path | None = None
-    """Markdown file whose sections are filled; None: README.md for one run, no file for several"""
+    """Markdown file whose sections are filled; by default README.md for one run, no file for several"""
     check: bool = False
     """change nothing; print what would change and exit 1 if anything would"""
 

@@ -2,13 +2,14 @@
 
 import html
 import json
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import TINY_FLAGS
+from conftest import TINY_FLAGS, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +53,20 @@ def update(run: Path, readme: Path, *flags: str) -> int:
 
 def section(text: str, name: str) -> str:
     return text.split(f"<!--AUTO:{name}:START-->\n")[1].split(f"<!--AUTO:{name}:END-->")[0]
+
+
+@pytest.mark.slow
+def test_the_command_with_every_flag_gives_the_same_run(finished_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(ALL, encoding="utf-8")
+    assert update_readme.main(["--out_dir", str(finished_run), "--readme", str(readme)]) == 0
+    shown = html.unescape(section(readme.read_text(encoding="utf-8"), "REPRO"))
+    (command,) = (line for line in shown.splitlines() if line.startswith("python train.py --"))
+    words = shlex.split(command)[2:]
+    assert "--target_loss" in words and "--lr" in words and len([word for word in words if word[:2] == "--"]) > 40
+    assert train.main(words) == 0
+    assert rows(Path("out/again")) == rows(finished_run)
 
 
 def test_fills_every_section_and_nothing_else(run, tmp_path):
