@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 DEMO_CORPUS = Path("pydoc_data.topics")  # the language reference that ships inside every Python
+DEMO_PROMPT = "Every object has an identity, a type and a value."
 VOCAB_SIZE = 50_257
 Amp = Literal["auto", "off", "bf16", "fp16"]
 AT_THE_START = tyro.conf.arg(help_behavior_hint="(default: decided at the start)")
@@ -49,7 +50,7 @@ class RunFlags:
     resume: str = "auto"
     """auto: continue the run in out_dir, if any; never: move it aside, start anew; or a last.pt to continue from"""
     init_from: Path | None = None
-    """checkpoint whose weights a new run starts from, with a fresh optimizer"""
+    """run directory or checkpoint whose weights a new run starts from, with a fresh optimizer"""
     seed: Annotated[int, Between(0, 2**63 - 1)] = 1337
     """of weights, slices, dropout and sampled text, each with a stream of its own"""
     dry_run: bool = False
@@ -173,7 +174,8 @@ class ReportingFlags:
     sample_every: Annotated[int, Between(1, 10**9)] = 250
     """steps between text samples"""
     prompt: str = ""
-    """start of sampled text; \\n, \\t and \\\\ are decoded; empty: the corpus's first words"""
+    """start of sampled text; \\n, \\t and \\\\ are decoded; empty: the text's first words, or a sentence of the text
+    that ships with Python"""
     num_prompts: Annotated[int, Between(0, 256)] = 2
     """samples drawn from the prompt each time; 0: none"""
     max_new_tokens: Annotated[int, Between(1, 65_536)] = 200
@@ -205,11 +207,11 @@ class Flags(
         """The same flags with every `None` replaced, except those of `choose_runtime`."""
         decay_steps = self.steps if self.decay_steps is None else self.decay_steps
         lr = {"muon": 6e-3, "adamw": 1e-3}[self.optimizer] if self.lr is None else self.lr
+        of_python = self.input_file == (DEMO_CORPUS,)
         decided = dict(
             out_dir=self.default_out_dir() if self.out_dir is None else self.out_dir,
-            max_tokens=(1500 if self.input_file == (DEMO_CORPUS,) else 0)
-            if self.max_tokens is None
-            else self.max_tokens,
+            max_tokens=(1500 if of_python else 0) if self.max_tokens is None else self.max_tokens,
+            prompt=self.prompt or of_python * DEMO_PROMPT,
             decay_steps=decay_steps,
             warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
             lr=lr,
@@ -339,7 +341,7 @@ PRESETS: dict[str, dict] = {
     "demo": dict(
         input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,
         batch_size=4, steps=600, decay_steps=300, lr=4e-3, init_std=0.07, log_every=10, save_every=200,
-        sample_every=200, num_prompts=1, temperature=0.0, max_new_tokens=120,
+        sample_every=200, num_prompts=1, temperature=0.0, max_new_tokens=69,
     ),
     "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512, decay_steps=900),
     "gpt2": dict(decay_steps=900),

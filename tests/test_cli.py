@@ -228,7 +228,7 @@ def test_compiled_equals_eager(launch):
 def test_without_a_target_none_is_spoken_of(launch):
     assert launch("run", "--steps=10", "--target_loss=0") == 0
     log = log_text(Path("run"))
-    assert re.search(r"ETA \d:\d\d:\d\d to step 10\n", log) and "; no target" in log
+    assert re.search(r"ETA \d:\d\d:\d\d \(\w+ \d\d:\d\d\) to step 10\n", log) and "; no target" in log
     assert "the target" not in log and "Target" not in log
 
 

@@ -48,6 +48,7 @@ def commands_of(script: str, pages: list[Path] = PAGES) -> list[list[str]]:
     found = []
     for language, line in (command for page in pages for command in commands_in(TEXT[page])):
         for part in re.split(r"&&|;|\{|\}", re.split(r"(?:^|\s)#", line)[0]):
+            part = part.replace("$lr", "1e-3")  # of a loop
             words = shlex.split(part.replace("\\", "/") if language == "powershell" else part)
             if script in words:
                 found.append(words[words.index(script) + 1 :])
