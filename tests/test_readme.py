@@ -84,7 +84,7 @@ def test_no_command_writes_into_the_run_that_is_shown():
 def test_every_flag_named_is_a_flag():
     known = {field.name for options in SCRIPTS.values() for field in fields(options)}
     foreign = {"help", "index", "standalone", "nproc_per_node", "max_restarts"}  # of any program, pip and torchrun
-    foreign |= {"dist", "force"}  # pytest
+    foreign |= {"dist", "force", "local", "repo"}  # pytest; hf's --local-dir and --repo-type
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z0-9_]+)", TEXT[page]))
         assert named - foreign <= known, (page.name, named - foreign - known)
@@ -117,7 +117,7 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_every_page_of_the_docs_is_reached_from_the_readme():
-    linked = set(re.findall(r"\]\((docs/[^)#]+)", README))
+    linked = set(re.findall(r"\]\((docs/[^)#]+\.md)", README))
     assert linked == {page.relative_to(ROOT).as_posix() for page in PAGES[1:]}
 
 
