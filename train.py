@@ -678,7 +678,6 @@ class Trainer:
 # Saver
 # ---------------------------------------------------------------------------------------------
 
-
 REDRAW_SEC = 60  # between two plots of a run that goes on
 
 
@@ -930,10 +929,8 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
         if stop in COMPLETE or p.step != saver.saved_step:
             saver.save()
             saver.writer.finish()
-        if (
-            stop == "SIGINT" and p.step != p.sampled_step
-        ):  # someone is there to read it; a resumed run draws its own at the usual steps
-            saver.sample(tokenizer)
+        if stop == "SIGINT" and p.step != p.sampled_step:
+            saver.sample(tokenizer)  # for who pressed Ctrl-C; a continued run cuts it off again
     return stop
 
 
