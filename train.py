@@ -842,6 +842,7 @@ class Saver:
 # The loop
 # ---------------------------------------------------------------------------------------------
 
+OUT_OF_MEMORY = "Out of memory: choose a smaller --seq_len or --preset, or fewer --num_prompts. (%s)"
 RUN_IS_OVER = 1000  # what rank 0 tells the others then, instead of the number of a signal
 
 
@@ -1043,7 +1044,7 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
         saver.writer.finish()
         if not is_out_of_memory(error):
             raise
-        log.error("Out of memory: choose a smaller --seq_len or --preset, or fewer --num_prompts. (%s)", error)
+        log.error(OUT_OF_MEMORY, error)
     return 1
 
 
@@ -1052,10 +1053,16 @@ def rehearse(setup: Setup, trainer: Trainer) -> int:
     config = setup.config
     configure_torch(config)
     announce(setup, trainer.progress, loss_floor(setup.corpus.tokens, config.seq_len))
-    for _ in range(2):  # the first step of a process takes longer
-        started = time.perf_counter()
-        trainer.ranks.largest(0)
-        trainer.update()
+    try:
+        for _ in range(2):  # the first step of a process takes longer
+            started = time.perf_counter()
+            trainer.ranks.largest(0)
+            trainer.update()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        log.error(OUT_OF_MEMORY, error)
+        return 1
     trainer.ranks.largest(RUN_IS_OVER)
     seconds, memory = time.perf_counter() - started, peak_memory(config.device)
     for line in report.rehearsal(config, seconds, memory, setup.run.free_bytes()):
