@@ -185,8 +185,8 @@ class ReportingFlags:
     temperature: Annotated[float, Between(0, 100)] = 0.9
     """divides the logits before sampling; 0: always the likeliest token"""
     tensorboard: bool = False
-    """show the whole run in TensorBoard, from the first step on whenever it is turned on (pip install tensorboard); a
-    start without it empties what is in tensorboard/ of the run directory, where the steps to come would be missing"""
+    """write events for TensorBoard (pip install tensorboard) of the whole run, whenever this is turned on; a start
+    without it empties those of earlier starts, in which its own steps would be missing"""
 
 
 @dataclass(frozen=True)

@@ -236,12 +236,12 @@ class RunDir:
         while (target := self.root / f"earlier-{number}").exists():
             number += 1
         target.mkdir()
+        if self.events.exists():  # an open TensorBoard gets stuck where its file is gone; `shown` empties it
+            shutil.copytree(self.events, target / self.events.name)
         # Checkpoints last: until they are gone, a start after a kill in here takes up the old run again.
         for name in ("logs", "samples", "config.json", "results.json", "tokenizer.json", "checkpoints"):
             if (self.root / name).exists():
                 (self.root / name).rename(target / name)
-        if self.events.exists():  # a TensorBoard that is open never lets go of a file that went away; see `shown`
-            shutil.copytree(self.events, target / self.events.name)
         return target
 
     def clean(self) -> None:

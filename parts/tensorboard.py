@@ -12,6 +12,7 @@ from parts.config import Config
 from parts.files import METRICS, RunDir, append_whole, read_json
 
 log = logging.getLogger("train")
+EVENTS = "events.out.tfevents.{}.train"  # name of a file; those of other programs end otherwise
 BLOCK = re.compile(r"^={80}\nSTEP (\d+)\n\n(.*?)\n*(?=^={80}\nSTEP \d+\n|\Z)", re.MULTILINE | re.DOTALL)  # of samples
 RESULTS = {"best_loss", "best_step", "corpus_loss", "perplexity", "bits_per_byte", "val_loss", "val_perplexity"}
 
@@ -20,16 +21,15 @@ RESULTS = {"best_loss", "best_step", "corpus_loss", "perplexity", "bits_per_byte
 def shown(run: RunDir, config: Config) -> Iterator[None]:
     """Around a run: events of all of it with --tensorboard, else none. What is in their way costs the run nothing."""
     board = None
-    with run.attempt("TensorBoard's events"):
-        for path in run.events.glob("*tfevents*"):  # emptied first: an open TensorBoard is stuck where its file is gone
+    with run.attempt("TensorBoard's events"):  # an open TensorBoard gets stuck where its file is gone: first empty it
+        for path in sorted(run.events.glob(EVENTS.format("*")), reverse=True):
             path.write_bytes(b"") if path.stat().st_size else path.unlink()
     if config.tensorboard:
         try:
             board = Board(run, config)
             log.info("Events for TensorBoard: %s; to see them: tensorboard --logdir %s", run.events, run.root)
         except Exception as error:  # versions of TensorBoard, protobuf and NumPy fail together in many ways
-            why = str(error).partition("\n")[0]
-            log.warning("Going on without --tensorboard, which needs: pip install tensorboard (%s)", why)
+            log.warning("Going on without --tensorboard (pip install tensorboard): %s", str(error).partition("\n")[0])
     run.also = None if board is None else board.append
     try:
         yield
@@ -58,7 +58,7 @@ class Board:
         from torch.utils.tensorboard.summary import hparams, text
 
         self.run, self.Event, self.Summary, self.text = run, Event, Summary, text
-        self.path = run.events / f"events.out.tfevents.{time.time():.6f}"
+        self.path = run.events / EVENTS.format(f"{time.time():.6f}")
         self.waiting = io.BytesIO()
         self.records = RecordWriter(self.waiting)
 
@@ -105,7 +105,7 @@ class Board:
         results = read_json(self.run.results_json)
         if (reason := results.get("stop_reason", "running")) != "running":
             values = {f"results/{k}": v for k, v in results.items() if k in RESULTS and v is not None}
-            self.record(results["final_step"], time.time(), summary=self.scalars(values))
+            self.record(results.get("final_step", 0), time.time(), summary=self.scalars(values))
             if reason not in ("interrupted", "failed"):
                 self.record(0, time.time(), summary=self.session_end)
             self.flush()
