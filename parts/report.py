@@ -304,7 +304,7 @@ def launch_record(
 
 def changes(saved: dict, config: Config) -> str:
     """The flags that differ from those of a checkpoint's config; empty when none does."""
-    unimportant = ("resume", "out_dir", "preset", "processes", "dry_run")
+    unimportant = ("resume", "out_dir", "preset", "processes", "dry_run", "tensorboard")
     return ", ".join(
         f"--{name} {saved.get(name, 'unknown')!r} -> {value!r}"
         for name, value in config.as_dict().items()
