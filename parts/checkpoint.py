@@ -14,6 +14,7 @@ from parts.files import RunDir, read_if_there, read_json, replacing
 from parts.machine import is_out_of_memory
 
 CHECKPOINT_FORMAT = 3
+FOLDER = 0x10  # among the attributes of a zip archive's member
 COMPLETE = ("target", "patience", "steps")  # reasons to stop that end a run; signals only interrupt it
 WEIGHT_BYTES, STATE_BYTES = 4, 12  # of a parameter: in fp32, and with both moments of AdamW (with Muon it is less)
 
@@ -78,6 +79,8 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ValueError("packed, which PyTorch never does")
+            if any(member.external_attr & FOLDER for member in archive.infolist()):
+                raise ValueError("marked as a folder, of which PyTorch reads nothing and leaves memory as it was")
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -163,7 +164,9 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
     content |= {"corpus_sha256": "x", "corpus_tokens": 3, "val_sha256": "", "tokenizer": {"content": ""}}
     good, path = saved(content), tmp_path / "last.pt"
     refused = 0
-    for position in random.Random(0).sample(range(8 * len(good)), 1500):
+    members = [match.start() for match in re.finditer(b"PK\x01\x02", good)]
+    folders = [8 * (start + 38) + 4 for start in members]  # the bit that makes a folder of a member
+    for position in [*folders, *random.Random(0).sample(range(8 * len(good)), 1500)]:
         damaged = bytearray(good)
         damaged[position // 8] ^= 1 << position % 8
         path.write_bytes(damaged)
