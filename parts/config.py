@@ -100,7 +100,8 @@ class BatchFlags:
     warmup_steps: Annotated[int | None, Between(0, 10**9)] = None
     """steps of linear warm-up; by default 200, but at most a tenth of decay_steps"""
     decay_steps: Annotated[int | None, Between(1, 10**9)] = None
-    """step at which min_lr is reached; by default steps; a continued run keeps what it has"""
+    """step at which min_lr is reached; by default the preset's, or --steps if that is given; a continued run keeps what
+    it has"""
     schedule: Literal["linear", "cosine"] = "linear"
     """line or half a cosine by which the learning rate falls from lr to min_lr"""
 
