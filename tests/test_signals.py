@@ -42,8 +42,9 @@ def start(tmp_path, text_file):
     def run(*program: str, steps: int, rows: int = 0, sign: str = "") -> subprocess.Popen:
         flags = [*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", f"--steps={steps}", "--log_every=1"]
         process = subprocess.Popen(
-            [sys.executable, *program, *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            [sys.executable, *program, *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in a shell's background ignore it
+        )  # fmt: skip
         file, deadline = tmp_path / (sign or "run/logs/train_metrics.csv"), time.monotonic() + 60
         while time.monotonic() < deadline and not (
             file.exists() and file.read_bytes().count(b"\n") >= (rows and rows + 1)
