@@ -44,10 +44,11 @@ OTHER_NAMES = {  # of other programs: the flag here
     "dtype": "amp",
     "prompt_file": "prompt",
 }
+EPOCHS = "one pass over the text is as many steps as the log calls a pseudo-epoch"
 REMARKS = {  # where the flag here does not say the same
-    "epochs": "one pass over the text is as many steps as the log calls a pseudo-epoch",
-    "num_epochs": "one pass over the text is as many steps as the log calls a pseudo-epoch",
-    "num_train_epochs": "one pass over the text is as many steps as the log calls a pseudo-epoch",
+    "epochs": EPOCHS,
+    "num_epochs": EPOCHS,
+    "num_train_epochs": EPOCHS,
     "context_length": "the tokens of a slice; --block_size are the positions that the model has",
     "prompt_file": "sample.py has a --prompt_file",
 }

@@ -161,6 +161,19 @@ def prompt_disk(monkeypatch):
 
 
 @pytest.fixture
+def before_step(monkeypatch):
+    """Do something before these steps, each once."""
+    update, actions = train.Trainer.update, {}
+
+    def acting(trainer: train.Trainer):
+        actions.pop(trainer.progress.step + 1, lambda: None)()
+        return update(trainer)
+
+    monkeypatch.setattr(train.Trainer, "update", acting)
+    return actions.update
+
+
+@pytest.fixture
 def launch(tmp_path, text_file, monkeypatch):
     """Run train.main in a directory of its own; a later flag overrides an earlier one."""
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS, assert_same_run, log_text, rows
 
-import train
 from parts.checkpoint import STATE_BYTES, WEIGHT_BYTES, load_checkpoint
 from parts.config import Config
 from parts.files import RunDir, replacing, temporary
@@ -45,19 +44,6 @@ def small_disk(tmp_path):
     yield mount
     if os.path.ismount(place):
         subprocess.run(["umount", "-l", place], check=True)
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """Do something before these steps."""
-    update, actions = train.Trainer.update, {}
-
-    def acting(trainer: train.Trainer):
-        actions.pop(trainer.progress.step + 1, lambda: None)()
-        return update(trainer)
-
-    monkeypatch.setattr(train.Trainer, "update", acting)
-    return actions.update
 
 
 def test_too_little_room_is_refused_before_training(small_disk, launch, capsys):
@@ -99,7 +85,7 @@ def test_resuming_counts_what_it_will_replace(launch, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_and_is_cleared(small_disk, at_step, launch, plots):
+def test_a_disk_that_fills_up_and_is_cleared(small_disk, before_step, launch, plots):
     """No file is lost: the plot, too, is there in the end."""
     disk = small_disk(90, "tmpfs")
     filler = disk / "filler"
@@ -115,7 +101,7 @@ def test_a_disk_that_fills_up_and_is_cleared(small_disk, at_step, launch, plots)
 
     flags = [*FLAGS, "--save_every=8"]
     assert launch("whole", *flags) == 0
-    at_step({10: fill_up, 22: filler.unlink})
+    before_step({10: fill_up, 22: filler.unlink})
     assert launch(str(disk / "run"), *flags) == 0
     log = log_text(disk / "run")
     assert log.count("| ERROR |") == 1 and log.count("Could not write") == 1, "reported once"
@@ -125,12 +111,12 @@ def test_a_disk_that_fills_up_and_is_cleared(small_disk, at_step, launch, plots)
 
 
 @pytest.mark.slow
-def test_a_disk_that_stays_full(small_disk, at_step, launch, prompt_disk):
+def test_a_disk_that_stays_full(small_disk, before_step, launch, prompt_disk):
     """The run ends with exit code 1 and the old checkpoint; with room again, the same command goes on from there."""
     disk = small_disk(90, "tmpfs")
     filler = disk / "filler"
     assert launch("whole", *FLAGS) == 0
-    at_step({10: lambda: filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - 5_000_000))})
+    before_step({10: lambda: filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - 5_000_000))})
     assert launch(str(disk / "run"), *FLAGS) == 1
     assert load_checkpoint(disk / "run/checkpoints/last.pt")["step"] == 8
     assert "At the end, step 32, these could not be written: " in log_text(disk / "run")
@@ -162,9 +148,9 @@ def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
 
 
 @pytest.mark.slow
-def test_a_directory_that_is_removed_during_the_run(at_step, launch, prompt_disk):
+def test_a_directory_that_is_removed_during_the_run(before_step, launch, prompt_disk):
     assert launch("whole", *FLAGS) == 0
-    at_step({10: lambda: shutil.rmtree("run")})
+    before_step({10: lambda: shutil.rmtree("run")})
     assert launch("run", *FLAGS) == 0
     assert log_text(Path("run")).count("Could not write") == 1
     assert rows(Path("run")) == rows(Path("whole"))[9:], "the rows from there on, below a header"
@@ -174,15 +160,15 @@ def test_a_directory_that_is_removed_during_the_run(at_step, launch, prompt_disk
 
 
 @pytest.mark.slow
-def test_the_place_of_a_directory_is_not_made_again(at_step, launch, prompt_disk):
+def test_the_place_of_a_directory_is_not_made_again(before_step, launch, prompt_disk):
     """A disk that was unplugged must not get a double in the folder it was mounted on."""
-    at_step({10: lambda: shutil.rmtree("mounted")})
+    before_step({10: lambda: shutil.rmtree("mounted")})
     assert launch("mounted/run", *FLAGS) == 1
     assert not Path("mounted").exists()
 
 
 @pytest.mark.slow
-def test_a_csv_that_another_program_keeps(at_step, launch, prompt_disk):
+def test_a_csv_that_another_program_keeps(before_step, launch, prompt_disk):
     """As Excel does under Windows: checkpoints go on, and its rows wait, in the checkpoint too."""
     metrics, aside = Path("run/logs/train_metrics.csv"), Path("run/logs/open in Excel")
 
@@ -195,12 +181,12 @@ def test_a_csv_that_another_program_keeps(at_step, launch, prompt_disk):
         aside.rename(metrics)
 
     assert launch("whole", *FLAGS) == 0
-    at_step({10: keep, 21: release})
+    before_step({10: keep, 21: release})
     assert launch("run", *FLAGS) == 0
     assert_same_run(Path("whole"), Path("run"))
 
     shutil.rmtree("run")
-    at_step({10: keep})
+    before_step({10: keep})
     assert launch("run", *FLAGS) == 1, "not all of it could be written"
     assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 32
     release()

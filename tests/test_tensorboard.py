@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_FLAGS, log_text
 
-import train
 from parts.checkpoint import load_checkpoint
 from parts.config import Config
 from parts.files import METRICS
@@ -60,19 +59,6 @@ def assert_the_whole_run_is_shown(run: str) -> None:
     code = {int(step): "\n" + block for step, _, block in (block.strip("\n").partition("\n\n") for block in blocks)}
     assert found.pop(SAMPLES) == {step: block.replace("\n", "\n    ")[1:] for step, block in code.items()}
     assert all(tag.startswith(("_hparams_/", "results/")) for tag in found), found.keys()
-
-
-@pytest.fixture
-def before_step(monkeypatch):
-    """Do something before these steps, each once."""
-    update, actions = train.Trainer.update, {}
-
-    def acting(trainer: train.Trainer):
-        actions.pop(trainer.progress.step + 1, lambda: None)()
-        return update(trainer)
-
-    monkeypatch.setattr(train.Trainer, "update", acting)
-    return actions.update
 
 
 def die() -> None:
