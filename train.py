@@ -63,6 +63,7 @@ with packages_of("train.py", __name__):
         autocast,
         configure_torch,
         exit_code,
+        first_words,
         for_sampling,
         is_out_of_memory,
         largest_divisor,
@@ -509,8 +510,7 @@ class Trainer:
         except Exception as error:  # Inductor, Triton and C++ compilers fail in many ways
             if is_out_of_memory(error):
                 raise
-            reason = str(error).strip().partition("\n")[0]
-            log.warning("torch.compile failed, going on without: %s: %s", type(error).__name__, reason)
+            log.warning("torch.compile failed, going on without: %s: %s", type(error).__name__, first_words(error))
             self.config, self.forward = replace(self.config, compile="off"), self.model
             return "torch.compile failed, see the log"
         finally:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from textwrap import shorten
 
 import torch
 import torch.distributed as dist
@@ -237,6 +238,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     """PyTorch has an exception for it, which not all of its parts raise."""
     words = r"out of memory|allocate memory|ALLOC_FAILED"  # MPS, the CPU's allocator, cuBLAS
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(words, str(error)) is not None
+
+
+def first_words(error: BaseException) -> str:
+    """One line of a long message: its first two lines, and a compiler's first complaint."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    complaints = [line for line in lines[2:] if "error:" in line]
+    return shorten(" ".join([*lines[:2], *complaints[:1]]), width=300, placeholder=" ...")
 
 
 TO_MEET = timedelta(minutes=3)  # gloo's connections sometimes fail without a word

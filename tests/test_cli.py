@@ -200,13 +200,16 @@ def test_a_reader_that_goes_away_stops_nobody(tmp_path, text_file):
 def test_a_compiler_that_fails_is_reported_and_done_without(launch, monkeypatch):
     def broken(_model, **_options):
         def forward(*_arguments):
-            raise RuntimeError("Compiler: cl is not found.\nmore")
+            raise RuntimeError(
+                "backend raised:\n\nCompiler: cl is not found.\nCommand:\ncl x.cpp\nx.cpp:1: error: no header\n"
+            )
 
         return forward
 
     monkeypatch.setattr(torch, "compile", broken)
     assert launch("run", "--compile=on") == 0
-    assert "torch.compile failed, going on without: RuntimeError: Compiler: cl is not found." in log_text(Path("run"))
+    reason = "RuntimeError: backend raised: Compiler: cl is not found. x.cpp:1: error: no header\n"
+    assert f"torch.compile failed, going on without: {reason}" in log_text(Path("run"))
     config = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
     assert config["config"]["compile"] == "off" and config["reasons"]["compile"] == "torch.compile failed, see the log"
     assert load_checkpoint(Path("run/checkpoints/last.pt"))["config"]["compile"] == "off", "for the next launch"
