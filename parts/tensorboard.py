@@ -14,6 +14,7 @@ from parts.files import METRICS, RunDir, append_whole, read_json
 log = logging.getLogger("train")
 EVENTS = "events.out.tfevents.{}.train"  # name of a file; those of other programs end otherwise
 BLOCK = re.compile(r"^={80}\nSTEP (\d+)\n\n(.*?)\n*(?=^={80}\nSTEP \d+\n|\Z)", re.MULTILINE | re.DOTALL)  # of samples
+GROUPS = dict(lr="optimizer", grad_norm="optimizer", tokens="speed", tokens_per_sec="speed", elapsed_sec="speed")
 RESULTS = {"best_loss", "best_step", "corpus_loss", "perplexity", "bits_per_byte", "val_loss", "val_perplexity"}
 
 
@@ -66,7 +67,12 @@ class Board:
         times = {row["step"]: row["elapsed_sec"] for row in rows_of(files[run.metrics_csv])}
         elapsed, began = 0.0, time.time() - max(times.values(), default=0.0)  # had it run without a break
         flags = {name: ", ".join(v) if isinstance(v, list) else v for name, v in config.as_dict().items()}
-        compared = ["results/best_loss", "results/corpus_loss", "window_loss", *["val_loss"] * config.validates]
+        compared = [
+            "results/best_loss",
+            "results/corpus_loss",
+            "loss/window_loss",
+            *["loss/val_loss"] * config.validates,
+        ]
         experiment, session, self.session_end = hparams(flags, dict.fromkeys(compared, 0))
         self.record(0, began, file_version="brain.Event:2")
         self.record(0, began, session_log=SessionLog(status=SessionLog.START))  # to readers: forget all from step 0 on
@@ -82,7 +88,8 @@ class Board:
         """Step and summary of each row or block in a text from metrics or samples; of other files nothing."""
         if path == self.run.metrics_csv:
             for row in rows_of(content):
-                yield int(row.pop("step")), self.scalars(row)
+                step = int(row.pop("step"))
+                yield step, self.scalars({f"{GROUPS.get(name, 'loss')}/{name}": value for name, value in row.items()})
         elif path == self.run.samples_txt:
             for step, block in dict(BLOCK.findall(content)).items():
                 yield int(step), self.text("samples", "    " + block.replace("\n", "\n    "))  # in Markdown: verbatim

@@ -15,6 +15,7 @@ from conftest import ROOT, TINY_FLAGS, log_text
 from parts.checkpoint import load_checkpoint
 from parts.config import Config
 from parts.files import METRICS
+from parts.tensorboard import GROUPS
 
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 FLAGS = ["--lr=0.01", "--decay_steps=10", "--warmup_steps=2", "--amp=off"]
@@ -43,11 +44,12 @@ def told(run: str) -> dict[str, dict[int, object]]:
 
 
 def columns(run: str) -> dict[str, dict[int, float]]:
-    """The same of the CSV."""
+    """The same of the CSV, a tag for each column."""
     with open(Path(run, "logs/train_metrics.csv"), encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     names = [name for name in METRICS if name != "step" and any(row[name] for row in table)]
-    return {name: {int(row["step"]): float(row[name]) for row in table if row[name]} for name in names}
+    tags = {name: f"{GROUPS.get(name, 'loss')}/{name}" for name in names}
+    return {tags[name]: {int(row["step"]): float(row[name]) for row in table if row[name]} for name in names}
 
 
 def assert_the_whole_run_is_shown(run: str) -> None:
@@ -76,7 +78,9 @@ def test_a_run_is_shown_row_by_row_with_samples_flags_and_results(launch):
     reader = EventAccumulator("run/tensorboard").Reload()
     for name, steps in columns("run").items():
         assert {one.step: one.value for one in reader.Scalars(name)} == pytest.approx(steps, rel=1e-6)
-    assert {"loss", "window_loss", "val_loss", "lr", "grad_norm", "tokens_per_sec"} <= set(reader.Tags()["scalars"])
+    losses = {"loss/loss", "loss/window_loss", "loss/val_loss"}  # the first group, which is open when the page opens
+    others = {"optimizer/lr", "optimizer/grad_norm", "speed/tokens_per_sec"}
+    assert losses | others <= set(reader.Tags()["scalars"]) and min(reader.Tags()["scalars"]).startswith("loss/")
 
     results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
     found = told("run")
@@ -103,7 +107,7 @@ def test_a_run_broken_off_again_and_again_shows_what_the_whole_run_shows(launch,
     assert_the_whole_run_is_shown("parts")
     whole, parts = told("whole"), told("parts")
     assert {tag: list(steps) for tag, steps in parts.items()} == {tag: list(steps) for tag, steps in whole.items()}
-    for tag in whole.keys() - {"tokens_per_sec", "elapsed_sec", "_hparams_/session_start_info"}:
+    for tag in whole.keys() - {"speed/tokens_per_sec", "speed/elapsed_sec", "_hparams_/session_start_info"}:
         assert parts[tag] == whole[tag], tag
 
 
@@ -130,12 +134,12 @@ def test_a_killed_run_loses_nothing(launch, tmp_path, text_file):
         time.sleep(0.02)
     process.kill()
     process.wait()
-    rows = set(columns("run")["loss"])
-    assert len(rows) >= 12 and len(rows ^ set(told("run")["loss"])) <= 1, "the row of the last instant"
+    rows = set(columns("run")["loss/loss"])
+    assert len(rows) >= 12 and len(rows ^ set(told("run")["loss/loss"])) <= 1, "the row of the last instant"
     step = load_checkpoint(last)["step"]
     assert launch("run", *ON, "--log_every=1", f"--steps={step + 3}") == 0
     assert_the_whole_run_is_shown("run")
-    assert list(told("run")["loss"]) == list(range(1, step + 4))
+    assert list(told("run")["loss/loss"]) == list(range(1, step + 4))
 
 
 @needs_tensorboard
@@ -146,7 +150,7 @@ def test_turned_on_and_off_at_any_time(launch, capsys):
     assert launch("run", *ON, "--steps=6") == 0
     assert_the_whole_run_is_shown("run")
     times = {event.step: event.wall_time for event in events("run") if event.summary.value[:1]}
-    elapsed = columns("run")["elapsed_sec"]
+    elapsed = columns("run")["speed/elapsed_sec"]
     assert times[4] - times[1] == pytest.approx(elapsed[4] - elapsed[1], abs=1e-3), "the relative axis is right"
     assert launch("run", *FLAGS, "--steps=8") == 0
     assert events("run") == [], "rather than a run that seems to have ended at step 6"
@@ -178,9 +182,9 @@ def test_a_fresh_start_leaves_the_old_events_to_the_old_run(launch):
     assert launch("run", *ON, "--steps=2", "--resume=never", "--seed=2") == 0
     assert told("run/earlier-1") == old
     assert_the_whole_run_is_shown("run")
-    assert list(told("run")["loss"]) == [1, 2]
+    assert list(told("run")["loss/loss"]) == [1, 2]
     assert launch("run", *FLAGS, "--steps=2", "--resume=never") == 0
-    assert list(told("run/earlier-2")["loss"]) == [1, 2] and events("run") == []
+    assert list(told("run/earlier-2")["loss/loss"]) == [1, 2] and events("run") == []
 
 
 @pytest.mark.slow
@@ -204,7 +208,7 @@ def test_a_tensorboard_that_is_open_shows_no_step_twice(launch, prompt_disk, bef
     def seen() -> list[int]:
         reader.AddRunsFromDirectory(".")
         reader.Reload()
-        return [one.step for one in reader.Tensors("run/tensorboard", "loss")]
+        return [one.step for one in reader.Tensors("run/tensorboard", "loss/loss")]
 
     before_step({4: lambda: looked.append(seen()), 7: die})
     looked: list[list[int]] = []
@@ -236,7 +240,7 @@ def test_a_place_that_cannot_be_written_costs_the_run_nothing(launch, before_ste
     assert launch("run", *ON) == 0
     log = log_text(Path("run"))
     assert log.count("Could not write TensorBoard's events") == log.count("ERROR") == 1
-    assert "Training complete." in log and list(columns("run")["loss"]) == [1, 2, 4, 6, 8]
+    assert "Training complete." in log and list(columns("run")["loss/loss"]) == [1, 2, 4, 6, 8]
     if for_good:
         give_back()
         assert launch("run", *ON, "--steps=9") == 0
