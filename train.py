@@ -834,8 +834,7 @@ class Saver:
             with self.run.attempt("best.pt"):
                 self._write_best(best, self.trainer.description())
                 self._report_best(best)
-        if self.saved_step:
-            self.publish("failed")
+        self.publish("failed")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1073,7 +1072,7 @@ def rehearse(setup: Setup, trainer: Trainer) -> int:
 def open_and_train(setup: Setup, trainer: Trainer) -> int:
     """Bring the run directory to where training starts, then train. Returns the exit code; raises OSError."""
     run, earlier = setup.run, not setup.continues and setup.run.exists()
-    if earlier and (run.results_json.exists() or setup.config.resume == "never" or not run.is_ours()):
+    if earlier and (run.has_outcome() or setup.config.resume == "never" or not run.is_ours()):
         log.info("Moved the run that was here to %s", run.move_aside())
     run.claim()
     run.make()
@@ -1147,7 +1146,7 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
             if not answer:
                 return (rehearse if setup.config.dry_run else open_and_train)(setup, trainer)
             log.info(answer)
-            if setup.config.tensorboard:  # turned on when the run was over
+            if setup.config.tensorboard and not setup.config.dry_run:  # turned on when the run was over
                 setup.run.claim()
                 with shown(setup.run, setup.config):
                     pass

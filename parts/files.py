@@ -155,7 +155,7 @@ class RunDir:
         self.owner = root / "run.pid"  # of the process that holds the lock
         self.me = f"{os.getpid()} on {platform.node()}"
         self.unwritten: dict[Path, str] = {}  # lines that wait for the disk
-        self.refused: dict[str, int | None] = {}  # what could not be written of late, and the errno
+        self.refused: dict[str, int | str] = {}  # what could not be written of late, and why: an errno, or words
 
     def check_writable(self) -> None:
         """Raises OSError when a folder or file of the run could not be written, without writing one."""
@@ -198,6 +198,10 @@ class RunDir:
         """Whether what lies here was written by this program."""
         return self.owner.exists() or "launches" in read_json(self.config_json)
 
+    def has_outcome(self) -> bool:
+        """Whether results or the best weights of a run lie here, which a new one must not overwrite."""
+        return self.results_json.exists() or self.best.exists()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other trainers out; the system opens the lock of a process that is gone.
@@ -236,7 +240,7 @@ class RunDir:
         while (target := self.root / f"earlier-{number}").exists():
             number += 1
         target.mkdir()
-        if self.events.exists():  # an open TensorBoard gets stuck where its file is gone; `shown` empties it
+        if self.events.is_dir():  # an open TensorBoard gets stuck where its file is gone; `shown` empties it
             shutil.copytree(self.events, target / self.events.name)
         # Checkpoints last: until they are gone, a start after a kill in here takes up the old run again.
         for name in ("logs", "samples", "config.json", "results.json", "tokenizer.json", "checkpoints"):
@@ -300,8 +304,9 @@ class RunDir:
         if error is None:
             self.refused.pop(what, None)
             return
-        known = error.errno in self.refused.values() or (error.errno is None and self.refused)  # None: what follows
-        self.refused[what] = error.errno
+        cause = error.errno or str(error)
+        known = cause in self.refused.values()
+        self.refused[what] = cause
         if not known:
             room = ""
             with suppress(OSError):

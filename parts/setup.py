@@ -85,7 +85,14 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
     if previous is not None:
         # A rate that rises again would undo some of what the run has learned; and its weights began as they began.
         kept = {"decay_steps", "warmup_steps"} - set(typed(argv)) | {"init_from"}
+        if "init_from" in typed(argv) and config.init_from != previous.init_from:
+            raise ValueError(
+                f"--init_from {config.init_from} is for a new run, and {path} continues one: leave it out, or choose "
+                "another --out_dir"
+            )
         config = replace(config, **{name: getattr(previous, name) for name in kept})
+        if problems := config.contradictions():
+            raise ValueError("\n".join(f"{problem} (the run so far decides what is not given)" for problem in problems))
     config, reasons = choose_runtime(config, previous)
     tokenizer = choose_tokenizer(config, checkpoint)
     config = replace(config, vocab_size=tokenizer.n_vocab)

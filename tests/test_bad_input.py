@@ -268,6 +268,14 @@ def test_a_text_that_has_grown_and_weights_of_another_model(refused, tmp_path, c
     assert message.strip().endswith(": give --tokenizer gpt2")
 
 
+def test_weights_for_a_run_that_has_its_own(launch, capsys):
+    assert launch("first", "--steps=2") == launch("second", "--steps=2", "--init_from=first") == 0
+    assert launch("second", "--steps=4", "--init_from=first") == 0, "the same command goes on"
+    assert launch("second", "--steps=6", "--init_from=second") == 2
+    message = capsys.readouterr().err.replace("\\", "/")
+    assert "--init_from second is for a new run, and second/checkpoints/last.pt continues one: leave it out" in message
+
+
 def test_a_folder_of_another_program(refused, tmp_path):
     """Such as a model folder of Hugging Face's, which has a config.json too."""
     (tmp_path / "run").mkdir()

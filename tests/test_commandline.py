@@ -116,6 +116,7 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, text_file, monkeypatch, ca
     assert sorted(tmp_path.rglob("*")) == before
     assert train.main(flags) == 0
     files = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert train.main([*flags, "--dry_run", "--tensorboard"]) == 0, "of a run that is over"
     assert train.main([*flags, "--dry_run", "--steps=12"]) == 0, "of a run that goes on"
     assert "Plan: 12 steps" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files

@@ -147,6 +147,22 @@ def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
     assert 10 <= load_checkpoint(prev)["step"] <= step < 150, "one file, if it was between two renames"
 
 
+def test_each_cause_is_told_once(tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("parts.files.log.error", told.append)
+    run = RunDir(tmp_path)
+    full, no_owner = OSError(28, "No space left on device"), OSError("run was taken over by another train.py")
+    for what, error in (
+        ("the plot", OSError("ParseError: $")), ("last.pt", full), ("best.pt", full), ("lines", no_owner),
+        ("best.pt", no_owner), ("last.pt", None), ("best.pt", None), ("last.pt", full),
+    ):  # fmt: skip
+        run.note(what, error)
+    causes = ["the plot: ParseError", "last.pt: [Errno 28]", "lines: run was taken over", "last.pt: [Errno 28]"]
+    assert len(told) == len(causes)
+    for message, cause in zip(told, causes, strict=True):
+        assert message.startswith(f"Could not write {cause}")
+
+
 @pytest.mark.slow
 def test_a_directory_that_is_removed_during_the_run(before_step, launch, prompt_disk):
     assert launch("whole", *FLAGS) == 0

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,27 @@ def test_a_run_that_diverges_exits_1_and_leaves_no_bad_checkpoint(launch, prompt
     )
     assert torch.load("run/checkpoints/last.pt", weights_only=True)["step"] == 4, "none from inside the bad streak"
     assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "failed"
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_is_kept_as_failed(launch, monkeypatch):
+    monkeypatch.setattr(train, "MAX_SKIPPED_IN_A_ROW", 3)
+    accumulate = train.Trainer._accumulate
+    diverging = ["--save_every=100", "--target_window=2", "--log_every=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train.Trainer, "_accumulate", lambda trainer, step, slices: accumulate(trainer, step, slices) / (step <= 4)
+        )
+        assert launch("run", *diverging) == 1
+    assert "there is no checkpoint yet" in log_text(Path("run"))
+    assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "failed"
+    best, table = Path("run/checkpoints/best.pt").read_bytes(), rows(Path("run"))
+    for kept in ("run/earlier-1", "run/earlier-2"):  # of a run killed before its results the best weights are kept, too
+        assert launch("run", *diverging, "--steps=2", "--lr=0.001") == 0
+        assert Path(kept, "checkpoints/best.pt").read_bytes() == best and rows(Path(kept)) == table
+        shutil.rmtree("run/checkpoints")
+        shutil.copytree("run/earlier-1/checkpoints", "run/checkpoints")
+        shutil.copy("run/earlier-1/logs/train_metrics.csv", "run/logs")
+        Path("run/results.json").unlink()
 
 
 @pytest.mark.slow

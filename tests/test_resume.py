@@ -173,6 +173,22 @@ def test_more_steps_do_not_raise_the_rate_again_unless_asked_to(launch):
     assert "The learning rate rises here, from 1.00e-03 to 3.25e-03" in log_text(Path("run"))
 
 
+@pytest.mark.parametrize(
+    ("begun", "continued"),
+    [(["--decay_steps=4"], ["--warmup_steps=5"]), (["--decay_steps=8", "--warmup_steps=5"], ["--decay_steps=4"])],
+)
+def test_what_is_kept_must_go_with_what_is_given(launch, capsys, begun, continued):
+    """Or its checkpoints would hold flags that no start accepts."""
+    assert launch("run", "--steps=4", *begun) == 0
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert launch("run", "--steps=12", *continued) == 2
+    assert (
+        "--warmup_steps 5 exceeds --decay_steps 4 (the run so far decides what is not given)" in capsys.readouterr().err
+    )
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+    assert launch("run", "--steps=12", "--warmup_steps=2", "--decay_steps=12") == 0
+
+
 @pytest.mark.parametrize("resume", ["never", "auto"])
 def test_no_run_is_overwritten_by_a_fresh_one(launch, resume):
     """Also what is left of it: here, as in a clone that has no checkpoints."""
