@@ -929,8 +929,10 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
         if stop in COMPLETE or p.step != saver.saved_step:
             saver.save()
             saver.writer.finish()
-        if stop == "SIGINT" and p.step != p.sampled_step:
-            saver.sample(tokenizer)  # for who pressed Ctrl-C; a continued run cuts it off again
+        if stop == "SIGINT" and p.step != p.sampled_step and config.num_prompts:
+            log.info("Saved. A last sample; Ctrl-C leaves it out ...")
+            with suppress(KeyboardInterrupt):
+                saver.sample(tokenizer)  # a continued run cuts it off again
     return stop
 
 

@@ -291,7 +291,8 @@ class Config(Flags):
                 self.global_batch % self.processes,
             f"--micro_batch {self.micro_batch} does not divide {slices}{among}":
                 self.global_batch % self.processes == 0 and self.share % (self.micro_batch or 1),
-            f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}":
+            f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}"
+            + " (--steps, if it is not given)" * (self.decay_steps == self.steps):
                 self.warmup_steps > self.decay_steps,
             "--out_dir is empty or the current folder: name a folder for the run": self.out_dir == Path(),
             "--val_fraction and --val_file are two ways to validate: choose one": self.val_fraction and self.val_file,
@@ -342,7 +343,7 @@ PRESETS: dict[str, dict] = {
     "demo": dict(
         input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,
         batch_size=4, steps=600, decay_steps=300, lr=4e-3, init_std=0.07, log_every=10, save_every=200,
-        sample_every=200, num_prompts=1, temperature=0.0, max_new_tokens=69,
+        sample_every=50, num_prompts=1, temperature=0.0, max_new_tokens=69,
     ),
     "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512, decay_steps=900),
     "gpt2": dict(decay_steps=900),

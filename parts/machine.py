@@ -115,7 +115,7 @@ def choose_micro_batch(config: Config) -> tuple[int, str]:
     """How many slices to work on at once, and why."""
     if config.device != "cpu":
         return largest_divisor(config.share, config.batch_size), "--batch_size"
-    return largest_divisor(config.share, max(1, 2048 // config.seq_len)), "a CPU likes 2,048 tokens at once"
+    return largest_divisor(config.share, max(1, 2048 // config.seq_len)), "on a CPU at most 2,048 tokens at once"
 
 
 def choose_threads(config: Config) -> tuple[int, str]:
