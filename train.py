@@ -1008,7 +1008,9 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
     first_step = 1 if setup.checkpoint is None else setup.checkpoint["step"] + 1
     launches = read_json(run.config_json).get("launches") if first_step > 1 else None
     earlier = launches if isinstance(launches, list) else []
-    launch = report.launch_record(setup.argv, setup.config, setup.corpus, setup.reasons, first_step, earlier)
+    launch = report.launch_record(
+        setup.argv, setup.config, setup.corpus, setup.reasons, first_step, earlier, setup.checkpoint
+    )
     saver = Saver(run, trainer, launch, trainer.progress.step if setup.continues else 0)
     saver.write_config()
     try:

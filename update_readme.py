@@ -44,6 +44,7 @@ with packages_of("update_readme.py", __name__):
         overfitting,
         read_run,
         smoothed,
+        validation,
     )
 
 if TYPE_CHECKING:
@@ -93,7 +94,13 @@ def draw_loss_curve(out_dir: Path) -> Path:
     smooth, label = smoothed(table)
     axis.plot(table["step"], smooth, color="#08519c", linewidth=2, label=label)
     if has_values(table, "val_loss"):
-        axis.plot("step", "val_loss", data=table.dropna(subset=["val_loss"]), color="#d94801", label="validation loss")
+        measured = table.dropna(subset=["val_loss"])
+        present = measured["step"].isin(validation(run)["step"])
+        if present.any():
+            axis.plot("step", "val_loss", data=measured[present], color="#d94801", label="validation loss")
+        if not present.all():
+            label = "validation loss before, on another text or seq_len"
+            axis.plot("step", "val_loss", data=measured[~present], color="#fdbe85", label=label)
     drawn = [table["loss"].min(), table["loss"].max()]
     for key, name, colour in LEVELS:
         if (value := number(run.results, key)) and value > 0:
@@ -150,14 +157,14 @@ def write_plot(figure: "Figure", path: Path) -> Path:
 
 def curves(comparison: Comparison, run: Run) -> dict[str, pd.DataFrame]:
     """What is drawn of a run, by line style: tokens and loss, in the comparison's unit; training solid, validation
-    dashed."""
+    dashed, as far as it was measured on the present text."""
     table, bits = run.metrics, comparison.unit == "bits per byte"
     if not has_values(table, "tokens"):
         return {}
     training = table.get("bits_per_byte") if bits else smoothed(table)[0]
     losses = {
         "-": training if comparison.one_text else None,
-        "--": table.get("val_bits_per_byte" if bits else "val_loss"),
+        "--": validation(run).get("val_bits_per_byte" if bits else "val_loss"),
     }
     found = {}
     for dash, loss in losses.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 from parts.config import PRESETS, Config, Flags
 from parts.readme import INVISIBLE, cell, markdown_table, plain
-from parts.runs import Run, duration, has_values, latest, number, outcome, state
+from parts.runs import Run, duration, latest, lowest_validation, number, outcome, state, validation
 
 # Flags that say where things lie, or what is told of a run. Texts are compared by what is in them.
 REPORTING = {"input_file", "val_file", "out_dir", "resume", "cache_dir", "log_every", "save_every", "sample_every"}
@@ -141,7 +141,7 @@ def compare(found: list[Run]) -> "Comparison":
     runs = named(found)
     first, one_vocabulary = next(iter(runs)), len({run.vocabulary for run in runs.values()}) == 1
     check_comparable(runs, one_vocabulary)
-    without = [name for name, run in runs.items() if not has_values(run.metrics, "val_loss")]
+    without = [name for name, run in runs.items() if validation(run).empty]
     held_out = None if without else odd_one(runs, validation_text, one_vocabulary)
     learned = odd_one(runs, training_text, one_vocabulary)
     by_validation = not without and held_out is None
@@ -183,9 +183,8 @@ Measured = tuple[float, str]  # a loss, and its cell
 
 def lowest_validation_loss(run: Run, bits: bool) -> Measured | None:
     """That of the measurement whose weights are best.pt; None before the first."""
-    if not has_values(run.metrics, "val_loss"):
+    if (row := lowest_validation(run)) is None:
         return None
-    row = run.metrics.loc[run.metrics["val_loss"].idxmin()]
     value = row.get("val_bits_per_byte" if bits else "val_loss", math.nan)
     return (value, f"{value:.4f} at step {row['step']:,.0f}") if value == value else None
 

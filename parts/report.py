@@ -280,10 +280,16 @@ def launch_record(
     reasons: dict[str, str],
     first_step: int,
     earlier_launches: list[dict],
+    checkpoint: dict | None = None,
 ) -> dict:
-    """What config.json says of a launch; the commands of earlier ones of the same run are kept."""
+    """What config.json says of a launch; the commands of earlier ones of the same run are kept. Of one that goes on
+    from a checkpoint it says what has changed since, each flag with its value until then, and the validation text."""
     command = launch_command(argv, config)
-    launch = {"date": datetime.now().isoformat(timespec="seconds"), "first_step": first_step, "command": command}
+    launch: dict = {"date": datetime.now().isoformat(timespec="seconds"), "first_step": first_step, "command": command}
+    if checkpoint is not None:
+        launch["changed"] = changed(checkpoint["config"], config)
+        if checkpoint["val_sha256"] != corpus.val_sha256:
+            launch["changed"]["val_sha256"] = checkpoint["val_sha256"]
     return {
         "command": command,
         "seed": config.seed,
@@ -302,14 +308,20 @@ def launch_record(
     }
 
 
-def changes(saved: dict, config: Config) -> str:
-    """The flags that differ from those of a checkpoint's config; empty when none does."""
+def changed(saved: dict, config: Config) -> dict:
+    """The flags that differ from those of a checkpoint's config, with their values there."""
     unimportant = ("resume", "out_dir", "preset", "processes", "dry_run", "tensorboard")
-    return ", ".join(
-        f"--{name} {saved.get(name, 'unknown')!r} -> {value!r}"
+    return {
+        name: saved.get(name, "unknown")
         for name, value in config.as_dict().items()
         if saved.get(name, "unknown") != value and name not in unimportant
-    )
+    }
+
+
+def changes(saved: dict, config: Config) -> str:
+    """The same in words; empty when none differs."""
+    flags = config.as_dict()
+    return ", ".join(f"--{name} {before!r} -> {flags[name]!r}" for name, before in changed(saved, config).items())
 
 
 def how_to_continue(config: Config) -> str:

@@ -1,17 +1,24 @@
 """What a run directory holds, read without PyTorch, also while train.py writes into it."""
 
+import ast
 import hashlib
 import json
 import math
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \| [A-Z]+ \| ", re.MULTILINE)
 SAMPLES_BLOCK = re.compile(r"^={80}\n(?=STEP \d+$)", re.MULTILINE)
+RESUMED = re.compile(r"^[\d :,-]+ \| INFO \| (?:Resuming from step (\d+) |Changed from here on: (.*))", re.MULTILINE)
+STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+VALUE = rf"(?:{STRING}|\[(?:{STRING}(?:, )?)*\]|[\w.+-]+)"  # of a flag, as Python writes it
+CHANGE = re.compile(rf"--(\w+) ({VALUE}) -> {VALUE}")
+MEASURE = {"val_fraction", "val_file", "val_sha256", "seq_len"}  # what else a validation loss depends on than weights
 OUTCOMES = {  # reasons to stop, of results.json
     "target": "target reached",
     "patience": "stopped, since the validation loss fell no further",
@@ -44,6 +51,23 @@ class Run:
         """What config.json says of the text."""
         corpus = self.config.get("corpus")
         return corpus if isinstance(corpus, dict) else {}
+
+    @cached_property
+    def changes(self) -> list[tuple[float, dict]]:
+        """What changed when the run was continued, oldest first: the step from which on, and what changed, each with
+        its value until then.
+
+        A start takes back what was done behind the checkpoint from which it goes on. Of a start up to November 2026
+        the log alone tells what changed.
+        """
+        launches, logged = self.config.get("launches"), logged_changes(self.log)
+        found: list[tuple[float, dict]] = []
+        for launch in launches if isinstance(launches, list) else []:
+            if isinstance(launch, dict) and (first := number(launch, "first_step")) is not None:
+                changed = launch.get("changed", logged.get(int(first)))
+                found = [earlier for earlier in found if earlier[0] < first]
+                found += [(first, changed)] if changed and isinstance(changed, dict) else []
+        return found
 
 
 def read_run(out_dir: Path) -> Run:
@@ -108,18 +132,59 @@ def read_metrics(path: Path) -> pd.DataFrame:
     return table.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
 
 
+def logged_changes(log: str) -> dict[int, dict]:
+    """The changed flags with their values until then, by the first step after them, as the log tells them."""
+    found: dict[int, dict] = {}
+    first = 0
+    for step, changes in RESUMED.findall(log):
+        if step:
+            first = int(step) + 1
+            found[first] = {}
+        elif first:
+            found[first] = {name: literal(value) for name, value in CHANGE.findall(changes)}
+    return found
+
+
+def literal(text: str) -> object:
+    """The value that Python writes so; the text itself where it is none."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     return str(timedelta(seconds=round(seconds))) if abs(seconds) < 1e12 else f"{seconds:.3g} s"
 
 
+def validation(run: Run) -> pd.DataFrame:
+    """The rows with a validation loss that compare: those measured on the present text, at the present seq_len."""
+    if not has_values(run.metrics, "val_loss"):
+        return run.metrics.iloc[:0]
+    since = max((first for first, changed in run.changes if MEASURE & changed.keys()), default=0)
+    return run.metrics[run.metrics["val_loss"].notna() & (run.metrics["step"] >= since)]
+
+
+def lowest_validation(run: Run) -> pd.Series | None:
+    """The row of the lowest validation loss, whose weights are best.pt; None before the first.
+
+    What is lower, and before the best step of results.json, had a best.pt that was lost, or another text under the
+    same name, of which older programs told nothing.
+    """
+    measured = validation(run)
+    if run.results.get("best_metric") == "val_loss":
+        later = measured[measured["step"] >= (number(run.results, "best_step") or 0)]
+        measured = later if len(later) else measured
+    return measured.loc[measured["val_loss"].idxmin()] if len(measured) else None
+
+
 def overfitting(run: Run) -> float | None:
     """The step of the lowest validation loss, if it has risen since by more than a hundredth while the training loss
     went on falling."""
-    if not has_values(run.metrics, "val_loss"):
+    if (lowest := lowest_validation(run)) is None:
         return None
-    measured = run.metrics.dropna(subset=["val_loss"])
-    lowest, last = measured.loc[measured["val_loss"].idxmin()], measured.iloc[-1]
+    last = validation(run).iloc[-1]
     risen = last["val_loss"] > 1.01 * lowest["val_loss"] and smoothed(run.metrics)[0].iloc[-1] < lowest["val_loss"]
     return lowest["step"] if risen else None
 

@@ -18,7 +18,7 @@ import train
 import update_readme
 from parts.commandline import parse_config
 from parts.comparison import REPORTING, compare, differing_flags, find_runs
-from parts.runs import Run, outcome, read_run
+from parts.runs import Run, lowest_validation, outcome, overfitting, read_run, validation
 
 pytestmark = pytest.mark.xdist_group("compare")  # one worker trains the runs
 COMPARE = "<!--AUTO:COMPARE:START-->\n<!--AUTO:COMPARE:END-->\n"
@@ -202,6 +202,68 @@ def test_validation_losses_order_the_runs_where_all_have_one(out):
     assert mixed.notes == ["Not by validation loss: lr-3e-2 has none."]
     lines = update_readme.comparison_figure(mixed).axes[0].lines
     assert sorted(line.get_linestyle() for line in lines) == ["-", "-", "--"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [
+    (["--val_file=text.txt"], ["--val_file=held_out.txt"]),
+    (["--val_file=held_out.txt", "--seq_len=16"], ["--val_file=held_out.txt", "--seq_len=4"]),
+])  # fmt: skip
+@pytest.mark.parametrize("told", ["in config.json", "in the log"])
+def test_of_a_run_continued_with_another_validation_only_what_was_measured_since_counts(
+    trained, tmp_path, monkeypatch, before, after, told
+):
+    monkeypatch.chdir(trained.parent)
+    where = tmp_path / "changed"
+    flags = [*TINY_FLAGS, "--input_file=text.txt", "--lr=3e-2", "--eval_every=2", f"--out_dir={where}"]
+    assert train.main([*flags, *before]) == 0
+    assert train.main([*flags, *after, "--steps=14", "--decay_steps=8", "--warmup_steps=0"]) == 0
+    if told == "in the log":  # as by the train.py of 2026
+        launches = json.loads((where / "config.json").read_bytes())["launches"]
+        alter(
+            where / "config.json",
+            launches=[{key: launch[key] for key in launch.keys() - {"changed"}} for launch in launches],
+        )
+    run, best = read_run(where), results(where)
+    losses = run.metrics.set_index("step")["val_loss"].dropna()
+    assert losses.loc[:8].min() < best["best_loss"] and best["best_step"] > 8, "or nothing is shown"
+    for stands in (best, best | {"best_step": 8, "best_loss": losses[8], "final_step": 8}):
+        alter(where / "results.json", **stands)  # the second: as the first part left it, until the next save
+        comparison = compare([read_run(where), read_run(trained / "held_out")])
+        row = next(row for row in comparison.table() if row[0].endswith("changed"))
+        assert row[1] == f"{losses.loc[9:].min():.4f} at step {losses.loc[9:].idxmin():.0f}"
+        drawn = update_readme.curves(comparison, read_run(where))["--"]
+        assert drawn["loss"].tolist() == losses.loc[9:].tolist()
+
+
+@pytest.mark.slow
+def test_a_start_takes_back_what_changed_behind_its_checkpoint(trained, tmp_path, monkeypatch, before_step):
+    """A run continued with another validation text, killed before its first save, and continued without that text."""
+
+    def killed():
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(trained.parent)
+    where = tmp_path / "run"
+    flags = [*TINY_FLAGS, "--input_file=text.txt", "--eval_every=2", f"--out_dir={where}", "--decay_steps=8"]
+    assert train.main([*flags, "--val_file=held_out.txt"]) == 0
+    before_step({11: killed})
+    assert train.main([*flags, "--val_file=other.txt", "--steps=12", "--save_every=20"]) == 130
+    sha256 = hashlib.sha256(TEXTS["held_out.txt"].encode()).hexdigest()
+    changed = json.loads((where / "config.json").read_bytes())["launches"][1]["changed"]
+    assert changed == {"steps": 8, "save_every": 4, "val_file": ["held_out.txt"], "val_sha256": sha256}
+    assert validation(read_run(where))["step"].tolist() == [10]
+    assert train.main([*flags, "--val_file=held_out.txt", "--steps=12"]) == 0
+    assert validation(read_run(where))["step"].tolist() == [2, 4, 6, 8, 10, 12]
+
+
+def test_what_was_lower_before_the_best_step_does_not_count(out):
+    """As after the loss of best.pt, or with other content in the file, of which older programs told nothing."""
+    run = read_run(out / "held_out")
+    rising = replace(run, metrics=run.metrics.assign(val_loss=run.metrics["step"].map({4: 20.0, 8: 30.0})))
+    for best, begins in [(4, 4), (8, None)]:
+        stands = replace(rising, results=run.results | {"best_step": best})
+        assert lowest_validation(stands)["step"] == best and overfitting(stands) == begins
 
 
 def test_a_readme_is_filled_in_its_section_compare_alone(out, capsys, plots):
