@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +248,13 @@ class Comparison:
 
 
 def shown(run: Run, flag: str) -> str:
-    """A flag's value as the table has it."""
-    value = run.flags.get(flag, "unknown")  # to an older program
+    """A flag's value as the table has it; its values, where it changed when the run was continued."""
+    values = (written(flags.get(flag, "unknown")) for flags in run.flags_over_time)  # unknown to an older program
+    return ", then ".join(value for value, _ in groupby(values))
+
+
+def written(value: object) -> str:
+    """A value as the table has it."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -268,9 +274,10 @@ def follows(flag: str, differ: set[str], runs: list[Run]) -> bool:
     """Whether a flag that differs says nothing new: nobody has set it, and what it is by default is due to another."""
     if FOLLOWS.get(flag, set()) & differ:
         return True
-    if flag in DERIVED and all(run.flags.get(flag) == derived(flag, run.flags) for run in runs):
+    parts = [flags for run in runs for flags in run.flags_over_time]
+    if flag in DERIVED and all(flags.get(flag) == derived(flag, flags) for flags in parts):
         return True
-    return "preset" in differ - {flag} and all(run.flags.get(flag) == of_preset(flag, run.flags) for run in runs)
+    return "preset" in differ - {flag} and all(flags.get(flag) == of_preset(flag, flags) for flags in parts)
 
 
 def derived(flag: str, flags: dict) -> object:

@@ -69,6 +69,14 @@ class Run:
                 found += [(first, changed)] if changed and isinstance(changed, dict) else []
         return found
 
+    @cached_property
+    def flags_over_time(self) -> list[dict]:
+        """The flags of each part of the run, oldest first; the last are `flags`."""
+        parts = [self.flags]
+        for _, changed in reversed(self.changes):
+            parts.insert(0, parts[0] | changed)
+        return parts
+
 
 def read_run(out_dir: Path) -> Run:
     """Read a run directory, also one that is still being written.

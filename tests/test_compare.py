@@ -66,6 +66,14 @@ def alter(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
+def forget_changes(run: Path) -> None:
+    """Leave it to the log to tell what changed, as older programs did."""
+    launches = json.loads((run / "config.json").read_bytes())["launches"]
+    alter(
+        run / "config.json", launches=[{key: launch[key] for key in launch.keys() - {"changed"}} for launch in launches]
+    )
+
+
 def results(run: Path) -> dict:
     return json.loads((run / "results.json").read_text(encoding="utf-8"))
 
@@ -108,6 +116,28 @@ def test_only_flags_that_differ_and_say_something_new(first, second, expected):
     empty = Run(Path("run"), pd.DataFrame(), {}, {}, "", "", "gpt2")
     runs = [replace(empty, config={"config": parse_config(flags).as_dict()}) for flags in (first, second)]
     assert differing_flags(runs, REPORTING) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["in config.json", "in the log"])
+def test_a_flag_that_changed_shows_its_values_one_after_the_other(trained, tmp_path, monkeypatch, told):
+    monkeypatch.chdir(trained.parent)
+    where = tmp_path / "changed"
+    flags = [*TINY_FLAGS, "--input_file=text.txt", f"--out_dir={where}", "--warmup_steps=0", "--decay_steps=8"]
+    assert train.main([*flags, "--lr=0.006"]) == 0
+    assert train.main([*flags, "--lr=0.3", "--steps=12", "--prompt=x, --seed 1 -> 2", "--dropout=0.1"]) == 0
+    assert train.main([*flags, "--lr=0.3", "--steps=16", "--prompt=y"]) == 0
+    if told == "in the log":
+        forget_changes(where)
+    run = read_run(where)
+    assert [flags["lr"] for flags in run.flags_over_time] == [0.006, 0.3, 0.3]
+    at_once = replace(run, out_dir=tmp_path / "once", config=run.config | {"launches": []})
+    header, *rows = compare([run, at_once]).table()
+    assert header[5:] == ["dropout", "steps", "lr"], "min_lr follows"
+    assert {row[0]: row[5:] for row in rows} == {
+        "changed": ["0, then 0.1, then 0", "8, then 12, then 16", "0.006, then 0.3"],
+        "once": ["0", "16", "0.3"],
+    }
 
 
 def test_on_a_terminal_the_table_is_plain_and_the_plot_lies_beside_the_runs(out, capsys, plots):
@@ -218,12 +248,8 @@ def test_of_a_run_continued_with_another_validation_only_what_was_measured_since
     flags = [*TINY_FLAGS, "--input_file=text.txt", "--lr=3e-2", "--eval_every=2", f"--out_dir={where}"]
     assert train.main([*flags, *before]) == 0
     assert train.main([*flags, *after, "--steps=14", "--decay_steps=8", "--warmup_steps=0"]) == 0
-    if told == "in the log":  # as by the train.py of 2026
-        launches = json.loads((where / "config.json").read_bytes())["launches"]
-        alter(
-            where / "config.json",
-            launches=[{key: launch[key] for key in launch.keys() - {"changed"}} for launch in launches],
-        )
+    if told == "in the log":
+        forget_changes(where)
     run, best = read_run(where), results(where)
     losses = run.metrics.set_index("step")["val_loss"].dropna()
     assert losses.loc[:8].min() < best["best_loss"] and best["best_step"] > 8, "or nothing is shown"
