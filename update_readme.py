@@ -124,7 +124,7 @@ def draw_loss_curve(out_dir: Path) -> Path:
         right.set_ylabel("learning rate")
         right.set_ylim(bottom=0)
         right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    axis.set_title(out_dir.resolve().name, fontsize=11)
+    axis.set_title(out_dir.resolve().name, fontsize=11, parse_math=False)  # a name may hold dollars
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
 
     return write_plot(figure, out_dir / "logs" / "loss_curve.png")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import train
 import update_readme
+from parts.comparison import compare
 from parts.readme import INVISIBLE, filled, preformatted
 from parts.runs import read_metrics, read_run
 
@@ -224,6 +225,20 @@ def test_an_ignored_plot_is_a_warning(run, tmp_path, capsys):
     readme.write_text(ALL, encoding="utf-8")
     assert update(run, readme) == 0
     assert "git ignores" in capsys.readouterr().err
+
+
+def test_dollars_in_a_name_are_no_formula(run, tmp_path, monkeypatch, plots):
+    """In each plot; between two dollars, matplotlib reads a formula."""
+    monkeypatch.chdir(tmp_path)
+    names = ["a$^$b", "_$x_{$"]
+    runs = [Path(shutil.copytree(run, tmp_path / "out" / name)) for name in names]
+    readme = tmp_path / "README.md"
+    readme.write_text(ALL, encoding="utf-8")
+    for one in runs:
+        assert update(one, readme) == 0 and (one / "logs" / "loss_curve.png").stat().st_size > 10_000
+    assert update_readme.main(["--out_dir", *map(str, runs)]) == 0
+    figure = update_readme.comparison_figure(compare(list(map(read_run, runs))))
+    assert sorted(text.get_text() for text in figure.legends[0].get_texts()) == sorted(names)
 
 
 NASTY = [
