@@ -407,10 +407,18 @@ def sections_of(run: Run, readme: Path) -> dict[str, Callable[[], str]]:
 # ---------------------------------------------------------------------------------------------
 
 
-def comparison_section(comparison: Comparison) -> str:
+def plot_beside(readme: Path) -> Path:
+    """Where the plot of a README's comparison lies: beside the file that is written, also where a link leads to that,
+    and under a name of its own, since READMEs may share a folder."""
+    readme = readme.resolve()
+    name = COMPARISON_PLOT if readme.name == "README.md" else f"compare-{readme.name.removesuffix('.md')}.png"
+    return readme.with_name(name)
+
+
+def comparison_section(comparison: Comparison, readme: Path) -> str:
     """The plot beside the README, if there is anything to draw, and the table."""
     drawn = any(curves(comparison, run) for run in comparison.runs.values())
-    image = [f"![{len(comparison.runs)} runs compared]({COMPARISON_PLOT})"] if drawn else []
+    image = [f"![{len(comparison.runs)} runs compared]({quote(plot_beside(readme).name)})"] if drawn else []
     return "\n\n".join([*image, comparison.markdown()])
 
 
@@ -473,8 +481,8 @@ def report_comparison(comparison: Comparison, readme: Path | None, check: bool) 
     Raises ValueError or OSError for bad input.
     """
     if readme is not None:
-        contents = {"COMPARE": partial(comparison_section, comparison)}
-        draw = partial(draw_comparison, comparison, readme.parent / COMPARISON_PLOT)
+        contents = {"COMPARE": partial(comparison_section, comparison, readme)}
+        draw = partial(draw_comparison, comparison, plot_beside(readme))
         return fill(readme, contents, f"{len(comparison.runs)} runs", check, draw)
     if check:
         raise ValueError("--check compares a README with the runs: name it with --readme")

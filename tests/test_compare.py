@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import pandas as pd
 import pytest
@@ -314,6 +315,25 @@ def test_a_readme_is_filled_in_its_section_compare_alone(out, capsys, plots):
     assert content in filled and "old" not in filled, "one run fills all but COMPARE"
     alter(out / "lr-3e-2" / "results.json", corpus_loss=99.0)
     assert update(*command, "--check") == 1
+
+
+def test_each_readme_has_a_plot_of_its_own_beside_the_file_that_is_written(out, plots):
+    (folder := Path("docs")).mkdir()
+    files = [Path("README.md"), Path("A.md"), Path("A.markdown"), folder / "b c.md"]
+    for file in files:
+        file.write_text(COMPARE, encoding="utf-8")
+    if os.name != "nt":  # where it takes a right that few have
+        Path("link.md").symlink_to(files[-1])
+        files[-1] = Path("link.md")
+    drawn = []
+    compared = ["lr-*", "held_out bytes", "lr-3e-2 bytes", "lr-1e-3 bytes"]
+    for readme, runs in zip(files, compared, strict=True):
+        assert update("--out_dir", *(out / run for run in runs.split()), "--readme", readme) == 0
+        (image,) = re.findall(r"!\[.*\]\((.*)\)", readme.read_text(encoding="utf-8"))
+        drawn.append(readme.resolve().parent / unquote(image))
+    names = ["compare.png", "compare-A.png", "compare-A.markdown.png", "docs/compare-b c.png"]
+    assert drawn == [Path(name).resolve() for name in names]
+    assert len({path.read_bytes() for path in drawn}) == 4 and not Path("compare-link.png").exists()
 
 
 def test_a_readme_without_the_section_is_refused(out, capsys, plots):
