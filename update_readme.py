@@ -487,13 +487,17 @@ def report_comparison(comparison: Comparison, readme: Path | None, check: bool) 
     if check:
         raise ValueError("--check compares a README with the runs: name it with --readme")
     print(comparison.text())
-    folder = common_parent([run.out_dir for run in comparison.runs.values()])
-    if folder is None:
-        raise ValueError(
-            "the plot was not drawn: the runs lie on several drives; name a README, and it goes beside that"
-        )
-    if plot := draw_comparison(comparison, folder / COMPARISON_PLOT):
-        print(f"\nPlot: {plot.relative_to(Path.cwd()) if plot.is_relative_to(Path.cwd()) else plot}")
+    here, folder = Path.cwd(), common_parent([run.out_dir for run in comparison.runs.values()])
+    path = (folder if folder is not None and folder.is_relative_to(here) else here) / COMPARISON_PLOT
+    try:
+        plot = draw_comparison(comparison, path)
+    except OSError as error:
+        raise OSError(
+            f"the plot cannot be written to {path} ({error.strerror or error}): cd to a folder that can be written to, "
+            "and name the runs from there"
+        ) from error
+    if plot is not None:
+        print(f"\nPlot: {plot.relative_to(here)}")
     return 0
 
 

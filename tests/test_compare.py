@@ -157,6 +157,28 @@ def test_on_a_terminal_the_table_is_plain_and_the_plot_lies_beside_the_runs(out,
     assert capsys.readouterr().out == text
 
 
+def test_the_plot_of_runs_from_elsewhere_lies_in_the_current_folder(out, tmp_path_factory, capsys, monkeypatch, plots):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "run"
+    shutil.copytree(out / "lr-1e-3", elsewhere)
+    assert update("--out_dir", elsewhere, out / "lr-3e-2") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Plot: compare.png"
+    assert Path("compare.png").stat().st_size > 10_000 and not (out / "compare.png").exists()
+    shutil.copytree(elsewhere, elsewhere.with_name("other"))
+    Path("compare.png").unlink()
+    assert update("--out_dir", elsewhere, elsewhere.with_name("other")) == 0, "in one folder, but not below this one"
+    assert Path("compare.png").exists() and not elsewhere.with_name("compare.png").exists()
+
+
+def test_a_plot_that_cannot_be_written_is_one_line_with_the_remedy(out, capsys, plots):
+    (out / "compare.png").mkdir()
+    assert update("--out_dir", "out/lr-*") == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and str((out / "compare.png").absolute()) in captured.err
+    assert "cannot be written" in captured.err and "cd to a folder" in captured.err
+    assert captured.out.startswith("run ") and "Plot:" not in captured.out
+    assert [path.name for path in out.iterdir() if path.name.endswith(".tmp")] == []
+
+
 def test_a_glob_finds_runs_alone_and_a_name_must_be_there(out, capsys):
     (out / "notes").mkdir()
     (out / "compare.png").write_bytes(b"of the last time")
