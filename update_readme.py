@@ -30,7 +30,7 @@ with packages_of("update_readme.py", __name__):
     import pandas as pd
 
     from parts.commandline import read_flags
-    from parts.comparison import Comparison, common_parent, compare, find_runs, is_glob
+    from parts.comparison import Comparison, absolute, common_parent, compare, find_runs, is_glob
     from parts.config import Flags
     from parts.files import replacing
     from parts.readme import cell, filled, markdown_table, preformatted, read_readme, shortened, write_text
@@ -487,7 +487,7 @@ def report_comparison(comparison: Comparison, readme: Path | None, check: bool) 
     if check:
         raise ValueError("--check compares a README with the runs: name it with --readme")
     print(comparison.text())
-    here, folder = Path.cwd(), common_parent([run.out_dir for run in comparison.runs.values()])
+    here, folder = Path.cwd(), common_parent([absolute(run.out_dir) for run in comparison.runs.values()])
     path = (folder if folder is not None and folder.is_relative_to(here) else here) / COMPARISON_PLOT
     try:
         plot = draw_comparison(comparison, path)

@@ -61,20 +61,26 @@ def holds_run(path: Path) -> bool:
     return (path / "logs" / "train_metrics.csv").is_file()
 
 
+def absolute(path: Path) -> Path:
+    """The path from the root on, its links kept, unless `..` follows one of them and leads elsewhere than it seems."""
+    return path.resolve() if ".." in path.parts else Path(os.path.abspath(path))
+
+
 def common_parent(paths: list[Path]) -> Path | None:
-    """The deepest folder that holds all of them; None under Windows, when they are on several drives."""
-    absolute = [os.path.abspath(path) for path in paths]
+    """The deepest folder that holds all of these absolute paths; None under Windows, when they are on several
+    drives."""
     try:
-        common = os.path.commonpath(absolute)
+        common = Path(os.path.commonpath(paths))
     except ValueError:
         return None
-    return Path(common).parent if common in absolute else Path(common)
+    return common.parent if common in paths else common
 
 
 def named(runs: list[Run]) -> dict[str, Run]:
     """The runs by what tells them apart, in the order of that: their paths from the common parent on."""
-    parent = common_parent([run.out_dir for run in runs])
-    names = {(Path(os.path.relpath(run.out_dir, parent)) if parent else run.out_dir).as_posix(): run for run in runs}
+    places = {absolute(run.out_dir): run for run in runs}
+    parent = common_parent(list(places))
+    names = {(path.relative_to(parent) if parent else path).as_posix(): run for path, run in places.items()}
     return {name: names[name] for name in sorted(names)}
 
 

@@ -18,7 +18,7 @@ from conftest import ROOT, TINY_FLAGS
 import train
 import update_readme
 from parts.commandline import parse_config
-from parts.comparison import REPORTING, compare, differing_flags, find_runs
+from parts.comparison import REPORTING, compare, differing_flags, find_runs, shown
 from parts.runs import Run, lowest_validation, outcome, overfitting, read_run, validation
 
 pytestmark = pytest.mark.xdist_group("compare")  # one worker trains the runs
@@ -177,6 +177,21 @@ def test_a_plot_that_cannot_be_written_is_one_line_with_the_remedy(out, capsys, 
     assert "cannot be written" in captured.err and "cd to a folder" in captured.err
     assert captured.out.startswith("run ") and "Plot:" not in captured.out
     assert [path.name for path in out.iterdir() if path.name.endswith(".tmp")] == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a link takes a right there that few have, and .. does not follow it")
+def test_two_runs_that_only_seem_to_lie_at_one_place_are_two_rows(out):
+    """`linked/..` is the folder above the one that the link leads to."""
+    (Path("far") / "below").mkdir(parents=True)
+    shutil.copytree(out / "lr-1e-3", "far/run")
+    shutil.copytree(out / "lr-3e-2", out / "run")
+    (out / "linked").symlink_to(Path("far/below").absolute(), target_is_directory=True)
+    comparison = compare(list(map(read_run, find_runs((out / "linked" / ".." / "run", out / "run")))))
+    assert [row[0] for row in comparison.table()[1:]] == ["out/run", "far/run"]
+    assert [shown(run, "lr") for run in comparison.runs.values()] == ["0.03", "0.001"]
+    (out / "again").symlink_to(Path("far").absolute(), target_is_directory=True)
+    found = find_runs((out / "linked" / ".." / "run", out / "again" / "run", out / "run"))
+    assert len(found) == 2, "each run once"
 
 
 def test_a_glob_finds_runs_alone_and_a_name_must_be_there(out, capsys):
