@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parts.config import PRESETS, Config, Flags
-from parts.readme import INVISIBLE, cell, markdown_table, plain
+from parts.readme import cell, escaped, markdown_table, visible
 from parts.runs import Run, duration, latest, lowest_validation, number, outcome, state, validation
 
 # Flags that say where things lie, or what is told of a run. Texts are compared by what is in them.
@@ -118,7 +118,7 @@ def odd_one(runs: dict[str, Run], text: Callable[[Run, bool], Identity], one_voc
 def described(run: Run) -> str:
     """A training text in words."""
     file, sha256, tokens = (run.corpus.get(key) for key in ("file", "sha256", "tokens"))
-    return plain(f"{file}, sha256 {str(sha256)[:12]}, {tokens} tokens of {run.flags.get('tokenizer', 'gpt2')}")[:120]
+    return visible(f"{file}, sha256 {str(sha256)[:12]}, {tokens} tokens of {run.flags.get('tokenizer', 'gpt2')}")[:120]
 
 
 def check_comparable(runs: dict[str, Run], one_vocabulary: bool) -> None:
@@ -126,12 +126,12 @@ def check_comparable(runs: dict[str, Run], one_vocabulary: bool) -> None:
     for name, run in runs.items():
         if not isinstance(run.corpus.get("sha256"), str):
             raise ValueError(
-                f"{plain(name)}: no config.json says which text this run learned, so that its loss compares with no "
+                f"{visible(name)}: no config.json says which text this run learned, so that its loss compares with no "
                 "other: leave it out"
             )
         if not one_vocabulary and "bits_per_byte" not in run.metrics:
             raise ValueError(
-                f"{plain(name)}: vocabularies differ among the runs, and the older train.py that wrote this one kept "
+                f"{visible(name)}: vocabularies differ among the runs, and the older train.py that wrote this one kept "
                 "no bits per byte, the unit in which they compare: leave it out"
             )
 
@@ -154,7 +154,7 @@ def compare(found: list[Run]) -> "Comparison":
     by_validation = not without and held_out is None
     if learned and not by_validation:
         raise ValueError(
-            f"{plain(first)} and {plain(learned)} learned different texts ({described(runs[first])}; "
+            f"{visible(first)} and {visible(learned)} learned different texts ({described(runs[first])}; "
             f"{described(runs[learned])}), on which losses do not compare: choose runs on one text, or with one "
             "--val_file"
         )
@@ -164,11 +164,13 @@ def compare(found: list[Run]) -> "Comparison":
     if not one_vocabulary and by_validation and not runs[first].flags.get("val_file"):
         notes.append("Each run holds out the same part of its own tokens, which is nearly the same text.")
     if held_out:
-        notes.append(f"Not by validation loss: {plain(first)} and {plain(held_out)} hold out different texts.")
+        notes.append(f"Not by validation loss: {visible(first)} and {visible(held_out)} hold out different texts.")
     elif 0 < len(without) < len(runs):
-        notes.append(f"Not by validation loss: {plain(without[0])} has none.")
+        notes.append(f"Not by validation loss: {visible(without[0])} has none.")
     if learned:
-        notes.append(f"{plain(first)} and {plain(learned)} learned different texts: only validation losses compare.")
+        notes.append(
+            f"{visible(first)} and {visible(learned)} learned different texts: only validation losses compare."
+        )
     loss = lowest_validation_loss if by_validation else corpus_loss
     losses = {name: loss(run, not one_vocabulary) for name, run in runs.items()}
     return Comparison(
@@ -214,7 +216,7 @@ class Comparison:
     label: str  # of these losses
     unit: str  # of all losses, also of those that are drawn
     one_text: bool  # all learned the same; if not, their training losses do not compare
-    notes: list[str]  # sentences below the table
+    notes: list[str]  # sentences below the table, for a terminal
 
     def table(self) -> list[list[str]]:
         """Header and rows."""
@@ -240,13 +242,13 @@ class Comparison:
     def markdown(self) -> str:
         """The table for a README, and the notes."""
         header, *rows = [[cell(text) for text in row] for row in self.table()]
-        return "\n\n".join([markdown_table(header, rows, align="---"), *self.notes])
+        return "\n\n".join([markdown_table(header, rows, align="---"), *map(escaped, self.notes)])
 
     def text(self) -> str:
         """The same for a terminal: columns aligned, numbers to the right and all else to the left."""
         columns = []
         for column in zip(*self.table(), strict=True):
-            texts = [" ".join(INVISIBLE.sub("\ufffd", text).split()) for text in column]
+            texts = [visible(text) for text in column]
             width, numeric = max(map(len, texts)), all(re.fullmatch(r"[\d.,:e+-]*", text) for text in texts[1:])
             columns.append([text.rjust(width) if numeric else text.ljust(width) for text in texts])
         lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]

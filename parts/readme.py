@@ -33,19 +33,29 @@ def shortened(lines: list[str], most: int) -> list[str]:
     return cut if len(lines) <= most else [*cut, f"[... {len(lines) - most} more lines]"]
 
 
-def plain(text: object) -> str:
-    """Text of unknown origin on one line: anything that Markdown or HTML could take for its own becomes a question
-    mark."""
-    return re.sub(r"[^\w .,:;+=%±/()-]", "?", str(text))
+def visible(text: object) -> str:
+    """Text of unknown origin on one line, no two texts alike: what cannot be seen, and the backslash, as Python writes
+    them in a string."""
+    return "".join(
+        character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
+        for character in str(text)
+    )
+
+
+def escaped(text: str) -> str:
+    """Visible text for Markdown, which shows it as it is: a backslash before each sign that Markdown or HTML could take
+    for its own, the pipe of a table and an underscore that is not within a word among them."""
+    return re.sub(r"[!#$&*<>@[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
 def cell(text: object) -> str:
-    """The same, short enough for a table."""
-    return plain(text)[:200]
+    """Text of unknown origin for a table, not too long."""
+    return escaped(visible(text)[:200])
 
 
 def markdown_table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
-    """A pipe table; the cells must be free of pipes and line ends. `align` is that of all columns but the first."""
+    """A pipe table; the cells must be free of line ends, and their pipes escaped. `align` is that of all columns but
+    the first."""
     rule = ["---", *[align] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 

@@ -1,6 +1,7 @@
 """Runs stand side by side where they compare, best first, with the flags in which they differ; or they are refused."""
 
 import hashlib
+import html
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from urllib.parse import unquote
 import pandas as pd
 import pytest
 from conftest import ROOT, TINY_FLAGS
+from markdown_it import MarkdownIt
 
 import train
 import update_readme
@@ -354,6 +356,24 @@ def test_a_readme_is_filled_in_its_section_compare_alone(out, capsys, plots):
     assert update(*command, "--check") == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there, no such names")
+def test_names_stay_apart_in_a_table_and_are_shown_as_they_are(out):
+    """Rendered as GitHub does it: CommonMark with tables."""
+    names = ["a|b", "a\nb", "a?b", "a\\nb", "a<b>", "a`*b*`", "_a_", "<!--AUTO:COMPARE:END-->", "日本 & &amp;"]
+    for name in names:
+        shutil.copytree(out / "lr-3e-2", out / "runs" / name)
+    readme = Path("README.md")
+    readme.write_text(COMPARE, encoding="utf-8")
+    assert update("--out_dir", "out/runs/*", "--readme", readme) == 0
+    assert update("--out_dir", "out/runs/*", "--readme", readme, "--check") == 0
+    parser = MarkdownIt("commonmark").enable("table")
+    html_rows = re.findall(r"<tr>\n<td>(.*)</td>", parser.render(readme.read_text(encoding="utf-8")))
+    shown = ["a\\nb" if name == "a\nb" else name.replace("\\", "\\\\") for name in names]
+    assert sorted(html.unescape(cell) for cell in html_rows if "<" not in cell) == sorted(shown)
+    terminal = compare(list(map(read_run, find_runs((out / "runs" / "*",))))).text()
+    assert {line.split("  ")[0].strip() for line in terminal.splitlines()[1:]} == set(shown)
+
+
 def test_each_readme_has_a_plot_of_its_own_beside_the_file_that_is_written(out, plots):
     (folder := Path("docs")).mkdir()
     files = [Path("README.md"), Path("A.md"), Path("A.markdown"), folder / "b c.md"]
@@ -417,7 +437,7 @@ def test_a_config_of_any_type_is_shown_or_refused(out, values, capsys, plots):
         assert captured.err.count("\n") == 1 and readme.read_text(encoding="utf-8") == COMPARE
     else:
         rows = [line for line in readme.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-        assert code == 0 and len(rows) == 4 and len({row.count("|") for row in rows}) == 1
+        assert code == 0 and len(rows) == 4 and len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
 
 
 def test_how_a_run_stands(out):
