@@ -17,6 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -33,7 +34,7 @@ with packages_of("update_readme.py", __name__):
     from parts.comparison import Comparison, absolute, common_parent, compare, find_runs, is_glob
     from parts.config import Flags
     from parts.files import replacing
-    from parts.readme import cell, filled, markdown_table, preformatted, read_readme, shortened, write_text
+    from parts.readme import cell, filled, markdown_table, preformatted, read_readme, shortened, visible, write_text
     from parts.runs import (
         SAMPLES_BLOCK,
         Run,
@@ -57,6 +58,7 @@ LOG_LINES, SAMPLE_LINES, TABLE_ROWS, LAUNCHES = 20, 60, 12, 10
 LEVELS = (("ln_vocab", "ln V", "#969696"), ("target_loss", "target", "#238b45"), ("loss_floor", "floor", "#cb181d"))
 UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1, "tokens"))
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")  # see `styles`
+EAST_ASIAN = ("Noto Sans CJK JP", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Arial Unicode MS")  # see `fonts`
 COLUMNS: dict[str, Callable[[float], str]] = {  # of the METRICS table
     "step": "{:,.0f}".format,
     "loss": "{:.4f}".format,
@@ -124,7 +126,8 @@ def draw_loss_curve(out_dir: Path) -> Path:
         right.set_ylabel("learning rate")
         right.set_ylim(bottom=0)
         right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    axis.set_title(out_dir.resolve().name, fontsize=11, parse_math=False)  # a name may hold dollars
+    name = visible(out_dir.resolve().name)
+    axis.set_title(name, fontsize=11, fontfamily=fonts(), parse_math=False)  # a name may hold dollars
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
 
     return write_plot(figure, out_dir / "logs" / "loss_curve.png")
@@ -148,8 +151,17 @@ def show_losses(axis: "Axes", low: float, high: float) -> None:
     axis.grid(color="#e5e5e5", linewidth=0.6)
 
 
+def fonts() -> list[str]:
+    """For names: matplotlib's own font, and for letters that it lacks those of the system that have many."""
+    from matplotlib.font_manager import get_font_names
+
+    return ["DejaVu Sans", *(name for name in EAST_ASIAN if name in get_font_names())]
+
+
 def write_plot(figure: "Figure", path: Path) -> Path:
-    """Write a PNG whole."""
+    """Write a PNG whole. A letter that no font has is drawn as a box."""
+    # For good: to put the filters back, as catch_warnings does, is not safe in a thread, where train.py draws.
+    warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
     with replacing(path, shared=True) as file:
         figure.savefig(file, format="png")
     return path
@@ -231,11 +243,11 @@ def comparison_figure(comparison: Comparison) -> "Figure | None":
     kinds = {"-": "window_loss", "--": "validation loss (dashed)"}
     seen = [kind for dash, kind in kinds.items() if any(dash in found for found in drawn.values())]
     axis.set_ylabel(f"{', '.join(seen)}, {comparison.unit}")
-    names = [name if len(name) <= 44 else f"{name[:20]} ... {name[-19:]}" for name in drawn]
+    names = [name if len(name) <= 44 else f"{name[:20]} ... {name[-19:]}" for name in map(visible, drawn)]
     legend = figure.legend(handles, names, loc="outside right upper", alignment="left", fontsize=9, frameon=False)
     legend.set_title(f"by {comparison.label}")
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a name may hold dollars
+        text.set(parse_math=False, fontfamily=fonts())  # as in a title
     return figure
 
 

@@ -2,17 +2,22 @@
 
 import html
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import TINY_FLAGS, rows
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib import font_manager
 
 import train
 import update_readme
@@ -240,6 +245,45 @@ def test_dollars_in_a_name_are_no_formula(run, tmp_path, monkeypatch, plots):
     assert update_readme.main(["--out_dir", *map(str, runs)]) == 0
     figure = update_readme.comparison_figure(compare(list(map(read_run, runs))))
     assert sorted(text.get_text() for text in figure.legends[0].get_texts()) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["日本-3e-4", "𒀀", "line\nend"])
+def test_a_name_in_any_letters_is_drawn_without_a_word(run, tmp_path, monkeypatch, plots, name):
+    """Also one that no font of this machine has, or nobody can see."""
+    if os.name == "nt" and not name.isprintable():
+        pytest.skip("there, no such name")
+    monkeypatch.chdir(tmp_path)
+    runs = [Path(shutil.copytree(run, tmp_path / "out" / one)) for one in (name, "other")]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert update_readme.draw_loss_curve(runs[0]).stat().st_size > 10_000
+        assert update_readme.main(["--out_dir", *map(str, runs)]) == 0
+    assert [str(warning.message) for warning in caught] == [] and Path("out/compare.png").stat().st_size > 10_000
+
+
+def test_letters_come_from_a_font_that_has_them(run, tmp_path, plots, monkeypatch):
+    """A font with one letter, under the name of one that a system may have."""
+    name = update_readme.EAST_ASIAN[-1]
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", "sun"])
+    builder.setupCharacterMap({ord("日"): "sun"})
+    pen = TTGlyphPen(None)
+    for move, point in [(pen.moveTo, (0, 0)), (pen.lineTo, (0, 900)), (pen.lineTo, (900, 0))]:
+        move(point)
+    pen.closePath()
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "sun": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "sun": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": name, "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "sun.ttf")
+    run = run.rename(run.with_name("日"))
+    others = [font for font in font_manager.fontManager.ttflist if font.name not in update_readme.EAST_ASIAN]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", others)
+    before = update_readme.draw_loss_curve(run).read_bytes()
+    font_manager.fontManager.addfont(tmp_path / "sun.ttf")
+    assert update_readme.draw_loss_curve(run).read_bytes() != before
 
 
 NASTY = [
