@@ -34,7 +34,17 @@ with packages_of("update_readme.py", __name__):
     from parts.comparison import Comparison, absolute, common_parent, compare, find_runs, is_glob
     from parts.config import Flags
     from parts.files import replacing
-    from parts.readme import cell, filled, markdown_table, preformatted, read_readme, shortened, visible, write_text
+    from parts.readme import (
+        cell,
+        check_writable,
+        filled,
+        markdown_table,
+        preformatted,
+        read_readme,
+        shortened,
+        visible,
+        write_text,
+    )
     from parts.runs import (
         SAMPLES_BLOCK,
         Run,
@@ -470,6 +480,8 @@ def fill(
         )
         print(*(diff if before != after else [f"{readme}: up to date with {source}"]), sep="\n")
         return int(before != after)
+    if before != after:
+        check_writable(readme)
     plot = draw()
     if plot is not None and git_ignored(plot):
         print(f"update_readme.py: warning: git ignores {plot.as_posix()}: git add -f {plot.as_posix()}, or it "

@@ -5,6 +5,7 @@ are ordinary text. The idea is that of nedbat/cog.
 """
 
 import html
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -134,6 +135,18 @@ def read_readme(readme: Path) -> str:
         return readme.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{readme.as_posix()} is not UTF-8: offset {error.start}") from error
+
+
+def check_writable(readme: Path) -> None:
+    """Raises PermissionError for a README that may not be written, by its own mode or its folder's. The first would not
+    stop `write_text`, which replaces the file; but so a user protects one, root as well."""
+    real = readme.resolve()
+    if not (real.stat().st_mode & 0o222 and os.access(real, os.W_OK)):
+        raise PermissionError(f"--readme {readme} is write-protected: make it writable, or name another file")
+    if not os.access(real.parent, os.W_OK):
+        raise PermissionError(
+            f"--readme {readme}: the folder {real.parent} is not writable: make it so, or name a file elsewhere"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -214,6 +214,22 @@ def test_a_validation_loss_is_drawn_and_tabled(run, tmp_path, plots):
     assert (run / "logs/loss_curve.png").read_bytes() != without
 
 
+def test_a_write_protected_readme_stays(run, tmp_path, capsys, plots):
+    readme = tmp_path / "README.md"
+    readme.write_text(ALL, encoding="utf-8")
+    readme.chmod(0o444)
+    assert update(run, readme, "--check") == 1, "which writes nothing"
+    capsys.readouterr()
+    assert update(run, readme) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{readme} is write-protected" in error
+    assert readme.read_text(encoding="utf-8") == ALL and not (run / "logs/loss_curve.png").exists()
+    readme.chmod(0o644)
+    assert update(run, readme) == 0
+    readme.chmod(0o444)
+    assert update(run, readme) == 0, "already up to date"
+
+
 def test_the_plot_path_is_relative_with_forward_slashes(run, tmp_path):
     readme = tmp_path / "docs" / "in here" / "README.md"
     readme.parent.mkdir(parents=True)
