@@ -39,7 +39,8 @@ class Options:
     checkpoint: Path | None = None
     """run directory, for its best.pt, or a checkpoint; by default the run in out/ whose checkpoints changed last"""
     prompt: str | None = None
-    """text to continue; \\n, \\t and \\\\ are decoded; by default from --prompt_file, from stdin, or asked for"""
+    """text to continue; \\n, \\t, \\\\ and \\uXXXX are decoded; by default from --prompt_file, from stdin, or asked
+    for"""
     prompt_file: Path | None = None
     """UTF-8 file with the text to continue; from it, and from stdin, one newline at the end is left out"""
     num_samples: Annotated[int, Between(1, 10_000)] = 1

@@ -30,7 +30,7 @@ from parts.start import packages_of
 with packages_of("update_readme.py", __name__):
     import pandas as pd
 
-    from parts.commandline import read_flags
+    from parts.commandline import flag_words, read_flags, to_type, value_of
     from parts.comparison import Comparison, absolute, common_parent, compare, find_runs, is_glob
     from parts.config import Flags
     from parts.files import replacing
@@ -384,7 +384,9 @@ def repro_section(run: Run, _readme: Path) -> str:
     if len(launches) > LAUNCHES:
         add("launches", f"{len(launches)}, of which the last {LAUNCHES}")
     for launch in launches[-LAUNCHES:] or [config]:
-        add(f"from step {launch.get('first_step', 1)}", launch.get("command"))
+        command = launch.get("command")
+        words = words_of(command)
+        add(f"from step {launch.get('first_step', 1)}", to_type(words) if words else command)
         add("started", launch.get("date"))
     for label in ("seed", "git_commit", "versions", "hardware", "corpus"):
         add(label.replace("_", " "), config.get(label))
@@ -393,20 +395,31 @@ def repro_section(run: Run, _readme: Path) -> str:
     lines = shortened(lines, 40)
     if run.flags:
         lines += ["", "The same with every flag, whatever the defaults will be, into another directory:"]
-        lines.append(full_command({**run.flags, "out_dir": "out/again"}))
+        began_from = value_of("resume", words_of((launches or [config])[0].get("command")))
+        lines.append(full_command({**run.flags, "out_dir": "out/again", "resume": began_from}))
     return preformatted("\n".join(lines))
+
+
+def words_of(command: object) -> list[str]:
+    """The words of a recorded command; none where it is something else."""
+    try:
+        return shlex.split(command) if isinstance(command, str) else []
+    except ValueError:
+        return []
 
 
 def full_command(flags: Mapping[str, object]) -> str:
     """The command that gives train.py these flags, each of them spelled out."""
     words = ["python", "train.py"]
-    for field in fields(Flags):
-        value = flags.get(field.name)
-        if field.name in ("resume", "dry_run", "processes", "vocab_size") or value is False or value in (None, "", []):
+    for name in (field.name for field in fields(Flags)):
+        value = flags.get(name)
+        if name in ("dry_run", "processes", "vocab_size") or value is False or value in (None, "", []):
+            continue
+        if name == "resume" and value in ("auto", "never"):
             continue
         given = value if isinstance(value, list) else [] if value is True else [value]
-        words += [f"--{field.name}", *map(str, given)]
-    return shlex.join(words)
+        words += flag_words(name, list(map(str, given)))
+    return to_type(words)
 
 
 SECTIONS: dict[str, Callable[[Run, Path], str]] = {

@@ -1,19 +1,20 @@
-"""Flags as typed: help in groups, and every mistake in one line with its remedy."""
+"""Flags as typed: help in groups, every mistake in one line with its remedy; commands to be typed again."""
 
 import argparse
 import io
 import os
 import re
+import shlex
 import sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields, is_dataclass, make_dataclass, replace
 from difflib import get_close_matches
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, TypeVar
 
 import tyro
 
-from parts.config import PRESETS, Config, Flags, out_of_range
+from parts.config import PRESETS, Config, Flags, decode_escapes, encode_escapes, hidden, out_of_range
 
 T = TypeVar("T")
 OTHER_NAMES = {  # of other programs: the flag here
@@ -107,6 +108,39 @@ def nested(groups: list[type], default: object) -> type:
 def typed(argv: list[str]) -> list[str]:
     """The names of the flags on a command line."""
     return [match[1].replace("-", "_") for argument in argv if (match := re.match(r"--([a-zA-Z][\w-]*)", argument))]
+
+
+def value_of(name: str, argv: list[str]) -> str | None:
+    """What a flag is given on a command line, the last time; None where it is not there."""
+    found = None
+    for argument, following in pairwise([*argv, ""]):
+        if typed([argument]) == [name]:
+            found = argument.partition("=")[2] if "=" in argument else following
+    return found
+
+
+def flag_words(name: str, values: list[str]) -> list[str]:
+    """The words of a command line that give a flag these values, also such as begin with a dash: paths, where there are
+    several."""
+    first, more = values[:1], [f"./{value}" if value.startswith("-") else value for value in values[1:]]
+    return [f"--{name}={first[0]}", *more] if first and first[0].startswith("-") else [f"--{name}", *first, *more]
+
+
+def to_type(words: list[str]) -> str:
+    """A command of train.py as one line for bash, in which every character can be seen. In a prompt those that could
+    not be are the prompt's own escapes, for any shell; in other words they are bash's."""
+    shown = []
+    for before, word in pairwise(["", *words]):
+        start = "--prompt=" * word.startswith("--prompt=")
+        if (start or before == "--prompt") and hidden(word):
+            word = start + encode_escapes(decode_escapes(word.removeprefix(start)))
+        shown.append(bash_word(word) if hidden(word) else shlex.quote(word))
+    return " ".join(shown)
+
+
+def bash_word(word: str) -> str:
+    """A word as bash's $'...', its bytes in hexadecimal where they are more than plain ASCII."""
+    return "$'" + re.sub(r"[^ -~]|['\\]", lambda c: "".join(f"\\x{byte:02x}" for byte in c[0].encode()), word) + "'"
 
 
 def unknown(name: str, names: list[str], script: str) -> str:

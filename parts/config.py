@@ -175,8 +175,8 @@ class ReportingFlags:
     sample_every: Annotated[int, Between(1, 10**9)] = 250
     """steps between text samples"""
     prompt: str = ""
-    """start of sampled text; \\n, \\t and \\\\ are decoded; empty: the text's first words, or a sentence of the text
-    that ships with Python"""
+    """start of sampled text; \\n, \\t, \\\\ and \\uXXXX are decoded; empty: the text's first words, or a sentence of
+    the text that ships with Python"""
     num_prompts: Annotated[int, Between(0, 256)] = 2
     """samples drawn from the prompt each time; 0: none"""
     max_new_tokens: Annotated[int, Between(1, 65_536)] = 200
@@ -353,9 +353,25 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+ESCAPE = re.compile(r"\\[nt\\]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}")  # but no half of a surrogate pair
+
+
 def decode_escapes(text: str) -> str:
-    r"""Turn \n, \t and \\ into what they stand for, since a shell passes them as written."""
-    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
+    r"""Turn \n, \t, \\ and \uXXXX, as JSON has them, into what they stand for: a shell passes them as written."""
+    return ESCAPE.sub(lambda match: ESCAPES.get(match[0]) or chr(int(match[0][2:], 16)), text)
+
+
+def encode_escapes(text: str) -> str:
+    """Text that `decode_escapes` reads back, with nothing hidden in it."""
+    short = {character: escape for escape, character in ESCAPES.items()}
+    return "".join(short.get(c) or (f"\\u{ord(c):04x}" if hidden(c) else c) for c in text)
+
+
+def hidden(text: str) -> bool:
+    """Whether it has characters that cannot be seen, such as line ends, control characters and marks that reorder text.
+    Those beyond U+FFFF do not count: letters newer than this Python are among them."""
+    return any(not c.isprintable() and c <= "\uffff" for c in text)
 
 
 def names(inputs: tuple[Path, ...]) -> str:

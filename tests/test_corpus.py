@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from parts.config import PRESETS, VOCAB_SIZE, Config, decode_escapes
+from parts.config import PRESETS, VOCAB_SIZE, Config, decode_escapes, encode_escapes, hidden
 from parts.corpus import load_corpus
 from parts.text import VOCABULARY_SHA256, gpt2_encoding, load_tokenizer, read_text
 
@@ -88,7 +90,15 @@ def test_the_demo_text_needs_no_file(config, tokenizer):
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [(r"BIANCA:\n", "BIANCA:\n"), (r"a\tb", "a\tb"), (r"C:\\new", r"C:\new"), (r"\d", r"\d"), (r"\\n", r"\n")],
-)
+    [
+        (r"BIANCA:\n", "BIANCA:\n"), (r"a\tb", "a\tb"), (r"C:\\new", r"C:\new"), (r"\d", r"\d"), (r"\\n", r"\n"),
+        (r"\u202e\u000D\u00e9", "\u202e\ré"), (r"\\u202e", r"\u202e"), (r"\u20", r"\u20"), (r"\uD83D", r"\uD83D"),
+    ],
+)  # fmt: skip
 def test_escapes_in_a_prompt(typed, meant):
     assert decode_escapes(typed) == meant
+
+
+@given(text=st.text())
+def test_escapes_show_every_text(text):
+    assert decode_escapes(encode_escapes(text)) == text and not hidden(encode_escapes(text))

@@ -21,7 +21,9 @@ from matplotlib import font_manager
 
 import train
 import update_readme
+from parts.commandline import parse_config, to_type
 from parts.comparison import compare
+from parts.config import decode_escapes
 from parts.readme import INVISIBLE, filled, preformatted
 from parts.runs import read_metrics, read_run
 
@@ -74,6 +76,68 @@ def test_the_command_with_every_flag_gives_the_same_run(finished_run, tmp_path, 
     assert "--target_loss" in words and "--lr" in words and len([word for word in words if word[:2] == "--"]) > 40
     assert train.main(words) == 0
     assert rows(Path("out/again")) == rows(finished_run)
+
+
+PROMPTS = [
+    "-x", "--foo bar", "a\nb\n", "\n", "a\rb\x07c\u202ed", "C:\\new\\dir\r", "\\\n", r"typed\n\u0041\\",
+    "it's $x `y` \"z\"\t", "\u200b\u2028\x85\xad", "<b>&amp;</b>\n", "é 漢字 \U0001f469\u200d\U0001f467 \U000e0041",
+]  # fmt: skip
+
+
+def shown_commands(run: Path) -> list[list[str]]:
+    """The words of the commands in REPRO, as a reader copies them: of each launch, and the one with every flag."""
+    lines = html.unescape(update_readme.repro_section(read_run(run), run)).splitlines()
+    return [shlex.split(line.partition("python train.py ")[2]) for line in lines if "python train.py " in line]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=ascii)
+@pytest.mark.parametrize("words", [1, 2])
+def test_a_prompt_of_any_characters_is_repeated(run, prompt, words):
+    argv = ["--preset=demo", *(["--prompt", prompt] if words == 2 and prompt[0] != "-" else [f"--prompt={prompt}"])]
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config["launches"][0]["command"] = shlex.join(["python", "train.py", *argv])
+    config["config"] = parse_config(argv).as_dict()
+    (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    launch, every_flag = shown_commands(run)
+    for command in (launch, every_flag):
+        assert decode_escapes(parse_config(command).prompt) == decode_escapes(prompt)
+
+
+def test_names_of_any_characters_are_repeated(run):
+    argv = ["--input_file=-a.txt", "b c.txt", "./-d.txt", "--cache_dir=-e", "--tokenizer=--f.json"]
+    flags = parse_config(argv)
+    words = shlex.split(update_readme.full_command(flags.as_dict()))[2:]
+    assert {"--input_file=-a.txt", "./-d.txt", "--tokenizer=--f.json"} <= set(words)
+    assert parse_config(words) == flags
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_what_cannot_be_seen_in_a_name_is_written_as_bash_reads_it():
+    names = ["a\nb\r.txt", "it's \\ \x07 é\u202e $x.txt", "plain name.txt"]
+    line = to_type(["printf", "%s\\0", *names])
+    assert line.isascii() and line.isprintable()
+    assert (
+        subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout.decode().split("\0")[:-1] == names
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_went_on_from_a_checkpoint_starts_there_again(finished_run, tmp_path, monkeypatch):
+    """Also when it was then continued without that flag; and a step back within a run is no start."""
+    monkeypatch.chdir(tmp_path)
+    source = finished_run / "checkpoints/last.pt"
+    flags = [*TINY_FLAGS, f"--input_file={finished_run.parents[1] / 'input.txt'}", "--out_dir=run"]
+    assert train.main([*flags, f"--resume={source}", "--steps=10"]) == 0
+    assert train.main([*flags, "--steps=12"]) == 0
+    command = shown_commands(Path("run"))[-1]
+    assert train.main(command) == 0
+    again, first = (rows(Path(name), "step", "loss") for name in ("out/again", "run"))
+    assert again[-1] == first[-1] and again[0][0] == first[0][0] == "10"
+    assert train.main([*flags, "--steps=14", "--resume=run/checkpoints/prev.pt"]) == 0
+    command = shown_commands(Path("run"))[-1]
+    assert command[command.index("--resume") + 1] == str(source)
+    assert "--resume" not in shown_commands(finished_run)[-1]
 
 
 def test_fills_every_section_and_nothing_else(run, tmp_path):
