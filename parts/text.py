@@ -26,7 +26,7 @@ from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 from tqdm import tqdm
 
 from parts.config import DEMO_CORPUS, VOCAB_SIZE, Config
-from parts.foreign import likely_encoding, other_kind
+from parts.foreign import likely_encoding, other_kind, what_holds_nul
 
 VOCABULARY_SHA256 = {  # as tiktoken checks them, tiktoken_ext/openai_public.py
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -183,7 +183,7 @@ def pieces(file: BinaryIO, name: str, on_bytes: Callable[[bytes], object] = lamb
     """The text of a UTF-8 file in parts whose ids, one after the other, are those of the whole.
 
     A byte-order mark is dropped, line ends are kept. `on_bytes` is shown all bytes. Raises ValueError, under the name,
-    when it is not UTF-8, or a document or an archive.
+    when it is not UTF-8, has a NUL byte, or is a document or an archive.
     """
     decoder, text, read = codecs.getincrementaldecoder("utf-8-sig")(), "", 0
     latest, beyond_ascii = b"", False
@@ -193,6 +193,8 @@ def pieces(file: BinaryIO, name: str, on_bytes: Callable[[bytes], object] = lamb
         latest = data or latest
         if read == 0 and (problem := other_kind(data, name)):
             raise ValueError(problem)
+        if b"\0" in data:  # valid UTF-8, and yet in no text
+            raise ValueError(what_holds_nul(data, read, name))
         read += len(data)
         try:
             new = decoder.decode(data, final=not data)

@@ -55,7 +55,7 @@ def test_a_changed_vocabulary_is_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["a\r\nb\rc\n\n d\t", "<|endoftext|> is plain text", "naïve café 日本語 👩‍👩‍👧 e\u0301", "x", "\x00\x01"]
+    "text", ["a\r\nb\rc\n\n d\t", "<|endoftext|> is plain text", "naïve café 日本語 👩‍👩‍👧 e\u0301", "x", "\x01\x02"]
 )
 def test_text_survives_the_tokenizer(tmp_path, config, tokenizer, text):
     path = tmp_path / "text.txt"
