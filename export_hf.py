@@ -36,6 +36,7 @@ with packages_of("export_hf.py", __name__):
     from parts.commandline import read_flags
     from parts.config import Config, out_of_range
     from parts.files import existing_part, read_if_there, read_json
+    from parts.readme import in_markdown
     from parts.text import DOCUMENT_END, OwnVocabulary, read_text, saved_tokenizer, vocabulary_folder
 
 FIRST_WORDS = "Once upon a time"
@@ -177,8 +178,8 @@ def losses(checkpoint: dict, config: Config, results: dict) -> dict[str, float]:
 
 
 def without_folders(*paths: Path | str) -> str:
-    """Names alone, of paths of either system: where a file lay is nobody else's business."""
-    return ", ".join(PureWindowsPath(str(path)).name for path in paths)
+    """Names alone, for the card: where a file lay is nobody else's business. Strings are paths of either system."""
+    return in_markdown(", ".join((path if isinstance(path, Path) else PureWindowsPath(path)).name for path in paths))
 
 
 def model_card(checkpoint: dict, config: Config, measured: dict[str, float], license: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from parts.config import PRESETS, Config, Flags, decode_escapes, encode_escapes, hidden, out_of_range
+from parts.config import PRESETS, Config, Flags, brief, decode_escapes, encode_escapes, hidden, out_of_range
 
 T = TypeVar("T")
 OTHER_NAMES = {  # of other programs: the flag here
@@ -74,6 +74,9 @@ def read_flags(
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every kind is a dataclass
     if problems := [unknown(name, names, script) for name in typed(argv) if name not in (*names, "help")]:
         raise ValueError("\n".join(problems))
+    for name in (field.name for field in fields(kind) if field.type is bool):  # type: ignore[arg-type]
+        if with_value := [argument for argument in argv if "=" in argument and typed([argument]) == [name]]:
+            raise ValueError(f"{brief(with_value[0])}: --{name} takes no value, give it alone")
     said, shown = io.StringIO(), io.StringIO() if silent else sys.stdout
     try:
         with redirect_stderr(said), redirect_stdout(shown):
@@ -92,7 +95,7 @@ def read_flags(
         raise SystemExit(0) from None
     except SystemExit as answered:
         if answered.code:
-            complaint = in_our_words(said.getvalue(), "input_file" in names)
+            complaint = in_our_words(said.getvalue(), "input_file" in names, argv)
             raise ValueError(f"{complaint} ({script} --help tells of every flag)") from None
         raise
     return kind(**{k: v for group in vars(found).values() for k, v in vars(group).items()}) if groups else found
@@ -153,8 +156,8 @@ def unknown(name: str, names: list[str], script: str) -> str:
     return f"there is no flag --{name}: {guess}{script} --help tells of every flag"
 
 
-def in_our_words(said: str, has_texts: bool) -> str:
-    """tyro's complaint, from its box, as one line."""
+def in_our_words(said: str, has_texts: bool, argv: list[str]) -> str:
+    """tyro's complaint, from its box, as one line. Values are taken from `argv`: its box breaks long ones."""
     rest = iter(line.strip("│ ") for line in said.splitlines())
     next((line for line in rest if re.search("[-─]{3}", line)), None)  # what is above is a title
     text = " ".join(takewhile(lambda line: line and not re.match("[-─]{3}", line), rest)) or " ".join(said.split())
@@ -162,13 +165,15 @@ def in_our_words(said: str, has_texts: bool) -> str:
         choices = re.findall(r"'(.*?)'", match[3])
         nearest = get_close_matches(match[1], choices, 1)
         guess = f": did you mean {nearest[0]}?" if nearest else ""
-        return f"{match[2]} {match[1]} is none of {', '.join(choices)}{guess}"
-    if match := re.match(r"Error parsing (--\w+): .*(INT|FLOAT|int\(\)|float).*?'([^']*)'\]?\.?$", text):
-        return f"{match[1]} {match[3]} is no {'whole ' * match[2].lower().startswith('int')}number"
+        return f"{match[2]} {brief(match[1])} is none of {', '.join(choices)}{guess}"
+    if match := re.match(r"Error parsing --(\w+): .*?(INT|FLOAT|int\(\)|float|integer)", text):
+        value, kind = value_of(match[1], argv) or "", "whole " * match[2].lower().startswith("int")
+        too_long = value.lstrip("+-").isdecimal()  # Python reads no integer of more than 4,300 digits
+        return f"--{match[1]} {brief(value)} is {'far outside its range' if too_long else f'no {kind}number'}"
     if match := re.match(r"Missing value for argument '(--\w+)'", text):
         return f"{match[1]} needs a value"
-    if match := re.fullmatch(r"Unrecognized options: (.*)", text):
-        return f"{match[1]} belongs to no flag" + "; a text is named with --input_file" * has_texts
+    if match := re.fullmatch(r"Unrecognized options:[ ,]*(.*)", text):
+        return f"{brief(match[1])} belongs to no flag" + "; a text is named with --input_file" * has_texts
     return text
 
 

@@ -1,6 +1,8 @@
 """Each flag once: its type, range, default and help; what cannot be together; the presets."""
 
+import os
 import re
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -295,6 +297,8 @@ class Config(Flags):
             + " (--steps, if it is not given)" * (self.decay_steps == self.steps):
                 self.warmup_steps > self.decay_steps,
             "--out_dir is empty or the current folder: name a folder for the run": self.out_dir == Path(),
+            f"--out_dir {brief(self.out_dir)}: a name over 255 letters (on Linux bytes); choose a shorter --out_dir":
+                any(len(os.fsencode(part) if sys.platform == "linux" else part) > 255 for part in self.out_dir.parts),
             "--val_fraction and --val_file are two ways to validate: choose one": self.val_fraction and self.val_file,
             f"--patience {self.patience} needs a validation split: --val_fraction or --val_file":
                 self.patience and not self.validates,
@@ -331,12 +335,18 @@ class Config(Flags):
 def out_of_range(flags) -> list[str]:
     """Every numeric flag of a dataclass whose value its `Between` excludes, a sentence each."""
     return [
-        f"--{field.name} {value} is outside {limit.low:,} to {limit.high:,}"
+        f"--{field.name} {brief(value)} is outside {limit.low:,} to {limit.high:,}"
         for field in fields(flags)
         for limit in getattr(field.type, "__metadata__", ())
         if isinstance(limit, Between) and (value := getattr(flags, field.name)) is not None
         if not limit.low <= value <= limit.high
     ]
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it: of a long one the beginning, of an empty one the quotes."""
+    text = str(value)
+    return f"{text[:40]}..." if len(text) > 80 else text or "''"
 
 
 PRESETS: dict[str, dict] = {

@@ -49,6 +49,13 @@ def escaped(text: str) -> str:
     return re.sub(r"[!#$&*<>@[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
+def in_markdown(text: str) -> str:
+    """Text of unknown origin on one line of Markdown, in a table as well: it shows letter for letter, and what has no
+    letter, such as a line end, as U+FFFD."""
+    visible = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return re.sub(r"[\\`*_~|<>&$#\[\]]", r"\\\g<0>", visible)
+
+
 def cell(text: object) -> str:
     """Text of unknown origin for a table, not too long."""
     return escaped(visible(text)[:200])

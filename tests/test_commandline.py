@@ -43,11 +43,50 @@ def test_the_names_of_other_programs_are_known(name):
         (["book.txt"], "book.txt belongs to no flag; a text is named with --input_file"),
         (["--deterministic", "yes"], "yes belongs to no flag"),
         (["--no_such_thing"], "there is no flag --no_such_thing"),
+        (["--steps="], "--steps '' is no whole number"),
+        (["--steps", "9" * 5000], f"--steps {'9' * 40}... is far outside its range"),
+        (["--micro_batch=" + "9" * 5000], f"--micro_batch {'9' * 40}... is far outside"),
+        (["--threads=-" + "9" * 5000], f"--threads -{'9' * 39}... is far outside"),
+        (["--steps", "x" * 5000], f"--steps {'x' * 40}... is no whole number"),
+        (["--lr", "x" * 5000], f"--lr {'x' * 40}... is no number"),
+        (["--preset", "x" * 5000], f"--preset {'x' * 40}... is none of demo, small"),
+        (["x" * 5000], f"{'x' * 40}... belongs to no flag"),
+        ([""], "'' belongs to no flag"),
+        (["--dry_run", ""], "'' belongs to no flag"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_answered_in_one_line(argv, expected):
     message = complaint(*argv)
     assert message.startswith(expected) and message.count("train.py --help") == 1 and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--dry_run=", "--dry_run=: --dry_run takes no value, give it alone"),
+        ("--dry-run=yes", "--dry-run=yes: --dry_run takes no value, give it alone"),
+        (
+            "--deterministic=" + "x" * 99,
+            f"--deterministic={'x' * 24}...: --deterministic takes no value, give it alone",
+        ),
+        ("--steps=" + "9" * 4000, f"--steps {'9' * 40}... is outside 1 to 1,000,000,000"),
+        ("--out_dir=out/" + "x" * 256, f"--out_dir out/{'x' * 36}...: a name over 255 letters"),
+        (f"--input_file={'a' * 251}.txt", f"--out_dir out/gpt2-{'a' * 31}...: a name over 255 letters"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_value_that_cannot_be(argument, expected):
+    message = complaint(argument)
+    assert message.startswith(expected) and "\n" not in message and len(message) < 200
+
+
+def test_the_name_of_a_text_may_be_too_long_for_its_directory():
+    """The longest that there can be; on Linux it is measured in bytes."""
+    text = "é" * 125 + ".txt"
+    assert parse_config([f"--input_file={text}", "--out_dir=here"]).out_dir == Path("here")
+    assert parse_config([f"--input_file={text[:120]}.txt"]).out_dir == Path("out") / f"gpt2-{text[:120]}"
+    if sys.platform == "linux":
+        assert "a name over 255 letters" in complaint(f"--input_file={text}", "--preset=small")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

@@ -1,6 +1,7 @@
 """export_hf.py: what transformers loads is the same model, and comes back as the same weights."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY_FLAGS, rows, run_script
 from huggingface_hub import metadata_load
+from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_tokens import NASTY
@@ -174,6 +176,24 @@ def test_the_hub_can_read_the_card(folder, tmp_path):
 def test_of_paths_the_names_are_told():
     paths = [r"C:\Users\me\words\tokenizer.json", "/home/me/a b.txt", Path("out/demo"), "bpe:300", "gpt2"]
     assert export_hf.without_folders(*paths) == "tokenizer.json, a b.txt, demo, bpe:300, gpt2"
+
+
+@pytest.mark.parametrize("name", [
+    "p|q.txt", "a\nb\r.txt", r"back\slash.txt", r"a\|b\\.txt", "*_x_* `y` <b>&amp; [z](q) ~~w~~ $v$ #", "my_book.txt",
+])  # fmt: skip
+def test_the_card_shows_a_name_as_it_is(name):
+    if os.name == "nt" and "\\" in name:
+        pytest.skip("there a backslash stands between folders")
+    checkpoint = {"trained_context": 16, "corpus_sha256": "0", "corpus_tokens": 99, "step": 5}
+    config = Config(input_file=(Path("folder") / name,), init_from=Path(name), tokenizer="bpe:300").resolved()
+    found = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(
+        export_hf.model_card(checkpoint, config, {}, "mit").partition("\n---\n")[2]
+    )  # fmt: skip
+    shown = ["".join(part.content for part in token.children) for token in found if token.type == "inline"]
+    name = name.replace("\n", "\ufffd").replace("\r", "\ufffd")
+    assert shown[0] == f"GPT-2 trained from the weights of {name} on {name}"
+    table = dict(zip(shown[1::2], shown[2::2], strict=False))
+    assert table["text"] == name and table["vocabulary"] == "50,257 (bpe:300)" and table["SHA-256 of the text"] == "0"
 
 
 @whatever_the_vocabulary
