@@ -95,7 +95,7 @@ def read_flags(
         raise SystemExit(0) from None
     except SystemExit as answered:
         if answered.code:
-            complaint = in_our_words(said.getvalue(), "input_file" in names, argv)
+            complaint = in_our_words(re.sub(r"\x1b\[[\d;]*m", "", said.getvalue()), "input_file" in names, argv)
             raise ValueError(f"{complaint} ({script} --help tells of every flag)") from None
         raise
     return kind(**{k: v for group in vars(found).values() for k, v in vars(group).items()}) if groups else found
@@ -172,6 +172,8 @@ def in_our_words(said: str, has_texts: bool, argv: list[str]) -> str:
         return f"--{match[1]} {brief(value)} is {'far outside its range' if too_long else f'no {kind}number'}"
     if match := re.match(r"Missing value for argument '(--\w+)'", text):
         return f"{match[1]} needs a value"
+    if match := re.fullmatch(r"Missing from \S+: (--\w+) [][PATH. ]+ (.*) \(required\)", text):
+        return f"{match[1]} is missing: {match[2]}"
     if match := re.fullmatch(r"Unrecognized options:[ ,]*(.*)", text):
         return f"{brief(match[1])} belongs to no flag" + "; a text is named with --input_file" * has_texts
     return text

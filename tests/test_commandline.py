@@ -1,6 +1,7 @@
 """Flags as typed: found under their names, explained in groups, and each mistake answered in a line."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,29 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, text_file, monkeypatch, ca
     assert train.main([*flags, "--dry_run", "--steps=12"]) == 0, "of a run that goes on"
     assert "Plan: 12 steps" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("columns", [40, 200])
+def test_a_mistake_at_a_terminal_is_one_line(columns, tmp_path):
+    """tyro draws a box there, in colours and as wide as the terminal."""
+    termios = pytest.importorskip("termios")
+    code = (
+        "import train, update_readme; train.main(['--preset', 'dmeo']); train.main(['--steps', 'abc']); "
+        "update_readme.main([])"
+    )
+    terminal, standing_in = os.openpty()
+    termios.tcsetwinsize(standing_in, (40, columns))
+    colours = os.environ | {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
+    shown = dict(stdout=standing_in, stderr=subprocess.PIPE, text=True, encoding="utf-8", timeout=200)
+    ended = subprocess.run([sys.executable, "-c", code], env=colours, cwd=tmp_path, **shown)
+    os.close(standing_in)
+    os.close(terminal)
+    presets = "demo, small, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+    assert ended.stderr.replace(" (train.py --help tells of every flag)", "").splitlines() == [
+        f"train.py: error: --preset dmeo is none of {presets}: did you mean demo?",
+        "train.py: error: --steps abc is no whole number",
+        "update_readme.py: error: --out_dir is missing: run directory to report; several, or globs, to compare "
+        "(update_readme.py --help tells of every flag)",
+    ]
