@@ -217,7 +217,7 @@ def model_card(checkpoint: dict, config: Config, measured: dict[str, float], lic
     memory = "It may repeat passages of what it was trained on; how much of its text is copied has not been measured."
     if loss is not None and loss < RECITES:
         memory = (
-            f"A training loss of {loss:.2f} nats per token means that the model recites its text: what it writes is "
+            f"A loss of {loss:.2f} nats per token on its own text means that the model recites it: what it writes is "
             "largely copied\nfrom there, with whatever rights and private matters that text has."
         )
     rights = (

@@ -919,7 +919,7 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
             if config.validates and p.val_step != p.step:
                 trainer.evaluate()
                 saver.consider_val_loss()
-            for line in report.ending(p, config, stop):
+            for line in report.ending(p, config, trainer.corpus, stop):
                 log.info(line)
             if not config.validates:
                 saver.consider_window_loss(at_end=True)

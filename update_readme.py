@@ -309,7 +309,9 @@ def summary_section(run: Run, _readme: Path) -> str:
     else:
         add("target (window_loss)", "{:g} over {:.0f} steps", "target_loss", "target_window")
     metric = "val_loss" if run.results.get("best_metric") == "val_loss" else "window_loss"
-    add(f"best {metric}", "**{:.6f}** at step {:,.0f}", "best_loss", "best_step")
+    in_bits = ["best_bits_per_byte"] * ("best_bits_per_byte" in r)
+    words = "**{:.6f}** at step {:,.0f}" + ", {:.4f} bits per byte" * len(in_bits)
+    add(f"best {metric}", words, "best_loss", "best_step", *in_bits)
     add("last step", "loss {:.6f} at step {:,.0f}", "final_loss", "final_step")
     corpus_loss = ("corpus_loss", "corpus_loss_standard_error", "corpus_loss_slices")
     part = " of the training part" * (metric == "val_loss")
@@ -317,7 +319,7 @@ def summary_section(run: Run, _readme: Path) -> str:
     add("perplexity", "{:.4f}", "perplexity")
     add("bits per byte", "{:.4f}", "bits_per_byte")
     add("last val_loss", "{:.6f}, perplexity {:,.2f}", "val_loss", "val_perplexity")
-    add("validation bits per byte", "{:.4f}", "val_bits_per_byte")
+    add("last validation bits per byte", "{:.4f}", "val_bits_per_byte")
     if (start := overfitting(run)) is not None:
         rows.append(["overfitting", f"from step {start:,.0f} on the validation loss rose"])
     add("loss floor of this corpus and seq_len", "{:.4f}", "loss_floor")
@@ -498,7 +500,7 @@ def fill(
     plot = draw()
     if plot is not None and git_ignored(plot):
         print(f"update_readme.py: warning: git ignores {plot.as_posix()}: git add -f {plot.as_posix()}, or it "
-              "will not show on the forge", file=sys.stderr)  # fmt: skip
+              "will not show on GitHub", file=sys.stderr)  # fmt: skip
     if before != after:
         write_text(readme, after)
     print(f"{readme}: {'updated' if before != after else 'already up to date'} from {source}")

@@ -166,7 +166,7 @@ def rehearsal(config: Config, sec_per_step: float, memory: int | None, free: int
     return [*lines, "Dry run: nothing of a run was written."]
 
 
-def ending(progress: Progress, config: Config, stop_reason: str) -> list[str]:
+def ending(progress: Progress, config: Config, corpus: Corpus, stop_reason: str) -> list[str]:
     """What there is to say about a run that came to its end."""
     p, lines = progress, []
     if stop_reason == "target":
@@ -177,12 +177,12 @@ def ending(progress: Progress, config: Config, stop_reason: str) -> list[str]:
         lines.append(f"All {p.step} steps done; window_loss is still above the target {config.target_loss}.")
     else:
         lines.append(f"All {p.step} steps done.")
-    learning = p.window_loss(config) or math.inf
-    if config.validates and p.val_loss > 1.01 * p.best_loss and learning < p.best_loss:
-        lines.append(
-            f"Validation loss was lowest at step {p.best_step} ({p.best_loss:.6f}) and is {p.val_loss:.6f} now: from "
-            "there on the model overfits, learning its text by heart; best.pt is of that step"
-        )
+    if config.validates:
+        bits = bits_per_byte(p.best_loss, corpus.val_bytes_per_token)
+        lowest = f"Validation loss was lowest at step {p.best_step}, of which best.pt is: {p.best_loss:.6f}"
+        overfits = p.val_loss > 1.01 * p.best_loss and (p.window_loss(config) or math.inf) < p.best_loss
+        now = f"; it is {p.val_loss:.6f} now: from there on the model overfits, learning its text by heart"
+        lines.append(f"{lowest}, {bits:.4f} bits per byte{now * overfits}")
     return lines
 
 
@@ -192,8 +192,9 @@ Measured = tuple[float, float, int]  # the corpus loss, its standard error, the 
 def corpus_loss_line(measured: Measured, corpus: Corpus) -> str:
     """The corpus loss in words."""
     mean, standard_error, n_slices = measured
+    part = "" if corpus.val_tokens is None else " of the training part, with the last weights"
     return (
-        f"Corpus loss {mean:.6f} +- {standard_error:.6f} (mean and standard error of {n_slices} random slices), "
+        f"Corpus loss {mean:.6f} +- {standard_error:.6f} (mean and standard error of {n_slices} random slices{part}), "
         f"perplexity {perplexity(mean):.4f}, {bits_per_byte(mean, corpus.bytes_per_token):.4f} bits per byte"
     )
 
@@ -211,6 +212,9 @@ def results(
         "best_metric": c.best_metric,
         "best_loss": p.best_loss,
         "best_step": p.best_step,
+        "best_bits_per_byte": bits_per_byte(
+            p.best_loss, corpus.val_bytes_per_token if c.validates else corpus.bytes_per_token
+        ),
         "final_loss": p.loss,
         "final_step": p.step,
         "window_loss": p.window_loss(c),

@@ -130,7 +130,11 @@ def test_the_best_is_the_one_with_the_lowest_validation_loss(here):
     corpus = load_corpus(config, load_tokenizer())
     assert train.validation_loss(model, corpus.val_tokens, config) == pytest.approx(best["loss"], rel=1e-6)
     log = Path("run/logs/train.log").read_text(encoding="utf-8")
-    assert f"Validation loss was lowest at step {lowest} " in log and "overfits" in log
+    assert f"Validation loss was lowest at step {lowest}, of which best.pt is: {measured[lowest]:.6f}, " in log
+    assert (
+        " now: from there on the model overfits" in log
+        and "slices of the training part, with the last weights), " in log
+    )
     assert overfitting(read_run(Path("run"))) == lowest
     summary = update_readme.summary_section(read_run(Path("run")), Path("README.md"))
     assert "| best val_loss | **" in summary and f"| overfitting | from step {lowest} on" in summary
