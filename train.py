@@ -709,7 +709,7 @@ class Saver:
         if self.trainer.config.num_prompts:
             prompt, outputs = self.trainer.sample(tokenizer)
             self.run.append_samples(progress.step, prompt, outputs)
-            log.info(report.sample_line(progress.step, outputs[0]))
+            log.info(report.sample_line(progress.step, prompt, outputs[0]))
             progress.sampled_step = progress.step
 
     def consider_val_loss(self) -> None:

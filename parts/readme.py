@@ -50,10 +50,8 @@ def escaped(text: str) -> str:
 
 
 def in_markdown(text: str) -> str:
-    """Text of unknown origin on one line of Markdown, in a table as well: it shows letter for letter, and what has no
-    letter, such as a line end, as U+FFFD."""
-    visible = "".join(c if c.isprintable() else "\ufffd" for c in text)
-    return re.sub(r"[\\`*_~|<>&$#\[\]]", r"\\\g<0>", visible)
+    """Text of unknown origin on one line of Markdown, shown letter for letter; a line end and the like as U+FFFD."""
+    return escaped("".join(c if c.isprintable() else "\ufffd" for c in text))
 
 
 def cell(text: object) -> str:

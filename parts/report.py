@@ -135,10 +135,11 @@ def eta_line(config: Config, progress: Progress, sec_per_step: float) -> str:
     return f"ETA {remaining} ({datetime.now() + remaining:%a %H:%M}) to step {config.steps}{sooner}"
 
 
-def sample_line(step: int, output: str) -> str:
+def sample_line(step: int, prompt: str, output: str) -> str:
     """The beginning of a sampled text, on one line."""
     words = " ".join(output.split())
-    return f"Sample at step {step}: {words[:200]}{' ...' if len(words) > 200 else ''}"
+    rest = " ..." if len(words) > 200 else " (and white space)" * (words == " ".join(prompt.split()))
+    return f"Sample at step {step}: {words[:200]}{rest}"
 
 
 def best_line(loss: float, step: int, config: Config, path: Path) -> str:

@@ -12,7 +12,7 @@ import train
 from parts.config import Config
 from parts.corpus import Corpus
 from parts.machine import choose_compile, choose_runtime, cpu_only_hint, device_problem, for_sampling, largest_divisor
-from parts.report import forebodings, launch_command
+from parts.report import forebodings, launch_command, sample_line
 from parts.setup import Setup
 
 cpu_only = pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
@@ -130,3 +130,9 @@ def test_machines_may_choose_threads_and_compilation_for_themselves(config):
 
     assert agreement() == agreement(threads=7, compile="on", micro_batch=1)
     assert agreement() != agreement(amp="bf16") and agreement() != agreement(lr=1.0)
+
+
+def test_a_sample_is_told_on_one_line():
+    assert sample_line(20, "ROMEO:\n", "ROMEO:\n\n \n") == "Sample at step 20: ROMEO: (and white space)"
+    assert sample_line(20, "ROMEO:\n", "ROMEO:\nO, speak\n") == "Sample at step 20: ROMEO: O, speak"
+    assert sample_line(20, "", "a " * 150) == f"Sample at step 20: {'a ' * 100} ..."
