@@ -31,7 +31,7 @@ with packages_of("update_readme.py", __name__):
     import pandas as pd
 
     from parts.commandline import flag_words, read_flags, to_type, value_of
-    from parts.comparison import Comparison, absolute, common_parent, compare, find_runs, is_glob
+    from parts.comparison import REPORTING, Comparison, absolute, common_parent, compare, find_runs, is_glob
     from parts.config import Flags
     from parts.files import replacing
     from parts.readme import (
@@ -368,6 +368,9 @@ def samples_section(run: Run, _readme: Path) -> str:
     return preformatted("\n".join(shortened(blocks[-1].split("\n"), SAMPLE_LINES)))
 
 
+NO_NUMBERS = REPORTING | {"steps", "target_loss", "patience"}  # changed on the way, these alter no step
+
+
 def repro_section(run: Run, _readme: Path) -> str:
     """What it takes to do the same again."""
     config = run.config
@@ -379,7 +382,7 @@ def repro_section(run: Run, _readme: Path) -> str:
         if isinstance(value, dict):
             value = ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
         if value not in (None, ""):
-            lines.append(f"{label + ':':<15}{value}".replace("\n", " "))
+            lines.append(f"{label + ': ':<15}{value}".replace("\n", " "))
 
     launches = config.get("launches")
     launches = [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
@@ -396,7 +399,11 @@ def repro_section(run: Run, _readme: Path) -> str:
         add("runtime", {key: run.flags.get(key) for key in ("device", "amp", "compile", "threads")})
     lines = shortened(lines, 40)
     if run.flags:
-        lines += ["", "The same with every flag, whatever the defaults will be, into another directory:"]
+        changed = sorted({f"--{name}" for _, flags in run.changes for name in flags if name not in NO_NUMBERS})
+        every = "The same with every flag, whatever the defaults will be, into another directory:"
+        if changed:
+            every = f"No one command repeats this run, since {', '.join(changed)} changed on the way. The last start's:"
+        lines += ["", every]
         began_from = value_of("resume", words_of((launches or [config])[0].get("command")))
         lines.append(full_command({**run.flags, "out_dir": "out/again", "resume": began_from}))
     return preformatted("\n".join(lines))

@@ -78,6 +78,23 @@ def test_the_command_with_every_flag_gives_the_same_run(finished_run, tmp_path, 
     assert rows(Path("out/again")) == rows(finished_run)
 
 
+def test_a_run_whose_rate_was_changed_is_repeated_by_no_one_command(run):
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    same, other = "The same with every flag", "No one command repeats this run, since --lr, --min_lr changed on the way"
+    for changed, expected, unexpected in (
+        ({"steps": 4, "log_every": 1}, same, other),
+        ({"min_lr": 0, "lr": 1}, other, same),
+    ):
+        config["launches"] = [
+            config["launches"][0],
+            {"command": "python train.py", "first_step": 5, "changed": changed},
+        ]
+        (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        shown = update_readme.repro_section(read_run(run), run)
+        assert expected in shown and unexpected not in shown
+        assert "\nfrom step 5:   python train.py\n" in shown
+
+
 PROMPTS = [
     "-x", "--foo bar", "a\nb\n", "\n", "a\rb\x07c\u202ed", "C:\\new\\dir\r", "\\\n", r"typed\n\u0041\\",
     "it's $x `y` \"z\"\t", "\u200b\u2028\x85\xad", "<b>&amp;</b>\n", "é 漢字 \U0001f469\u200d\U0001f467 \U000e0041",
