@@ -930,7 +930,7 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
             saver.save()
             saver.writer.finish()
         if stop == "SIGINT" and p.step != p.sampled_step and config.num_prompts:
-            log.info("Saved. A last sample; Ctrl-C leaves it out ...")
+            log.info("Sampling once more; Ctrl-C leaves it out ...")
             with suppress(KeyboardInterrupt):
                 saver.sample(tokenizer)  # a continued run cuts it off again
     return stop

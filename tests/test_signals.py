@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KILLS, ROOT, TINY_FLAGS
+from conftest import KILLS, ROOT, TINY_FLAGS, log_text
 
+import train
 from parts.checkpoint import load_checkpoint
 from parts.machine import Interruption
 
@@ -135,3 +136,21 @@ def test_a_run_interrupted_before_its_first_step_leaves_no_trace_in_the_way(laun
         patch.setattr(Interruption, "__enter__", at_once)
         assert [launch("run") for _ in range(3)] == [143] * 3
     assert launch("run") == 0 and not list(Path("run").glob("earlier-*"))
+
+
+def test_the_sample_after_the_save_can_be_left_out(launch, before_step, monkeypatch):
+    def second(*_arguments):
+        time.sleep(1.1)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train.Trainer, "sample", second)
+    before_step({3: lambda: signal.raise_signal(signal.SIGINT)})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert launch("run", "--sample_every=100") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    log = log_text(Path("run"))
+    assert "Interrupted by SIGINT after step 3; " in log and "Broken off" not in log
+    assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 3
+    assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "interrupted"
