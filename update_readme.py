@@ -368,7 +368,7 @@ def samples_section(run: Run, _readme: Path) -> str:
     return preformatted("\n".join(shortened(blocks[-1].split("\n"), SAMPLE_LINES)))
 
 
-NO_NUMBERS = REPORTING | {"steps", "target_loss", "patience"}  # changed on the way, these alter no step
+NO_NUMBERS = REPORTING | {"val_sha256", "steps", "target_loss", "patience"}  # changed on the way, these alter no step
 
 
 def repro_section(run: Run, _readme: Path) -> str:

@@ -1,6 +1,5 @@
 """What a run directory holds, read without PyTorch, also while train.py writes into it."""
 
-import ast
 import hashlib
 import json
 import math
@@ -14,10 +13,6 @@ import pandas as pd
 
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \| [A-Z]+ \| ", re.MULTILINE)
 SAMPLES_BLOCK = re.compile(r"^={80}\n(?=STEP \d+$)", re.MULTILINE)
-RESUMED = re.compile(r"^[\d :,-]+ \| INFO \| (?:Resuming from step (\d+) |Changed from here on: (.*))", re.MULTILINE)
-STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-VALUE = rf"(?:{STRING}|\[(?:{STRING}(?:, )?)*\]|[\w.+-]+)"  # of a flag, as Python writes it
-CHANGE = re.compile(rf"--(\w+) ({VALUE}) -> {VALUE}")
 MEASURE = {"val_fraction", "val_file", "val_sha256", "seq_len"}  # what else a validation loss depends on than weights
 OUTCOMES = {  # reasons to stop, of results.json
     "target": "target reached",
@@ -57,14 +52,13 @@ class Run:
         """What changed when the run was continued, oldest first: the step from which on, and what changed, each with
         its value until then.
 
-        A start takes back what was done behind the checkpoint from which it goes on. Of a start up to November 2026
-        the log alone tells what changed.
+        A start takes back what was done behind the checkpoint from which it goes on.
         """
-        launches, logged = self.config.get("launches"), logged_changes(self.log)
+        launches = self.config.get("launches")
         found: list[tuple[float, dict]] = []
         for launch in launches if isinstance(launches, list) else []:
             if isinstance(launch, dict) and (first := number(launch, "first_step")) is not None:
-                changed = launch.get("changed", logged.get(int(first)))
+                changed = launch.get("changed")
                 found = [earlier for earlier in found if earlier[0] < first]
                 found += [(first, changed)] if changed and isinstance(changed, dict) else []
         return found
@@ -138,27 +132,6 @@ def read_metrics(path: Path) -> pd.DataFrame:
     table = table.apply(pd.to_numeric, errors="coerce").astype(float)
     table = table.replace([math.inf, -math.inf], math.nan).dropna(subset=["step"])
     return table.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
-
-
-def logged_changes(log: str) -> dict[int, dict]:
-    """The changed flags with their values until then, by the first step after them, as the log tells them."""
-    found: dict[int, dict] = {}
-    first = 0
-    for step, changes in RESUMED.findall(log):
-        if step:
-            first = int(step) + 1
-            found[first] = {}
-        elif first:
-            found[first] = {name: literal(value) for name, value in CHANGE.findall(changes)}
-    return found
-
-
-def literal(text: str) -> object:
-    """The value that Python writes so; the text itself where it is none."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def duration(seconds: float) -> str:

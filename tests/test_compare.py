@@ -69,14 +69,6 @@ def alter(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
-def forget_changes(run: Path) -> None:
-    """Leave it to the log to tell what changed, as older programs did."""
-    launches = json.loads((run / "config.json").read_bytes())["launches"]
-    alter(
-        run / "config.json", launches=[{key: launch[key] for key in launch.keys() - {"changed"}} for launch in launches]
-    )
-
-
 def results(run: Path) -> dict:
     return json.loads((run / "results.json").read_text(encoding="utf-8"))
 
@@ -122,16 +114,13 @@ def test_only_flags_that_differ_and_say_something_new(first, second, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", ["in config.json", "in the log"])
-def test_a_flag_that_changed_shows_its_values_one_after_the_other(trained, tmp_path, monkeypatch, told):
+def test_a_flag_that_changed_shows_its_values_one_after_the_other(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(trained.parent)
     where = tmp_path / "changed"
     flags = [*TINY_FLAGS, "--input_file=text.txt", f"--out_dir={where}", "--warmup_steps=0", "--decay_steps=8"]
     assert train.main([*flags, "--lr=0.006"]) == 0
     assert train.main([*flags, "--lr=0.3", "--steps=12", "--prompt=x, --seed 1 -> 2", "--dropout=0.1"]) == 0
     assert train.main([*flags, "--lr=0.3", "--steps=16", "--prompt=y"]) == 0
-    if told == "in the log":
-        forget_changes(where)
     run = read_run(where)
     assert [flags["lr"] for flags in run.flags_over_time] == [0.006, 0.3, 0.3]
     at_once = replace(run, out_dir=tmp_path / "once", config=run.config | {"launches": []})
@@ -279,17 +268,14 @@ def test_validation_losses_order_the_runs_where_all_have_one(out):
     (["--val_file=text.txt"], ["--val_file=held_out.txt"]),
     (["--val_file=held_out.txt", "--seq_len=16"], ["--val_file=held_out.txt", "--seq_len=4"]),
 ])  # fmt: skip
-@pytest.mark.parametrize("told", ["in config.json", "in the log"])
 def test_of_a_run_continued_with_another_validation_only_what_was_measured_since_counts(
-    trained, tmp_path, monkeypatch, before, after, told
+    trained, tmp_path, monkeypatch, before, after
 ):
     monkeypatch.chdir(trained.parent)
     where = tmp_path / "changed"
     flags = [*TINY_FLAGS, "--input_file=text.txt", "--lr=3e-2", "--eval_every=2", f"--out_dir={where}"]
     assert train.main([*flags, *before]) == 0
     assert train.main([*flags, *after, "--steps=14", "--decay_steps=8", "--warmup_steps=0"]) == 0
-    if told == "in the log":
-        forget_changes(where)
     run, best = read_run(where), results(where)
     losses = run.metrics.set_index("step")["val_loss"].dropna()
     assert losses.loc[:8].min() < best["best_loss"] and best["best_step"] > 8, "or nothing is shown"

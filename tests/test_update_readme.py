@@ -82,7 +82,7 @@ def test_a_run_whose_rate_was_changed_is_repeated_by_no_one_command(run):
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     same, other = "The same with every flag", "No one command repeats this run, since --lr, --min_lr changed on the way"
     for changed, expected, unexpected in (
-        ({"steps": 4, "log_every": 1}, same, other),
+        ({"steps": 4, "log_every": 1, "val_sha256": "f00d"}, same, other),
         ({"min_lr": 0, "lr": 1}, other, same),
     ):
         config["launches"] = [
