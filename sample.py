@@ -23,8 +23,8 @@ with packages_of("sample.py", __name__):
 
     import train
     from parts.checkpoint import checkpoint_in, load_checkpoint, newest_run
-    from parts.commandline import read_flags
-    from parts.config import Amp, Between, Config, decode_escapes, out_of_range
+    from parts.commandline import decode_escapes, read_flags
+    from parts.config import Amp, Between, Config, out_of_range
     from parts.machine import autocast, choose_amp, choose_device, device_problem, for_sampling, make_current
     from parts.text import Tokenizer, pieces, read_text, saved_tokenizer, whole_characters
 

@@ -53,7 +53,8 @@ with packages_of("train.py", __name__):
         Progress,
         write_checkpoint,
     )
-    from parts.config import Config, decode_escapes
+    from parts.commandline import decode_escapes
+    from parts.config import Config
     from parts.corpus import Corpus, loss_floor
     from parts.files import LogFile, RunDir, gigabytes, logging_to, move, read_json, replacing
     from parts.kernels import HeadLoss, attention, causal_attention, linear
@@ -104,6 +105,11 @@ def slice_starts(seed: int, stream: int, count: int, n_starts: int) -> np.ndarra
 def take_slices(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> torch.Tensor:
     """Slices of T + 1 tokens, (len(starts), T + 1) int64: inputs are [:, :-1], targets [:, 1:]."""
     return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
+
+
+def cut(slices: torch.Tensor, slice_len: int) -> torch.Tensor:
+    """(B, T + 1) to (B * T / slice_len, slice_len + 1): each piece ends with the first token of the next."""
+    return slices.unfold(1, slice_len + 1, slice_len).flatten(0, 1)
 
 
 @lru_cache(maxsize=2)  # a step may span two passes
@@ -435,7 +441,6 @@ class Trainer:
         self.forward: Callable[..., torch.Tensor] = self.model
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.progress.trained_context = max(self.progress.trained_context, config.seq_len)
 
     def _restore(self, checkpoint: dict) -> None:
         """Take over a checkpoint's state, and its tensors out of it, so that they are not held twice."""
@@ -460,6 +465,17 @@ class Trainer:
         if self.scaler.is_enabled() and checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.progress = replace(Progress(**checkpoint["progress"]), skipped_in_a_row=0)
+        self._compare_with(Config.from_dict(checkpoint["config"]))
+
+    def _compare_with(self, before: Config) -> None:
+        """Losses of longer or shorter slices do not compare: the window, and the best of such windows, begin anew."""
+        p, config = self.progress, self.config
+        slice_len = config.slice_len(p.step + 1)
+        if p.step and before.slice_len(p.step) != slice_len:
+            log.info(f"From step {p.step + 1:,} on, slices of {slice_len} tokens; window_loss begins anew")
+            p.recent_losses = []
+            if not config.validates:
+                p.forget_best()
 
     def state(self) -> dict:
         """What `_restore` takes over, and the flags and facts that tell whether it may."""
@@ -488,22 +504,18 @@ class Trainer:
         }
 
     def compile(self) -> str | None:
-        """Compile the forward pass if the config says so, proven on a micro-batch there and back. A compiler that
-        fails, or computes something else, is reported, and the run goes on without; returned is then the reason."""
+        """Compile the forward pass if the config says so, proven there and back on a micro-batch of each length of
+        slice to come. A compiler that fails, or computes something else, is reported, and the run goes on without;
+        returned is then the reason."""
         if self.config.compile == "off":
             return None
         started = time.perf_counter()
         log.info("Compiling ...")
         try:
-            step, fits = self.progress.step + 1, 0
-            self.forward = torch.compile(self.model, dynamic=False)
-            while fits != self.config.micro_batch:  # or memory ran out, and it is less now
-                fits = self.config.micro_batch
-                slices = self.slices(step)[:fits]
-                compiled = self._measures(self.accumulate(step, slices))
-            self.forward, compiled_forward = self.model, self.forward
-            if eager := self._measures_uncompiled(step, slices):
-                self._compare(compiled, eager)
+            next_step, warmup = self.progress.step + 1, self.config.seq_len_warmup
+            compiled_forward = torch.compile(self.model, dynamic=False)
+            for step in sorted({next_step, max(next_step, warmup // 2 + 1), max(next_step, warmup + 1)}):
+                self._prove(compiled_forward, step)
             self.forward = compiled_forward
             log.info("Compiled in %.0f s", time.perf_counter() - started)
             return None
@@ -515,6 +527,17 @@ class Trainer:
             return "torch.compile failed, see the log"
         finally:
             self.model.zero_grad(set_to_none=True)
+
+    def _prove(self, compiled_forward: Callable[..., torch.Tensor], step: int) -> None:
+        """Compute a micro-batch of this step compiled and not, and raise where they differ."""
+        fits, self.forward = 0, compiled_forward
+        while fits != self.config.micro_batch:  # or memory ran out, and it is less now
+            fits = self.config.micro_batch
+            slices = self.slices(step)[:fits]
+            compiled = self._measures(self.accumulate(step, slices))
+        self.forward = self.model
+        if eager := self._measures_uncompiled(step, slices):
+            self._compare(compiled, eager)
 
     def _measures(self, loss: torch.Tensor) -> list[float]:
         """The loss, then the norm of each parameter's gradient; the gradients are gone afterwards."""
@@ -586,6 +609,7 @@ class Trainer:
             torch.manual_seed(int(seeds[self.ranks.rank]))
         loss_sum = torch.zeros((), device=self.device)
         for slices in micro_batches:
+            slices = cut(slices, self.config.slice_len(step))
             with autocast(self.config):
                 loss = self.forward(slices[:, :-1], slices[:, 1:])
             # The gradient of a step is that of the mean over its micro-batches.
@@ -599,7 +623,9 @@ class Trainer:
         A step whose loss or gradient is not finite leaves all weights and all of the optimizer alone;
         too many in a row raise TrainingFailed.
         """
-        config, step = self.config, self.progress.step + 1
+        config, p, step = self.config, self.progress, self.progress.step + 1
+        self._compare_with(config)
+        p.trained_context = max(p.trained_context, config.slice_len(step))
         loss = self.accumulate(step, self.slices(step))
         self.ranks.average([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])
         for optimizer in self.optimizers.values():

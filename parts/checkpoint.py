@@ -32,7 +32,7 @@ class Progress:
     best_step: int = 0
     skipped_steps: int = 0  # because of a non-finite loss or gradient
     skipped_in_a_row: int = 0
-    trained_context: int = 0  # the longest seq_len trained
+    trained_context: int = 0  # the longest slices trained
     sampled_step: int = 0  # at which text was last sampled
     val_loss: float = math.inf  # of the latest measurement
     val_step: int = 0  # of the latest measurement; 0: none yet
@@ -47,7 +47,8 @@ class Progress:
     def stop_reason(self, config: Config) -> str | None:
         """One of `COMPLETE` when the run is over, else None."""
         window_loss = self.window_loss(config)
-        if config.target_loss > 0 and window_loss is not None and window_loss <= config.target_loss:
+        whole = self.step > config.seq_len_warmup
+        if whole and config.target_loss > 0 and window_loss is not None and window_loss <= config.target_loss:
             return "target"
         if 0 < config.patience <= self.measured_in_vain:
             return "patience"

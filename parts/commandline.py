@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from parts.config import PRESETS, Config, Flags, brief, decode_escapes, encode_escapes, hidden, out_of_range
+from parts.config import PRESETS, Config, Flags, brief, out_of_range
 
 T = TypeVar("T")
 OTHER_NAMES = {  # of other programs: the flag here
@@ -53,6 +53,25 @@ REMARKS = {  # where the flag here does not say the same
     "context_length": "the tokens of a slice; --block_size are the positions that the model has",
     "prompt_file": "sample.py has a --prompt_file",
 }
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+ESCAPE = re.compile(r"\\[nt\\]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}")  # but no half of a surrogate pair
+
+
+def decode_escapes(text: str) -> str:
+    r"""Turn \n, \t, \\ and \uXXXX, as JSON has them, into what they stand for: a shell passes them as written."""
+    return ESCAPE.sub(lambda match: ESCAPES.get(match[0]) or chr(int(match[0][2:], 16)), text)
+
+
+def encode_escapes(text: str) -> str:
+    """Text that `decode_escapes` reads back, with nothing hidden in it."""
+    short = {character: escape for escape, character in ESCAPES.items()}
+    return "".join(short.get(c) or (f"\\u{ord(c):04x}" if hidden(c) else c) for c in text)
+
+
+def hidden(text: str) -> bool:
+    """Whether it has characters that cannot be seen, such as line ends, control characters and marks that reorder text.
+    Those beyond U+FFFF do not count: letters newer than this Python are among them."""
+    return any(not c.isprintable() and c <= "\uffff" for c in text)
 
 
 def as_utf8(argument: str) -> str:
@@ -189,7 +208,10 @@ def parse_config(argv: list[str], processes: int = 1, silent: bool = False, abou
     asked = first_look.parse_known_args(argv)[0]
     defaults = Flags(**PRESETS.get(asked.preset, {}), processes=processes)
     if "steps" in typed(argv):
-        defaults = replace(defaults, decay_steps=None)  # the preset's belongs to the preset's steps
+        # The preset's belong to the preset's steps.
+        defaults = replace(defaults, decay_steps=None, min_lr=None, seq_len_warmup=None)
+    if {"seq_len", "val_fraction", "val_file"} & set(typed(argv)):
+        defaults = replace(defaults, seq_len_warmup=None)
     if "help" in typed(argv) or "-h" in argv:
         with suppress(KeyError):  # a preset that there is not
             resolved = vars(replace(defaults, preset=asked.preset).resolved())

@@ -82,7 +82,7 @@ class BatchFlags:
     """What a step consists of, and its learning rate."""
 
     steps: Annotated[int, Between(1, 10**9)] = 2000
-    """optimizer updates at most; a preset's decay_steps goes with its own steps only"""
+    """optimizer updates at most; a preset's decay_steps, min_lr and seq_len_warmup go with its own steps only"""
     batch_size: Annotated[int, Between(1, 65_536)] = 32
     """slices in a batch; a step learns from batch_size x grad_accum of them"""
     grad_accum: Annotated[int, Between(1, 65_536)] = 1
@@ -92,13 +92,16 @@ class BatchFlags:
     makes 2,048 tokens; fewer when memory runs out"""
     seq_len: Annotated[int, Between(1, 65_536)] = 128
     """tokens in one slice"""
+    seq_len_warmup: Annotated[int | None, Between(0, 10**9)] = None
+    """steps that cut each slice: into quarters in the first half of them, then into halves; by default the preset's,
+    but 0 where --steps, --seq_len or a validation split is given; a continued run keeps what it has"""
     slices: Literal["shuffled", "independent"] = "shuffled"
     """where they start: shuffled: in random order, pass after pass, each of which leaves no token out; independent:
     each anywhere"""
     lr: Annotated[float | None, Between(1e-12, 10)] = None
     """peak learning rate; by default 6e-3 with muon, 1e-3 with adamw"""
     min_lr: Annotated[float | None, Between(0, 10)] = None
-    """learning rate at decay_steps and after; by default a tenth of lr"""
+    """learning rate at decay_steps and after; by default the preset's, or a tenth of lr if --steps is given"""
     warmup_steps: Annotated[int | None, Between(0, 10**9)] = None
     """steps of linear warm-up; by default 200, but at most a tenth of decay_steps"""
     decay_steps: Annotated[int | None, Between(1, 10**9)] = None
@@ -219,6 +222,7 @@ class Flags(
             warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
             lr=lr,
             min_lr=lr / 10 if self.min_lr is None else self.min_lr,
+            seq_len_warmup=self.seq_len_warmup or 0,
         )
         return Config(**vars(self) | decided)
 
@@ -241,6 +245,7 @@ class Config(Flags):
     min_lr: float
     warmup_steps: int
     decay_steps: int
+    seq_len_warmup: int
     threads: int
 
     @property
@@ -256,6 +261,10 @@ class Config(Flags):
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch * self.seq_len
+
+    def slice_len(self, step: int) -> int:
+        """Tokens that follow each other in what a step trains on."""
+        return self.seq_len // (1 if step > self.seq_len_warmup else 2 if 2 * step > self.seq_len_warmup else 4)
 
     @property
     def n_params(self) -> int:
@@ -296,6 +305,11 @@ class Config(Flags):
             f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}"
             + " (--steps, if it is not given)" * (self.decay_steps == self.steps):
                 self.warmup_steps > self.decay_steps,
+            f"--seq_len_warmup {self.seq_len_warmup} exceeds --steps {self.steps}": self.seq_len_warmup > self.steps,
+            f"--seq_len {self.seq_len} has no quarters: choose a multiple of 4, or --seq_len_warmup 0":
+                self.seq_len_warmup and self.seq_len % 4,
+            f"--seq_len_warmup {self.seq_len_warmup} does not go with a validation split, whose slices are whole":
+                self.seq_len_warmup and self.validates,
             "--out_dir is empty or the current folder: name a folder for the run": self.out_dir == Path(),
             f"--out_dir {brief(self.out_dir)}: a name over 255 letters (on Linux bytes); choose a shorter --out_dir":
                 any(len(os.fsencode(part) if sys.platform == "linux" else part) > 255 for part in self.out_dir.parts),
@@ -324,6 +338,7 @@ class Config(Flags):
     def from_dict(cls, values: dict) -> "Config":
         """The inverse of `as_dict`; keys that are no flags are ignored, missing ones default."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        known.setdefault("seq_len_warmup", 0)  # younger than the oldest checkpoints
         for name in ("cache_dir", "out_dir", "init_from"):
             if known.get(name) is not None:
                 known[name] = Path(known[name])
@@ -349,39 +364,20 @@ def brief(value: object) -> str:
     return f"{text[:40]}..." if len(text) > 80 else text or "''"
 
 
+# 5 M tokens at most: some 15 passes over a text of 1 MB.
+RECIPE = dict(steps=1220, decay_steps=1220, min_lr=0.0, seq_len_warmup=600)
 PRESETS: dict[str, dict] = {
     "demo": dict(
         input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,
         batch_size=4, steps=600, decay_steps=300, lr=4e-3, init_std=0.07, log_every=10, save_every=200,
         sample_every=50, num_prompts=1, temperature=0.0, max_new_tokens=69,
     ),
-    "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512, decay_steps=900),
-    "gpt2": dict(decay_steps=900),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, decay_steps=900),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, decay_steps=900),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, decay_steps=900),
+    "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512, **RECIPE),
+    "gpt2": RECIPE,
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, **RECIPE),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, **RECIPE),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, **RECIPE),
 }  # fmt: skip
-
-
-ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
-ESCAPE = re.compile(r"\\[nt\\]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}")  # but no half of a surrogate pair
-
-
-def decode_escapes(text: str) -> str:
-    r"""Turn \n, \t, \\ and \uXXXX, as JSON has them, into what they stand for: a shell passes them as written."""
-    return ESCAPE.sub(lambda match: ESCAPES.get(match[0]) or chr(int(match[0][2:], 16)), text)
-
-
-def encode_escapes(text: str) -> str:
-    """Text that `decode_escapes` reads back, with nothing hidden in it."""
-    short = {character: escape for escape, character in ESCAPES.items()}
-    return "".join(short.get(c) or (f"\\u{ord(c):04x}" if hidden(c) else c) for c in text)
-
-
-def hidden(text: str) -> bool:
-    """Whether it has characters that cannot be seen, such as line ends, control characters and marks that reorder text.
-    Those beyond U+FFFF do not count: letters newer than this Python are among them."""
-    return any(not c.isprintable() and c <= "\uffff" for c in text)
 
 
 def names(inputs: tuple[Path, ...]) -> str:

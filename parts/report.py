@@ -48,6 +48,11 @@ def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, 
         *([] if corpus.val_tokens is None else [f"Validation: {len(corpus.val_tokens):,} tokens, never trained on"]),
         f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
         f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps",
+        *(
+            f"Slices: of {c.slice_len(step)} tokens from step {step:,} on"
+            for step in (1, c.seq_len_warmup // 2 + 1, c.seq_len_warmup + 1)
+            if c.seq_len_warmup
+        ),
         f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after "
         f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}",
         f"Loss: ln V = {math.log(c.vocab_size):.3f} for a model that knows nothing; floor of this corpus at seq_len "
@@ -65,6 +70,11 @@ def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
         found.append(
             f"--target_loss {c.target_loss:g} is below the floor {floor:.4f}: no model can reach it at --seq_len "
             f"{c.seq_len}; {way}"
+        )
+    if c.min_lr == 0 and c.decay_steps < c.steps:
+        found.append(
+            f"The learning rate is 0 from step {c.decay_steps:,} on, and nothing is learned any more: raise "
+            "--decay_steps or --min_lr"
         )
     if c.device == "cpu" and c.amp == "fp16":
         found.append("--amp fp16 is very slow on a CPU: bf16 or off is faster")

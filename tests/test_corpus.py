@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from parts.config import PRESETS, VOCAB_SIZE, Config, decode_escapes, encode_escapes, hidden
+from parts.commandline import decode_escapes, encode_escapes, hidden
+from parts.config import PRESETS, VOCAB_SIZE, Config
 from parts.corpus import load_corpus
 from parts.text import VOCABULARY_SHA256, gpt2_encoding, load_tokenizer, read_text
 

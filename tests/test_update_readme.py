@@ -21,9 +21,8 @@ from matplotlib import font_manager
 
 import train
 import update_readme
-from parts.commandline import parse_config, to_type
+from parts.commandline import decode_escapes, parse_config, to_type
 from parts.comparison import compare
-from parts.config import decode_escapes
 from parts.readme import INVISIBLE, filled, preformatted
 from parts.runs import read_metrics, read_run
 
