@@ -108,7 +108,10 @@ def take_slices(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> torch.T
 
 
 def cut(slices: torch.Tensor, slice_len: int) -> torch.Tensor:
-    """(B, T + 1) to (B * T / slice_len, slice_len + 1): each piece ends with the first token of the next."""
+    """(B, T + 1) to (B * T / slice_len, slice_len + 1): each piece ends with the first token of the next.
+
+    Shorter slices first: Li, Zhang and He 2021, arXiv 2108.06084.
+    """
     return slices.unfold(1, slice_len + 1, slice_len).flatten(0, 1)
 
 

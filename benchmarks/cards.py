@@ -18,7 +18,7 @@ from parts.config import PRESETS, Config, Flags
 BESIDES = 1e9  # bytes: CUDA's own memory, the kernels, and blocks that the allocator cannot fill
 ACHIEVED = (0.4, 0.2)  # of a card's peak
 ROOM = 0.8  # of a card's memory; the rest is for the screen and for what the sum leaves out
-TOKENS = 2000 * 32 * 128  # all steps of the default run
+TOKENS = Flags().steps * 32 * 128  # all steps of the default run
 HEAD_ROWS = 1024  # HeadLoss.ROWS
 
 

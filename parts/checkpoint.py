@@ -47,8 +47,8 @@ class Progress:
     def stop_reason(self, config: Config) -> str | None:
         """One of `COMPLETE` when the run is over, else None."""
         window_loss = self.window_loss(config)
-        whole = self.step > config.seq_len_warmup
-        if whole and config.target_loss > 0 and window_loss is not None and window_loss <= config.target_loss:
+        reached = config.target_loss > 0 and window_loss is not None and window_loss <= config.target_loss
+        if reached and self.step > config.seq_len_warmup:  # with whole slices
             return "target"
         if 0 < config.patience <= self.measured_in_vain:
             return "patience"

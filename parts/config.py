@@ -81,7 +81,7 @@ class ModelFlags:
 class BatchFlags:
     """What a step consists of, and its learning rate."""
 
-    steps: Annotated[int, Between(1, 10**9)] = 2000
+    steps: Annotated[int, Between(1, 10**9)] = 1220
     """optimizer updates at most; a preset's decay_steps, min_lr and seq_len_warmup go with its own steps only"""
     batch_size: Annotated[int, Between(1, 65_536)] = 32
     """slices in a batch; a step learns from batch_size x grad_accum of them"""
@@ -364,8 +364,7 @@ def brief(value: object) -> str:
     return f"{text[:40]}..." if len(text) > 80 else text or "''"
 
 
-# 5 M tokens at most: some 15 passes over a text of 1 MB.
-RECIPE = dict(steps=1220, decay_steps=1220, min_lr=0.0, seq_len_warmup=600)
+RECIPE = dict(min_lr=0.0, seq_len_warmup=600)  # for 1,220 steps
 PRESETS: dict[str, dict] = {
     "demo": dict(
         input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,

@@ -349,6 +349,6 @@ def finished(step: int, stop_reason: str) -> str:
     how = {
         "target": f"the target was reached at step {step}. Lower --target_loss",
         "patience": f"no lower validation loss up to step {step}. Raise --patience",
-        "steps": f"all steps up to {step} are done. Raise --steps (and --decay_steps, or the rate stays where it is)",
+        "steps": f"all steps up to {step} are done. Raise --steps (and --decay_steps, or the rate stays at --min_lr)",
     }[stop_reason]
     return f"Already finished: {how} to go on, or choose another --out_dir (or --resume never) for a new run."

@@ -19,7 +19,7 @@ import update_readme
 from parts.checkpoint import Progress, load_checkpoint
 from parts.config import Config
 
-RAISE = "Raise --steps (and --decay_steps, or the rate stays where it is)"
+RAISE = "Raise --steps (and --decay_steps, or the rate stays at --min_lr)"
 STEP_LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \| INFO \| step (\d+)/(\d+) \| loss (\d+\.\d{6}) \| lr (\d\.\d\de[+-]\d\d)"
     r" \| tok/s (\d+\.\d)( \|.*)?"
