@@ -2,7 +2,7 @@
 
     python train.py --preset demo                        # no GPU, no file: a minute on a laptop
     python train.py --input_file data/input.txt          # GPT-2 124M, one GPU
-    python train.py --preset small --steps 2000          # 45M parameters
+    python train.py --preset small                       # 45M parameters
 
 Run the same command again and it continues where it stopped. Read from top to bottom, this file follows the data:
 slices, model, optimizer and schedule, text and loss, Trainer (which learns), Saver (which writes), the loop, main.
@@ -54,6 +54,7 @@ with packages_of("train.py", __name__):
         write_checkpoint,
     )
     from parts.commandline import decode_escapes
+    from parts.compiling import compile_proven
     from parts.config import Config
     from parts.corpus import Corpus, loss_floor
     from parts.files import LogFile, RunDir, gigabytes, logging_to, move, read_json, replacing
@@ -507,19 +508,15 @@ class Trainer:
         }
 
     def compile(self) -> str | None:
-        """Compile the forward pass if the config says so, proven there and back on a micro-batch of each length of
-        slice to come. A compiler that fails, or computes something else, is reported, and the run goes on without;
-        returned is then the reason."""
+        """Compile the forward pass if the config says so, for each length of slices to come. A compiler that fails, or
+        computes something else, is reported, and the run goes on without; returned is then the reason."""
         if self.config.compile == "off":
             return None
-        started = time.perf_counter()
+        started, step, warmup = time.perf_counter(), self.progress.step + 1, self.config.seq_len_warmup
         log.info("Compiling ...")
         try:
-            next_step, warmup = self.progress.step + 1, self.config.seq_len_warmup
-            compiled_forward = torch.compile(self.model, dynamic=False)
-            for step in sorted({next_step, max(next_step, warmup // 2 + 1), max(next_step, warmup + 1)}):
-                self._prove(compiled_forward, step)
-            self.forward = compiled_forward
+            steps = sorted({step, max(step, warmup // 2 + 1), max(step, warmup + 1)})
+            self.forward = compile_proven(self.model, self._trial, steps, self.config)
             log.info("Compiled in %.0f s", time.perf_counter() - started)
             return None
         except Exception as error:  # Inductor, Triton and C++ compilers fail in many ways
@@ -531,44 +528,17 @@ class Trainer:
         finally:
             self.model.zero_grad(set_to_none=True)
 
-    def _prove(self, compiled_forward: Callable[..., torch.Tensor], step: int) -> None:
-        """Compute a micro-batch of this step compiled and not, and raise where they differ."""
-        fits, self.forward = 0, compiled_forward
-        while fits != self.config.micro_batch:  # or memory ran out, and it is less now
-            fits = self.config.micro_batch
-            slices = self.slices(step)[:fits]
-            compiled = self._measures(self.accumulate(step, slices))
-        self.forward = self.model
-        if eager := self._measures_uncompiled(step, slices):
-            self._compare(compiled, eager)
-
-    def _measures(self, loss: torch.Tensor) -> list[float]:
-        """The loss, then the norm of each parameter's gradient; the gradients are gone afterwards."""
-        norms = [parameter.grad.norm() for parameter in self.model.parameters() if parameter.grad is not None]
-        self.model.zero_grad(set_to_none=True)
-        return torch.stack([loss, *norms]).tolist()
-
-    def _measures_uncompiled(self, step: int, slices: torch.Tensor) -> list[float]:
-        """The same, in pieces, since uncompiled it takes more memory; nothing where even these do not fit."""
-        try:
-            pieces = slices.split(largest_divisor(len(slices), max(1, len(slices) // 4)))
-            return self._measures(self._accumulate(step, pieces))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        release_memory(self.device)
-        return []
-
-    def _compare(self, compiled: list[float], eager: list[float]) -> None:
-        """Raises ArithmeticError when they differ by more than rounding, or with dropout by more than its chance."""
-        tolerance = 0.5 if self.config.dropout else 0.05
-        names = ["the loss", *(f"the gradient norm of {name}" for name, _ in self.model.named_parameters())]
-        noise = tolerance * max(filter(math.isfinite, eager[1:]), default=0.0) / 5  # some gradients are nothing else
-        for name, found, expected in zip(names, compiled, eager, strict=True):
-            if self.config.amp == "fp16" and not math.isfinite(found):
-                continue  # fp16 overflows earlier in larger pieces
-            if math.isfinite(expected) and not abs(found - expected) <= tolerance * abs(expected) + noise:
-                raise ArithmeticError(f"{name} is {found:.6g} compiled and {expected:.6g} otherwise")
+    def _trial(self, step: int, forward: Callable[..., torch.Tensor], pieces: int) -> torch.Tensor:
+        """Gradients and loss of a step's first micro-batch, computed by `forward`, in about so many pieces."""
+        self.forward, fits = forward, self.config.micro_batch
+        slices = self.slices(step)[:fits]
+        if pieces > 1:
+            return self._accumulate(step, slices.split(largest_divisor(fits, max(1, fits // pieces))))
+        loss = self.accumulate(step, slices)
+        if fits == self.config.micro_batch:
+            return loss
+        self.model.zero_grad(set_to_none=True)  # memory ran out: again with what fits
+        return self._trial(step, forward, pieces)
 
     def slices(self, step: int) -> torch.Tensor:
         """This process's share of one step's slices, on the device, (share, T + 1)."""

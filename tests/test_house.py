@@ -20,6 +20,7 @@ PARTS = {
     "foreign": set(),
     "text": {"foreign", "config"},
     "machine": {"config"},
+    "compiling": {"machine", "config"},
     "corpus": {"text", "files", "config"},
     "checkpoint": {"files", "machine", "config"},
     "commandline": {"config"},
