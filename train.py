@@ -739,7 +739,8 @@ class Saver:
         p.best_loss, p.best_step = loss, p.step
         free = next(snapshot for snapshot in self.best_snapshots if snapshot is not self.best_under_way)
         weights = free.take(self.trainer.model.state_dict(), self.trainer.copying)
-        self.best = {"step": p.step, "loss": loss, "model": weights, "snapshot": free}
+        context = p.trained_context
+        self.best = {"step": p.step, "loss": loss, "model": weights, "trained_context": context, "snapshot": free}
 
     def save(self) -> None:
         """Begin to write a checkpoint, then results and plot; an earlier save is waited for."""
@@ -788,7 +789,8 @@ class Saver:
         return Task(name, write, done)
 
     def _write_best(self, best: dict, description: dict) -> None:
-        write_checkpoint(self.run.best, description | {name: best[name] for name in ("step", "loss", "model")})
+        own = {name: best[name] for name in ("step", "loss", "model", "trained_context")}
+        write_checkpoint(self.run.best, description | own)
 
     def _report_best(self, best: dict | None) -> None:
         if best is not None:

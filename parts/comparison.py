@@ -17,13 +17,8 @@ from parts.runs import Run, duration, latest, lowest_validation, number, outcome
 # Flags that say where things lie, or what is told of a run. Texts are compared by what is in them.
 REPORTING = {"input_file", "val_file", "out_dir", "resume", "cache_dir", "log_every", "save_every", "sample_every"}
 REPORTING |= {"eval_every", "prompt", "num_prompts", "max_new_tokens", "top_k", "temperature", "tensorboard", "dry_run"}
-DERIVED = (
-    "decay_steps",
-    "warmup_steps",
-    "min_lr",
-    "seq_len_warmup",
-    "max_tokens",
-)  # not given, they follow from other flags
+# Not given, these follow from other flags.
+DERIVED = ("decay_steps", "warmup_steps", "min_lr", "seq_len_warmup", "max_tokens")
 FOLLOWS = {  # flag: others, of which one that differs explains it
     "vocab_size": {"tokenizer"},
     "micro_batch": {"batch_size", "grad_accum", "seq_len", "device", "processes"},

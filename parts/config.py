@@ -101,7 +101,8 @@ class BatchFlags:
     lr: Annotated[float | None, Between(1e-12, 10)] = None
     """peak learning rate; by default 6e-3 with muon, 1e-3 with adamw"""
     min_lr: Annotated[float | None, Between(0, 10)] = None
-    """learning rate at decay_steps and after; by default the preset's, or a tenth of lr if --steps is given"""
+    """learning rate at decay_steps and after; by default the preset's, or a tenth of lr if it has none or --steps is
+    given"""
     warmup_steps: Annotated[int | None, Between(0, 10**9)] = None
     """steps of linear warm-up; by default 200, but at most a tenth of decay_steps"""
     decay_steps: Annotated[int | None, Between(1, 10**9)] = None

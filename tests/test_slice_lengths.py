@@ -10,7 +10,7 @@ import torch
 from conftest import log_text, rows
 
 import train
-from parts.checkpoint import load_checkpoint
+from parts.checkpoint import load_checkpoint, write_checkpoint
 from parts.commandline import parse_config
 from parts.config import PRESETS, Config
 from parts.corpus import Corpus
@@ -63,6 +63,20 @@ def test_a_run_says_it_and_stops_by_whole_slices_only(launch):
     results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
     assert (results["stop_reason"], results["final_step"], results["best_step"]) == ("target", 7, 7)
     assert [loss != "" for (loss,) in rows(Path("run"), "window_loss")] == [False] * 6 + [True]
+
+
+def test_the_best_of_short_slices_is_not_said_to_know_longer_ones(launch, prompt_disk, monkeypatch):
+    """That of step 4, of slices of 4 tokens, is written after step 5, when longer ones have been trained."""
+    written = []
+
+    def noting(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
+        written.append((path.name, checkpoint["step"], checkpoint["trained_context"]))
+        write_checkpoint(path, checkpoint, previous)
+
+    monkeypatch.setattr(train, "write_checkpoint", noting)
+    flags = ["--seq_len=16", "--block_size=16", "--seq_len_warmup=8", "--target_window=2", "--save_every=5"]
+    assert launch("run", *flags) == 0
+    assert written[:2] == [("best.pt", 4, 4), ("last.pt", 5, 8)]
 
 
 def test_another_seq_len_later_begins_a_new_window_and_best(launch):
