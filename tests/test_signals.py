@@ -106,7 +106,8 @@ def test_in_the_middle_of_a_save_the_old_checkpoint_stays(launch, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_terminal_that_is_gone_keeps_no_run_from_saving(start, tmp_path):
     """Its end is a SIGHUP, and nothing can be said any more."""
-    program = f"import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 2); os.dup2(2, 1); {MAIN}"
+    heard = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # also where the tests run under nohup
+    program = f"{heard}; import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 2); os.dup2(2, 1); {MAIN}"
     process = start("-c", program, steps=100_000, rows=5)
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 143
