@@ -469,9 +469,9 @@ class Trainer:
         if self.scaler.is_enabled() and checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.progress = replace(Progress(**checkpoint["progress"]), skipped_in_a_row=0)
-        self._compare_with(Config.from_dict(checkpoint["config"]))
+        self._drop_incomparable(Config.from_dict(checkpoint["config"]))
 
-    def _compare_with(self, before: Config) -> None:
+    def _drop_incomparable(self, before: Config) -> None:
         """Losses of longer or shorter slices do not compare: the window, and the best of such windows, begin anew."""
         p, config = self.progress, self.config
         slice_len = config.slice_len(p.step + 1)
@@ -597,7 +597,7 @@ class Trainer:
         too many in a row raise TrainingFailed.
         """
         config, p, step = self.config, self.progress, self.progress.step + 1
-        self._compare_with(config)
+        self._drop_incomparable(config)
         p.trained_context = max(p.trained_context, config.slice_len(step))
         loss = self.accumulate(step, self.slices(step))
         self.ranks.average([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])

@@ -46,14 +46,6 @@ def test_quarters_then_halves_then_whole(config, corpus):
     assert windows == [1, 2, 1, 2, 2, 1, 2, 2], "no window has losses of two lengths"
 
 
-def test_without_it_the_step_is_the_same_to_the_bit(config, corpus):
-    config = replace(config, seq_len=16, block_size=16)
-    whole, later = (train.Trainer(replace(config, seq_len_warmup=w), corpus, None) for w in (0, 1))
-    later.progress.step = whole.progress.step = 1
-    whole.update(), later.update()
-    assert whole.progress.loss == later.progress.loss
-
-
 def test_a_run_says_it_and_stops_by_whole_slices_only(launch):
     flags = ["--seq_len=16", "--block_size=16", "--seq_len_warmup=4", "--steps=12", "--target_loss=50", "--log_every=1"]
     assert launch("run", *flags) == 0
