@@ -108,12 +108,20 @@ def take_slices(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> torch.T
     return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
 
 
-def cut(slices: torch.Tensor, slice_len: int) -> torch.Tensor:
-    """(B, T + 1) to (B * T / slice_len, slice_len + 1): each piece ends with the first token of the next.
+def quarters(slices: torch.Tensor) -> torch.Tensor:
+    """(B, T + 1) to (4 * B, T / 4 + 1): the same inputs and targets, those of a quarter without the text before it."""
+    length = slices.shape[1] // 4
+    return slices.unfold(1, length + 1, length).flatten(0, 1)
 
-    Shorter slices first: Li, Zhang and He 2021, arXiv 2108.06084.
-    """
-    return slices.unfold(1, slice_len + 1, slice_len).flatten(0, 1)
+
+def micro_batches(slices: torch.Tensor, at_once: int, first: int | None) -> list[torch.Tensor]:
+    """Parts of about `at_once` slices each; with the number that the first has in its step, odd ones in quarters."""
+    if first is None:
+        return list(slices.split(at_once))
+    whole, odd = slices[first % 2 :: 2], slices[1 - first % 2 :: 2]
+    parts = whole.split(largest_divisor(len(whole), at_once)) if len(whole) else ()
+    short = odd.split(largest_divisor(len(odd), at_once)) if len(odd) else ()
+    return [*parts, *map(quarters, short)]
 
 
 @lru_cache(maxsize=2)  # a step may span two passes
@@ -474,9 +482,11 @@ class Trainer:
     def _drop_incomparable(self, before: Config) -> None:
         """Losses of longer or shorter slices do not compare: the window, and the best of such windows, begin anew."""
         p, config = self.progress, self.config
-        slice_len = config.slice_len(p.step + 1)
-        if p.step and before.slice_len(p.step) != slice_len:
-            log.info(f"From step {p.step + 1:,} on, slices of {slice_len} tokens; window_loss begins anew")
+        lengths = config.slice_lengths(p.step + 1)
+        if p.step and before.slice_lengths(p.step) != lengths:
+            log.info(
+                f"From step {p.step + 1:,} on, slices of {' and '.join(map(str, lengths))} tokens; window_loss begins anew"
+            )
             p.recent_losses = []
             if not config.validates:
                 p.forget_best()
@@ -512,10 +522,10 @@ class Trainer:
         computes something else, is reported, and the run goes on without; returned is then the reason."""
         if self.config.compile == "off":
             return None
-        started, step, warmup = time.perf_counter(), self.progress.step + 1, self.config.seq_len_warmup
+        started, step = time.perf_counter(), self.progress.step + 1
         log.info("Compiling ...")
         try:
-            steps = sorted({step, max(step, warmup // 2 + 1), max(step, warmup + 1)})
+            steps = sorted({step, max(step, self.config.mixed_steps + 1)})
             self.forward = compile_proven(self.model, self._trial, steps, self.config)
             log.info("Compiled in %.0f s", time.perf_counter() - started)
             return None
@@ -531,9 +541,9 @@ class Trainer:
     def _trial(self, step: int, forward: Callable[..., torch.Tensor], pieces: int) -> torch.Tensor:
         """Gradients and loss of a step's first micro-batch, computed by `forward`, in about so many pieces."""
         self.forward, fits = forward, self.config.micro_batch
-        slices = self.slices(step)[:fits]
+        slices = self.slices(step)[: fits * len(self.config.slice_lengths(step))]
         if pieces > 1:
-            return self._accumulate(step, slices.split(largest_divisor(fits, max(1, fits // pieces))))
+            return self._accumulate(step, slices, largest_divisor(fits, max(1, fits // pieces)))
         loss = self.accumulate(step, slices)
         if fits == self.config.micro_batch:
             return loss
@@ -562,7 +572,7 @@ class Trainer:
         while True:
             micro_batch = self.config.micro_batch
             try:
-                return self._accumulate(step, slices.split(micro_batch))
+                return self._accumulate(step, slices, micro_batch)
             except (RuntimeError, MemoryError) as error:
                 if micro_batch == 1 or not is_out_of_memory(error):
                     raise
@@ -576,19 +586,21 @@ class Trainer:
             self.config = replace(self.config, micro_batch=smaller)
             release_memory(self.device)
 
-    def _accumulate(self, step: int, micro_batches: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _accumulate(self, step: int, slices: torch.Tensor, at_once: int) -> torch.Tensor:
         if self.config.dropout:
             seeds = random_words(self.config.seed, DROPOUT_STREAM + step, self.ranks.count)
             torch.manual_seed(int(seeds[self.ranks.rank]))
-        loss_sum = torch.zeros((), device=self.device)
-        for slices in micro_batches:
-            slices = cut(slices, self.config.slice_len(step))
+        mean = torch.zeros((), device=self.device)
+        first = self.ranks.rank * self.config.share if step <= self.config.mixed_steps else None
+        for part in micro_batches(slices, at_once, first):
+            inputs, targets = part[:, :-1], part[:, 1:]
             with autocast(self.config):
-                loss = self.forward(slices[:, :-1], slices[:, 1:])
-            # The gradient of a step is that of the mean over its micro-batches.
-            self.scaler.scale(loss / len(micro_batches)).backward()
-            loss_sum += loss.detach()
-        return loss_sum / len(micro_batches)
+                loss = self.forward(inputs, targets)
+            # The gradient of a step is that of the mean over all its tokens.
+            loss = loss / (len(slices) * self.config.seq_len / targets.numel())
+            self.scaler.scale(loss).backward()
+            mean += loss.detach()
+        return mean
 
     def update(self) -> tuple[float, float, float]:
         """One optimizer update. Returns loss (before the update), gradient norm (before clipping), rate.
@@ -598,7 +610,7 @@ class Trainer:
         """
         config, p, step = self.config, self.progress, self.progress.step + 1
         self._drop_incomparable(config)
-        p.trained_context = max(p.trained_context, config.slice_len(step))
+        p.trained_context = max(p.trained_context, config.seq_len)
         loss = self.accumulate(step, self.slices(step))
         self.ranks.average([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])
         for optimizer in self.optimizers.values():

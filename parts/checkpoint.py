@@ -48,7 +48,7 @@ class Progress:
         """One of `COMPLETE` when the run is over, else None."""
         window_loss = self.window_loss(config)
         reached = config.target_loss > 0 and window_loss is not None and window_loss <= config.target_loss
-        if reached and self.step > config.seq_len_warmup:  # with whole slices
+        if reached and self.step > config.mixed_steps:  # with whole slices
             return "target"
         if 0 < config.patience <= self.measured_in_vain:
             return "patience"

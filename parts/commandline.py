@@ -209,9 +209,9 @@ def parse_config(argv: list[str], processes: int = 1, silent: bool = False, abou
     defaults = Flags(**PRESETS.get(asked.preset, {}), processes=processes)
     if "steps" in typed(argv):
         # The preset's belong to the preset's steps.
-        defaults = replace(defaults, decay_steps=None, min_lr=None, seq_len_warmup=None)
+        defaults = replace(defaults, decay_steps=None, min_lr=None, mixed_steps=None)
     if {"seq_len", "val_fraction", "val_file"} & set(typed(argv)):
-        defaults = replace(defaults, seq_len_warmup=None)
+        defaults = replace(defaults, mixed_steps=None)
     if "help" in typed(argv) or "-h" in argv:
         with suppress(KeyError):  # a preset that there is not
             resolved = vars(replace(defaults, preset=asked.preset).resolved())

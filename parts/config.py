@@ -82,7 +82,7 @@ class BatchFlags:
     """What a step consists of, and its learning rate."""
 
     steps: Annotated[int, Between(1, 10**9)] = 1220
-    """optimizer updates at most; a preset's decay_steps, min_lr and seq_len_warmup go with its own steps only"""
+    """optimizer updates at most; a preset's decay_steps, min_lr and mixed_steps go with its own steps only"""
     batch_size: Annotated[int, Between(1, 65_536)] = 32
     """slices in a batch; a step learns from batch_size x grad_accum of them"""
     grad_accum: Annotated[int, Between(1, 65_536)] = 1
@@ -92,9 +92,9 @@ class BatchFlags:
     makes 2,048 tokens; fewer when memory runs out"""
     seq_len: Annotated[int, Between(1, 65_536)] = 128
     """tokens in one slice"""
-    seq_len_warmup: Annotated[int | None, Between(0, 10**9)] = None
-    """steps that cut each slice: into quarters in the first half of them, then into halves; by default the preset's,
-    but 0 where --steps, --seq_len or a validation split is given; a continued run keeps what it has"""
+    mixed_steps: Annotated[int | None, Between(0, 10**9)] = None
+    """first steps, in which every other slice is cut into quarters; by default the preset's, but 0 where --steps,
+    --seq_len or a validation split is given; a continued run keeps what it has"""
     slices: Literal["shuffled", "independent"] = "shuffled"
     """where they start: shuffled: in random order, pass after pass, each of which leaves no token out; independent:
     each anywhere"""
@@ -223,7 +223,7 @@ class Flags(
             warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
             lr=lr,
             min_lr=lr / 10 if self.min_lr is None else self.min_lr,
-            seq_len_warmup=self.seq_len_warmup or 0,
+            mixed_steps=self.mixed_steps or 0,
         )
         return Config(**vars(self) | decided)
 
@@ -246,7 +246,7 @@ class Config(Flags):
     min_lr: float
     warmup_steps: int
     decay_steps: int
-    seq_len_warmup: int
+    mixed_steps: int
     threads: int
 
     @property
@@ -263,9 +263,9 @@ class Config(Flags):
     def tokens_per_step(self) -> int:
         return self.global_batch * self.seq_len
 
-    def slice_len(self, step: int) -> int:
-        """Tokens that follow each other in what a step trains on."""
-        return self.seq_len // (1 if step > self.seq_len_warmup else 2 if 2 * step > self.seq_len_warmup else 4)
+    def slice_lengths(self, step: int) -> tuple[int, ...]:
+        """Tokens of the slices that a step trains on, of each length an equal share."""
+        return (self.seq_len // 4, self.seq_len) if step <= self.mixed_steps else (self.seq_len,)
 
     @property
     def n_params(self) -> int:
@@ -306,11 +306,11 @@ class Config(Flags):
             f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}"
             + " (--steps, if it is not given)" * (self.decay_steps == self.steps):
                 self.warmup_steps > self.decay_steps,
-            f"--seq_len_warmup {self.seq_len_warmup} exceeds --steps {self.steps}": self.seq_len_warmup > self.steps,
-            f"--seq_len {self.seq_len} has no quarters: choose a multiple of 4, or --seq_len_warmup 0":
-                self.seq_len_warmup and self.seq_len % 4,
-            f"--seq_len_warmup {self.seq_len_warmup} does not go with a validation split, whose slices are whole":
-                self.seq_len_warmup and self.validates,
+            f"--mixed_steps {self.mixed_steps} exceeds --steps {self.steps}": self.mixed_steps > self.steps,
+            f"--seq_len {self.seq_len} has no quarters: choose a multiple of 4, or --mixed_steps 0":
+                self.mixed_steps and self.seq_len % 4,
+            f"--mixed_steps {self.mixed_steps} does not go with a validation split, whose slices are whole":
+                self.mixed_steps and self.validates,
             "--out_dir is empty or the current folder: name a folder for the run": self.out_dir == Path(),
             f"--out_dir {brief(self.out_dir)}: a name over 255 letters (on Linux bytes); choose a shorter --out_dir":
                 any(len(os.fsencode(part) if sys.platform == "linux" else part) > 255 for part in self.out_dir.parts),
@@ -339,7 +339,7 @@ class Config(Flags):
     def from_dict(cls, values: dict) -> "Config":
         """The inverse of `as_dict`; keys that are no flags are ignored, missing ones default."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        known.setdefault("seq_len_warmup", 0)  # younger than the oldest checkpoints
+        known.setdefault("mixed_steps", 0)  # younger than the oldest checkpoints
         for name in ("cache_dir", "out_dir", "init_from"):
             if known.get(name) is not None:
                 known[name] = Path(known[name])
@@ -365,7 +365,7 @@ def brief(value: object) -> str:
     return f"{text[:40]}..." if len(text) > 80 else text or "''"
 
 
-RECIPE = dict(min_lr=0.0, seq_len_warmup=600)  # for 1,220 steps
+RECIPE = dict(min_lr=0.0, mixed_steps=980)  # for 1,220 steps
 PRESETS: dict[str, dict] = {
     "demo": dict(
         input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,

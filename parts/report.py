@@ -49,9 +49,9 @@ def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, 
         f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
         f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps",
         *(
-            f"Slices: of {c.slice_len(step)} tokens from step {step:,} on"
-            for step in (1, c.seq_len_warmup // 2 + 1, c.seq_len_warmup + 1)
-            if c.seq_len_warmup
+            f"Slices: of {' and '.join(map(str, c.slice_lengths(step)))} tokens from step {step:,} on"
+            for step in (1, c.mixed_steps + 1)
+            if c.mixed_steps
         ),
         f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after "
         f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}",

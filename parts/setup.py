@@ -84,7 +84,7 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
     previous = None if checkpoint is None else Config.from_dict(checkpoint["config"])
     if previous is not None:
         # A rate that rises again would undo some of what the run has learned; and its weights began as they began.
-        kept = {"decay_steps", "warmup_steps", "seq_len_warmup"} - set(typed(argv)) | {"init_from"}
+        kept = {"decay_steps", "warmup_steps", "mixed_steps"} - set(typed(argv)) | {"init_from"}
         if "init_from" in typed(argv) and config.init_from != previous.init_from:
             raise ValueError(
                 f"--init_from {config.init_from} is for a new run, and {path} continues one: leave it out, or choose "
