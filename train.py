@@ -108,20 +108,17 @@ def take_slices(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> torch.T
     return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
 
 
-def quarters(slices: torch.Tensor) -> torch.Tensor:
-    """(B, T + 1) to (4 * B, T / 4 + 1): the same inputs and targets, those of a quarter without the text before it."""
-    length = slices.shape[1] // 4
-    return slices.unfold(1, length + 1, length).flatten(0, 1)
+def whole_and_quarters(slices: torch.Tensor, first: int) -> list[torch.Tensor]:
+    """Of a step's slices (B, T + 1), the first being number `first`, every fourth; and the quarters of the others,
+    (about 3 * B, T / 4 + 1), with the same inputs and targets, but without the text before them."""
+    whole, length = torch.arange(first, first + len(slices)) % 4 == 0, slices.shape[1] // 4
+    parts = slices[whole], slices[~whole].unfold(1, length + 1, length).flatten(0, 1)
+    return [part for part in parts if len(part)]
 
 
-def micro_batches(slices: torch.Tensor, at_once: int, first: int | None) -> list[torch.Tensor]:
-    """Parts of about `at_once` slices each; with the number that the first has in its step, odd ones in quarters."""
-    if first is None:
-        return list(slices.split(at_once))
-    whole, odd = slices[first % 2 :: 2], slices[1 - first % 2 :: 2]
-    parts = whole.split(largest_divisor(len(whole), at_once)) if len(whole) else ()
-    short = odd.split(largest_divisor(len(odd), at_once)) if len(odd) else ()
-    return [*parts, *map(quarters, short)]
+def some_at_once(slices: torch.Tensor, n_tokens: int) -> tuple[torch.Tensor, ...]:
+    """Equal parts of at most so many tokens, as few as can be."""
+    return slices.split(largest_divisor(len(slices), max(1, n_tokens // (slices.shape[1] - 1))))
 
 
 @lru_cache(maxsize=2)  # a step may span two passes
@@ -484,9 +481,8 @@ class Trainer:
         p, config = self.progress, self.config
         lengths = config.slice_lengths(p.step + 1)
         if p.step and before.slice_lengths(p.step) != lengths:
-            log.info(
-                f"From step {p.step + 1:,} on, slices of {' and '.join(map(str, lengths))} tokens; window_loss begins anew"
-            )
+            slices = f"slices of {report.lengths(lengths)} tokens"
+            log.info(f"From step {p.step + 1:,} on, {slices}; window_loss begins anew")
             p.recent_losses = []
             if not config.validates:
                 p.forget_best()
@@ -541,29 +537,31 @@ class Trainer:
     def _trial(self, step: int, forward: Callable[..., torch.Tensor], pieces: int) -> torch.Tensor:
         """Gradients and loss of a step's first micro-batch, computed by `forward`, in about so many pieces."""
         self.forward, fits = forward, self.config.micro_batch
-        slices = self.slices(step)[: fits * len(self.config.slice_lengths(step))]
+        slices = [some_at_once(part, fits * self.config.seq_len)[0] for part in self.slices(step)]
         if pieces > 1:
-            return self._accumulate(step, slices, largest_divisor(fits, max(1, fits // pieces)))
+            return self._accumulate(step, slices, max(1, fits // pieces))
         loss = self.accumulate(step, slices)
         if fits == self.config.micro_batch:
             return loss
         self.model.zero_grad(set_to_none=True)  # memory ran out: again with what fits
         return self._trial(step, forward, pieces)
 
-    def slices(self, step: int) -> torch.Tensor:
-        """This process's share of one step's slices, on the device, (share, T + 1)."""
+    def slices(self, step: int) -> list[torch.Tensor]:
+        """This process's share of one step's slices, on the device, (share, T + 1); of a mixed step in two parts."""
         c, tokens = self.config, self.corpus.tokens
         n_starts = len(tokens) - c.seq_len
         if c.slices == "shuffled":
             starts = covering_starts(c.seed, (step - 1) * c.global_batch, c.global_batch, n_starts, c.seq_len)
         else:
             starts = slice_starts(c.seed, step, c.global_batch, n_starts)
-        slices = take_slices(tokens, starts[self.ranks.rank * c.share :][: c.share], c.seq_len)
+        first = self.ranks.rank * c.share
+        slices = take_slices(tokens, starts[first : first + c.share], c.seq_len)
+        parts = whole_and_quarters(slices, first) if step <= c.mixed_steps else [slices]
         if self.device.type == "cuda":
-            return slices.pin_memory().to(self.device, non_blocking=True)
-        return slices.to(self.device)
+            return [part.pin_memory().to(self.device, non_blocking=True) for part in parts]
+        return [part.to(self.device) for part in parts]
 
-    def accumulate(self, step: int, slices: torch.Tensor) -> torch.Tensor:
+    def accumulate(self, step: int, slices: list[torch.Tensor]) -> torch.Tensor:
         """Gradients of the mean loss over these slices, and that loss, a scalar on the device.
 
         When memory runs out, the micro-batch shrinks to the next smaller divisor of the global batch:
@@ -586,18 +584,17 @@ class Trainer:
             self.config = replace(self.config, micro_batch=smaller)
             release_memory(self.device)
 
-    def _accumulate(self, step: int, slices: torch.Tensor, at_once: int) -> torch.Tensor:
+    def _accumulate(self, step: int, slices: list[torch.Tensor], at_once: int) -> torch.Tensor:
         if self.config.dropout:
             seeds = random_words(self.config.seed, DROPOUT_STREAM + step, self.ranks.count)
             torch.manual_seed(int(seeds[self.ranks.rank]))
+        n_tokens = sum(part[:, 1:].numel() for part in slices)
         mean = torch.zeros((), device=self.device)
-        first = self.ranks.rank * self.config.share if step <= self.config.mixed_steps else None
-        for part in micro_batches(slices, at_once, first):
-            inputs, targets = part[:, :-1], part[:, 1:]
+        for micro_batch in (some for part in slices for some in some_at_once(part, at_once * self.config.seq_len)):
+            inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]
             with autocast(self.config):
                 loss = self.forward(inputs, targets)
-            # The gradient of a step is that of the mean over all its tokens.
-            loss = loss / (len(slices) * self.config.seq_len / targets.numel())
+            loss = loss / (n_tokens / targets.numel())  # the step's is the mean over all its tokens
             self.scaler.scale(loss).backward()
             mean += loss.detach()
         return mean

@@ -93,7 +93,7 @@ class BatchFlags:
     seq_len: Annotated[int, Between(1, 65_536)] = 128
     """tokens in one slice"""
     mixed_steps: Annotated[int | None, Between(0, 10**9)] = None
-    """first steps, in which every other slice is cut into quarters; by default the preset's, but 0 where --steps,
+    """first steps, in which three of four slices are cut into quarters; by default the preset's, but 0 where --steps,
     --seq_len or a validation split is given; a continued run keeps what it has"""
     slices: Literal["shuffled", "independent"] = "shuffled"
     """where they start: shuffled: in random order, pass after pass, each of which leaves no token out; independent:
@@ -264,7 +264,7 @@ class Config(Flags):
         return self.global_batch * self.seq_len
 
     def slice_lengths(self, step: int) -> tuple[int, ...]:
-        """Tokens of the slices that a step trains on, of each length an equal share."""
+        """Tokens of the slices that a step trains on; three quarters of all tokens are in the shorter ones."""
         return (self.seq_len // 4, self.seq_len) if step <= self.mixed_steps else (self.seq_len,)
 
     @property

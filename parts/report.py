@@ -32,6 +32,11 @@ def bits_per_byte(loss: float | None, bytes_per_token: float) -> float | None:
     return None if loss is None else loss / math.log(2) / bytes_per_token
 
 
+def lengths(tokens: tuple[int, ...]) -> str:
+    """Those of a step's slices, in words."""
+    return " and ".join(map(str, tokens))
+
+
 def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, progress: Progress) -> list[str]:
     """What will happen, to be said before the first step."""
     c, n_tokens = config, len(corpus.tokens)
@@ -49,7 +54,7 @@ def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, 
         f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
         f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps",
         *(
-            f"Slices: of {' and '.join(map(str, c.slice_lengths(step)))} tokens from step {step:,} on"
+            f"Slices: of {lengths(c.slice_lengths(step))} tokens from step {step:,} on"
             for step in (1, c.mixed_steps + 1)
             if c.mixed_steps
         ),

@@ -349,7 +349,7 @@ def test_training_goes_on_from_what_came_back(folder, tmp_path, monkeypatch):
     config = Config.from_dict(saved["config"])
     trainer = train.Trainer(config, load_corpus(config, choose_tokenizer(config, saved)), None)
     trainer.model.load_state_dict(checkpoint["model"])
-    slices = trainer.slices(1)
+    (slices,) = trainer.slices(1)
     assert loss == pytest.approx(trainer.model(slices[:, :-1], slices[:, 1:]).item(), rel=1e-5)
     assert train.main([*flags, "--steps=5"]) == 0, "and the run continues from its own checkpoint"
     assert "Resuming from step 3" in (tmp_path / "more/logs/train.log").read_text(encoding="utf-8")

@@ -63,11 +63,11 @@ def test_a_batch_depends_on_seed_and_step_alone(config):
     corpus = Corpus(tokens, "", len(tokens))
     trainer, other = (train.Trainer(replace(config, seed=seed), corpus, None) for seed in (1, 2))
     np.random.seed(0)
-    first = trainer.slices(3)
+    first = trainer.slices(3)[0]
     np.random.seed(1)
     trainer.slices(9)
-    assert first.equal(trainer.slices(3))
-    assert not first.equal(trainer.slices(4)) and not first.equal(other.slices(3))
+    assert first.equal(trainer.slices(3)[0])
+    assert not first.equal(trainer.slices(4)[0]) and not first.equal(other.slices(3)[0])
 
 
 def test_independent_slices_start_anywhere(config):
@@ -76,7 +76,7 @@ def test_independent_slices_start_anywhere(config):
 
     def starts(slices: str, seed: int = 1) -> list[int]:
         trainer = train.Trainer(replace(config, slices=slices, seed=seed, batch_size=8), corpus, None)
-        return [start for step in range(1, 8) for start in trainer.slices(step)[:, 0].tolist()]
+        return [start for step in range(1, 8) for start in trainer.slices(step)[0][:, 0].tolist()]
 
     assert starts("independent") == starts("independent") != starts("independent", seed=2)
     expected = [train.slice_starts(1, step, 8, 1000 - config.seq_len) for step in range(1, 8)]
@@ -91,8 +91,8 @@ def test_independent_slices_start_anywhere(config):
 def test_the_cut_into_micro_batches_changes_no_slice(config):
     tokens = np.arange(1000, dtype=np.uint16)
     corpus = Corpus(tokens, "", len(tokens))
-    whole = train.Trainer(replace(config, batch_size=8, grad_accum=1), corpus, None).slices(5)
-    parts = train.Trainer(replace(config, batch_size=2, grad_accum=4), corpus, None).slices(5)
+    whole = train.Trainer(replace(config, batch_size=8, grad_accum=1), corpus, None).slices(5)[0]
+    parts = train.Trainer(replace(config, batch_size=2, grad_accum=4), corpus, None).slices(5)[0]
     assert whole.equal(parts)
 
 

@@ -22,51 +22,43 @@ def corpus() -> Corpus:
     return Corpus(tokens, "made up", len(tokens))
 
 
-def test_quarters_hold_the_same_inputs_and_targets():
-    slices = torch.arange(3 * 17).view(3, 17)
-    cut = train.quarters(slices)
-    assert cut.shape == (3 * 4, 4 + 1)
-    assert torch.equal(cut[:, :-1].reshape(3, 16), slices[:, :-1])
-    assert torch.equal(cut[:, 1:].reshape(3, 16), slices[:, 1:])
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 3, 6, 12])
 @pytest.mark.parametrize("processes", [1, 2, 4, 12])
-def test_odd_slices_are_cut_however_the_step_is_shared(at_once, processes):
-    """However many processes and slices at once: the same slices whole, the same in quarters, each once."""
+def test_every_fourth_slice_is_whole_and_the_others_are_quarters_however_they_are_shared(processes):
+    """The same inputs and targets, each once."""
     slices, share, whole, short = torch.arange(12 * 17).view(12, 17), 12 // processes, [], []
     for rank in range(processes):
-        for part in train.micro_batches(slices[rank * share :][:share], at_once, rank * share):
+        for part in train.whole_and_quarters(slices[rank * share :][:share], rank * share):
             (whole if part.shape[1] == 17 else short).append(part)
-            assert len(part) <= at_once * (1 if part.shape[1] == 17 else 4)
-    assert torch.equal(torch.cat(whole), slices[::2])
-    assert torch.equal(torch.cat(short), train.quarters(slices[1::2]))
+    assert torch.equal(torch.cat(whole), slices[::4])
+    others, quarters = slices[torch.arange(12) % 4 > 0], torch.cat(short)
+    assert quarters.shape == (9 * 4, 4 + 1)
+    assert torch.equal(quarters[:, :-1].reshape(9, 16), others[:, :-1])
+    assert torch.equal(quarters[:, 1:].reshape(9, 16), others[:, 1:])
 
 
-def test_the_loss_and_its_gradient_are_of_the_mean_over_all_tokens(config, corpus):
-    config = replace(config, seq_len=16, block_size=16, batch_size=6, micro_batch=6, mixed_steps=5)
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+def test_loss_and_gradient_are_of_the_mean_over_all_tokens(config, corpus, micro_batch):
+    config = replace(config, seq_len=16, block_size=16, batch_size=8, micro_batch=micro_batch, mixed_steps=5)
     trainer = train.Trainer(config, corpus, None)
-    slices = trainer.slices(1)
-    loss = trainer.accumulate(1, slices)
+    whole, quarters = trainer.slices(1)
+    loss = trainer.accumulate(1, [whole, quarters])
     found = [p.grad.clone() for p in trainer.model.parameters()]
     trainer.model.zero_grad(set_to_none=True)
-    parts = [slices[::2], train.quarters(slices[1::2])]
-    losses = [trainer.model(part[:, :-1], part[:, 1:]) for part in parts]
-    (sum(losses) / 2).backward()
-    torch.testing.assert_close(loss, sum(losses).detach() / 2)
+    losses = [trainer.model(part[:, :-1], part[:, 1:]) for part in (whole, quarters)]
+    expected = losses[0] / 4 + losses[1] * 3 / 4
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(found, [p.grad for p in trainer.model.parameters()], rtol=1e-4, atol=1e-6)
 
 
 def test_quarters_beside_whole_slices_then_whole_ones(config, corpus):
-    config = replace(config, seq_len=16, block_size=16, mixed_steps=3, target_window=2)
-    trainer, seen = train.Trainer(config, corpus, None), []
+    config = replace(config, seq_len=16, block_size=16, batch_size=8, micro_batch=4, mixed_steps=3, target_window=2)
+    trainer, seen, windows = train.Trainer(config, corpus, None), [], []
     trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
-    windows = []
     for _ in range(5):
         trainer.update()
         windows.append(len(trainer.progress.recent_losses))
-    batch = config.micro_batch
-    assert seen == [(batch // 2, 16), (2 * batch, 4)] * 3 + [(batch, 16)] * 2
+    assert seen == [(2, 16), (12, 4), (12, 4)] * 3 + [(4, 16)] * 4
     assert windows == [1, 2, 2, 1, 2], "no window has losses of both kinds of step"
 
 

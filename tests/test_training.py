@@ -43,7 +43,7 @@ def test_micro_batches_equal_one_large_batch(config, corpus):
 
 def test_the_loss_is_the_mean_over_the_global_batch_before_the_update(config, corpus):
     trainer = train.Trainer(replace(config, grad_accum=3), corpus, None)
-    slices = trainer.slices(1)
+    (slices,) = trainer.slices(1)
     with torch.no_grad():
         expected = trainer.model(slices[:, :-1], slices[:, 1:]).item()
     loss, _, _ = trainer.update()
