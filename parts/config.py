@@ -81,7 +81,7 @@ class ModelFlags:
 class BatchFlags:
     """What a step consists of, and its learning rate."""
 
-    steps: Annotated[int, Between(1, 10**9)] = 1220
+    steps: Annotated[int, Between(1, 10**9)] = 1500
     """optimizer updates at most; a preset's decay_steps, min_lr and mixed_steps go with its own steps only"""
     batch_size: Annotated[int, Between(1, 65_536)] = 32
     """slices in a batch; a step learns from batch_size x grad_accum of them"""
@@ -213,7 +213,7 @@ class Flags(
     def resolved(self) -> "Config":
         """The same flags with every `None` replaced, except those of `choose_runtime`."""
         decay_steps = self.steps if self.decay_steps is None else self.decay_steps
-        lr = {"muon": 6e-3, "adamw": 1e-3}[self.optimizer] if self.lr is None else self.lr
+        lr = {"muon": 4.5e-3, "adamw": 1e-3}[self.optimizer] if self.lr is None else self.lr
         of_python = self.input_file == (DEMO_CORPUS,)
         decided = dict(
             out_dir=self.default_out_dir() if self.out_dir is None else self.out_dir,
@@ -365,7 +365,7 @@ def brief(value: object) -> str:
     return f"{text[:40]}..." if len(text) > 80 else text or "''"
 
 
-RECIPE = dict(min_lr=0.0, mixed_steps=980)  # for 1,220 steps
+RECIPE = dict(min_lr=0.0, mixed_steps=1100)  # for 1,500 steps
 PRESETS: dict[str, dict] = {
     "demo": dict(
         input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,
