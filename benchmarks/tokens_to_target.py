@@ -37,7 +37,7 @@ BASE = dict(
     n_layer=4, n_head=4, n_embd=256, block_size=1024, seq_len=128, batch_size=16, init_std=0.02, target_window=20,
     optimizer="muon", lr=1.2e-2, warmup_steps=20, weight_decay=0.1, beta1=0.9, beta2=0.95,
 )  # fmt: skip
-RECIPES = {  # seq_len_warmup as a part of the steps
+RECIPES = {  # mixed_steps as a part of the steps
     "base": {},
     "AdamW 2e-3": dict(optimizer="adamw", lr=2e-3),
     "AdamW 3e-4, flat, independent slices (classic)": dict(
@@ -54,8 +54,9 @@ RECIPES = {  # seq_len_warmup as a part of the steps
     "cosine to a tenth": dict(schedule="cosine"),
     "cosine to 0": dict(schedule="cosine", min_lr=0.0),
     "line to 0": dict(min_lr=0.0),
-    "short slices first": dict(seq_len_warmup=0.5),
-    "short slices first, line to 0": dict(seq_len_warmup=0.5, min_lr=0.0),
+    "mixed slices to 70 %": dict(mixed_steps=0.7),
+    "mixed slices to 70 %, line to 0": dict(mixed_steps=0.7, min_lr=0.0),
+    "mixed slices to 80 %, line to 0": dict(mixed_steps=0.8, min_lr=0.0),
     "independent slices": dict(slices="independent"),
     "8 x 128": dict(batch_size=8),
     "32 x 128": dict(batch_size=32),
@@ -89,7 +90,7 @@ def run(recipe: dict, seed: int, options: Options, corpus: Corpus, name: str) ->
     flags = BASE | recipe
     own, iterations = flags.pop("muon", {}), flags.pop("iterations", len(muon.POLAR_EXPRESS))
     steps = options.tokens // (flags["batch_size"] * flags["seq_len"])
-    flags["seq_len_warmup"] = int(flags.get("seq_len_warmup", 0) * steps)
+    flags["mixed_steps"] = int(flags.get("mixed_steps", 0) * steps)
     flags |= dict(seed=seed, steps=steps, device="cpu", amp="bf16", compile="off", threads=options.threads)
     config, _ = choose_runtime(Config(**flags, vocab_size=int(corpus.tokens.max()) + 1).resolved(), None)
     configure_torch(config)
