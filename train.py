@@ -862,7 +862,7 @@ class StepLog:
         self.trainer, self.run, self.bar = trainer, run, bar
         self.first_step, self.line_tokens = trainer.progress.step + 1, trainer.progress.tokens
         self.elapsed_before = trainer.progress.elapsed_sec
-        self.started = self.line_time = time.perf_counter()
+        self.started = self.line_time = self.first_done = time.perf_counter()
         self.hinted = False
 
     def step(self, loss: float, grad_norm: float, lr: float, val_loss: float | None) -> None:
@@ -872,6 +872,8 @@ class StepLog:
         tokens_per_sec = (p.tokens - self.line_tokens) / (now - self.line_time)
         self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_sec:,.0f} tok/s", refresh=False)
         self.bar.update()
+        if p.step == self.first_step:
+            self.first_done = now
         if p.skipped_in_a_row:
             log.warning(f"step {p.step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
         if p.step == 1 or p.step % config.log_every == 0 or p.stop_reason(config) or val_loss is not None:
@@ -889,10 +891,11 @@ class StepLog:
             self.eta()
 
     def eta(self) -> None:
-        """Tell how long the run still takes, by the steps of this start."""
+        """Tell how long the run still takes, by the steps of this start but its first: a GPU gets ready in it."""
         p = self.trainer.progress
-        sec_per_step = (time.perf_counter() - self.started) / (p.step - self.first_step + 1)
-        log.info(report.eta_line(self.trainer.config, p, sec_per_step))
+        if steps := p.step - self.first_step:
+            sec_per_step = (time.perf_counter() - self.first_done) / steps
+            log.info(report.eta_line(self.trainer.config, p, sec_per_step))
 
 
 def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:

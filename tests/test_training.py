@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import log_text
 
 import train
 from parts.checkpoint import Progress
@@ -275,3 +277,17 @@ def test_one_host_read_per_step_on_cuda(config, corpus):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in warnings if "synchroniz" in str(w.message)]) == 1
+
+
+def test_the_eta_leaves_out_the_first_step_of_a_start(launch, monkeypatch):
+    """On a GPU it takes seconds, the others some hundredths of one."""
+    clock, update = [0.0], train.Trainer.update
+
+    def timed(trainer: train.Trainer) -> tuple[float, float, float]:
+        clock[0] += 1000 if trainer.progress.step == 0 else 1
+        return update(trainer)
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(train.Trainer, "update", timed)
+    assert launch("run", "--steps=30") == 0
+    assert "ETA 0:00:20 (" in log_text(Path("run"))
