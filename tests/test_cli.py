@@ -55,7 +55,7 @@ def test_a_run_as_its_user_types_it(tmp_path, text_file):
     assert [row[6] == "" for row in table] == [True, True, False, False, False], "undefined before the window is full"
     for match, row in zip(steps, table, strict=True):
         assert float(match[3]) == pytest.approx(float(row[1]), abs=1e-6)
-        assert match[4] == f"{float(row[2]):.2e}"
+        assert float(match[4]) == pytest.approx(float(row[2]), rel=3e-3), "three digits"
 
     text = "\n".join(log_lines)
     for line in (
