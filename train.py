@@ -477,7 +477,7 @@ class Trainer:
         self._drop_incomparable(Config.from_dict(checkpoint["config"]))
 
     def _drop_incomparable(self, before: Config) -> None:
-        """Losses of longer or shorter slices do not compare: the window, and the best of such windows, begin anew."""
+        """Losses of slices of other lengths do not compare: the window, and the best of such windows, begin anew."""
         p, config = self.progress, self.config
         lengths = config.slice_lengths(p.step + 1)
         if p.step and before.slice_lengths(p.step) != lengths:

@@ -99,7 +99,7 @@ class BatchFlags:
     """where they start: shuffled: in random order, pass after pass, each of which leaves no token out; independent:
     each anywhere"""
     lr: Annotated[float | None, Between(1e-12, 10)] = None
-    """peak learning rate; by default 6e-3 with muon, 1e-3 with adamw"""
+    """peak learning rate; by default 4.5e-3 with muon, 1e-3 with adamw"""
     min_lr: Annotated[float | None, Between(0, 10)] = None
     """learning rate at decay_steps and after; by default the preset's, or a tenth of lr if it has none or --steps is
     given"""
