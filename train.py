@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import chain
 
 from parts.start import packages_of
 
@@ -116,8 +117,8 @@ def whole_and_quarters(slices: torch.Tensor, first: int) -> list[torch.Tensor]:
     return [part for part in parts if len(part)]
 
 
-def some_at_once(slices: torch.Tensor, n_tokens: int) -> tuple[torch.Tensor, ...]:
-    """Equal parts of at most so many tokens, as few as can be."""
+def micro_batches(slices: torch.Tensor, n_tokens: int) -> tuple[torch.Tensor, ...]:
+    """The slices in equal parts of at most so many tokens, as few as can be."""
     return slices.split(largest_divisor(len(slices), max(1, n_tokens // (slices.shape[1] - 1))))
 
 
@@ -535,9 +536,9 @@ class Trainer:
             self.model.zero_grad(set_to_none=True)
 
     def _trial(self, step: int, forward: Callable[..., torch.Tensor], pieces: int) -> torch.Tensor:
-        """Gradients and loss of a step's first micro-batch, computed by `forward`, in about so many pieces."""
+        """Gradients and loss of a step's first micro-batches, one of each length of slices, in about so many pieces."""
         self.forward, fits = forward, self.config.micro_batch
-        slices = [some_at_once(part, fits * self.config.seq_len)[0] for part in self.slices(step)]
+        slices = [micro_batches(part, fits * self.config.seq_len)[0] for part in self.slices(step)]
         if pieces > 1:
             return self._accumulate(step, slices, max(1, fits // pieces))
         loss = self.accumulate(step, slices)
@@ -590,7 +591,7 @@ class Trainer:
             torch.manual_seed(int(seeds[self.ranks.rank]))
         n_tokens = sum(part[:, 1:].numel() for part in slices)
         mean = torch.zeros((), device=self.device)
-        for micro_batch in (some for part in slices for some in some_at_once(part, at_once * self.config.seq_len)):
+        for micro_batch in chain.from_iterable(micro_batches(part, at_once * self.config.seq_len) for part in slices):
             inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]
             with autocast(self.config):
                 loss = self.forward(inputs, targets)
