@@ -41,8 +41,6 @@ with packages_of("train.py", __name__):
     import torch
     import torch.nn as nn
     import torch.nn.functional as F
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from parts import report
     from parts.background import Snapshot, Task, Writer
@@ -76,6 +74,7 @@ with packages_of("train.py", __name__):
     )
     from parts.muon import Muon
     from parts.setup import Setup, prepare, problems_of_all
+    from parts.steplog import step_log
     from parts.tensorboard import shown
     from parts.text import Tokenizer, whole_characters
 
@@ -749,8 +748,7 @@ class Saver:
         p.best_loss, p.best_step = loss, p.step
         free = next(snapshot for snapshot in self.best_snapshots if snapshot is not self.best_under_way)
         weights = free.take(self.trainer.model.state_dict(), self.trainer.copying)
-        context = p.trained_context
-        self.best = {"step": p.step, "loss": loss, "model": weights, "trained_context": context, "snapshot": free}
+        self.best = {"step": p.step, "loss": loss, "model": weights, "snapshot": free}
 
     def save(self) -> None:
         """Begin to write a checkpoint, then results and plot; an earlier save is waited for."""
@@ -799,8 +797,7 @@ class Saver:
         return Task(name, write, done)
 
     def _write_best(self, best: dict, description: dict) -> None:
-        own = {name: best[name] for name in ("step", "loss", "model", "trained_context")}
-        write_checkpoint(self.run.best, description | own)
+        write_checkpoint(self.run.best, description | {name: best[name] for name in ("step", "loss", "model")})
 
     def _report_best(self, best: dict | None) -> None:
         if best is not None:
@@ -856,57 +853,11 @@ OUT_OF_MEMORY = "Out of memory: choose a smaller --seq_len or --preset, or fewer
 RUN_IS_OVER = 1000  # what rank 0 tells the others then, instead of the number of a signal
 
 
-class StepLog:
-    """What is told of the steps: a bar on a terminal; a line and a CSV row every log_every steps; the ETA."""
-
-    def __init__(self, trainer: Trainer, run: RunDir, bar: tqdm):
-        self.trainer, self.run, self.bar = trainer, run, bar
-        self.first_step, self.line_tokens = trainer.progress.step + 1, trainer.progress.tokens
-        self.elapsed_before = trainer.progress.elapsed_sec
-        self.started = self.line_time = self.first_done = time.perf_counter()
-        self.hinted = False
-
-    def step(self, loss: float, grad_norm: float, lr: float, val_loss: float | None) -> None:
-        """Tell of the step that was just done, and of the validation loss if it was measured."""
-        config, p, now = self.trainer.config, self.trainer.progress, time.perf_counter()
-        p.elapsed_sec = self.elapsed_before + now - self.started
-        tokens_per_sec = (p.tokens - self.line_tokens) / (now - self.line_time)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_sec:,.0f} tok/s", refresh=False)
-        self.bar.update()
-        if p.step == self.first_step:
-            self.first_done = now
-        if p.skipped_in_a_row:
-            log.warning(f"step {p.step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
-        if p.step == 1 or p.step % config.log_every == 0 or p.stop_reason(config) or val_loss is not None:
-            self.line_time, self.line_tokens = now, p.tokens
-            row = report.step_row(
-                config, p, self.trainer.corpus, loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_sec=tokens_per_sec,
-                val_loss=val_loss,
-            )  # fmt: skip
-            self.run.append_metrics(row)
-            log.info(report.step_line(row, config.steps))
-            if not self.hinted and (hint := report.stuck_hint(p, config)):
-                log.warning(hint)
-                self.hinted = True
-        if p.step == self.first_step + 9:
-            self.eta()
-
-    def eta(self) -> None:
-        """Tell how long the run still takes, by the steps of this start but its first: a GPU gets ready in it."""
-        p = self.trainer.progress
-        if steps := p.step - self.first_step:
-            sec_per_step = (time.perf_counter() - self.first_done) / steps
-            log.info(report.eta_line(self.trainer.config, p, sec_per_step))
-
-
 def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
     """Run steps until one of the `COMPLETE` reasons, which is returned, or a signal, whose name is."""
     config, p = trainer.config, trainer.progress
-    quiet = True if sys.stderr is None else None  # None: a bar on a terminal only
-    bar = tqdm(total=config.steps, initial=p.step, unit="step", dynamic_ncols=True, leave=False, disable=quiet)
     save_due = False
-    with Interruption() as interruption, logging_redirect_tqdm([log]), bar:
-        steps = StepLog(trainer, saver.run, bar)
+    with Interruption() as interruption, step_log(config, p, trainer.corpus, saver.run) as steps:
         while not (end := trainer.ranks.largest(RUN_IS_OVER if p.stop_reason(config) else interruption.signal)):
             saver.writer.collect()
             loss, grad_norm, lr = trainer.update()

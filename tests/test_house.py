@@ -25,6 +25,7 @@ PARTS = {
     "checkpoint": {"files", "machine", "config"},
     "commandline": {"config"},
     "report": {"checkpoint", "machine", "corpus", "files", "config"},
+    "steplog": {"report", "checkpoint", "corpus", "files", "config"},
     "setup": {"report", "checkpoint", "corpus", "text", "machine", "files", "commandline", "config"},
 }
 SCRIPTS = {"train": set(), "sample": {"train"}, "export_hf": set(), "update_readme": set()}  # beside the parts

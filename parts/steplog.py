@@ -1,0 +1,69 @@
+"""What is told of the steps of a run: a bar on a terminal, a line and a CSV row every log_every steps, the ETA."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from parts import report
+from parts.checkpoint import Progress
+from parts.config import Config
+from parts.corpus import Corpus
+from parts.files import RunDir
+
+log = logging.getLogger("train")
+
+
+class StepLog:
+    """Tells of one start of a run, and counts its seconds into the progress."""
+
+    def __init__(self, config: Config, progress: Progress, corpus: Corpus, run: RunDir, bar: tqdm):
+        self.config, self.progress, self.corpus, self.run, self.bar = config, progress, corpus, run, bar
+        self.first_step, self.line_tokens = progress.step + 1, progress.tokens
+        self.elapsed_before = progress.elapsed_sec
+        self.started = self.line_time = self.first_done = time.perf_counter()
+        self.hinted = False
+
+    def step(self, loss: float, grad_norm: float, lr: float, val_loss: float | None) -> None:
+        """Tell of the step that was just done, and of the validation loss if it was measured. Raises OSError."""
+        config, p, now = self.config, self.progress, time.perf_counter()
+        p.elapsed_sec = self.elapsed_before + now - self.started
+        tokens_per_sec = (p.tokens - self.line_tokens) / (now - self.line_time)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_sec:,.0f} tok/s", refresh=False)
+        self.bar.update()
+        if p.step == self.first_step:
+            self.first_done = now
+        if p.skipped_in_a_row:
+            log.warning(f"step {p.step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
+        if p.step == 1 or p.step % config.log_every == 0 or p.stop_reason(config) or val_loss is not None:
+            self.line_time, self.line_tokens = now, p.tokens
+            row = report.step_row(
+                config, p, self.corpus, loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_sec=tokens_per_sec,
+                val_loss=val_loss,
+            )  # fmt: skip
+            self.run.append_metrics(row)
+            log.info(report.step_line(row, config.steps))
+            if not self.hinted and (hint := report.stuck_hint(p, config)):
+                log.warning(hint)
+                self.hinted = True
+        if p.step == self.first_step + 9:
+            self.eta()
+
+    def eta(self) -> None:
+        """Tell how long the run still takes, by the steps of this start but its first: a GPU gets ready in it."""
+        if steps := self.progress.step - self.first_step:
+            sec_per_step = (time.perf_counter() - self.first_done) / steps
+            log.info(report.eta_line(self.config, self.progress, sec_per_step))
+
+
+@contextmanager
+def step_log(config: Config, progress: Progress, corpus: Corpus, run: RunDir) -> Iterator[StepLog]:
+    """A StepLog whose bar lasts as long as the block; lines of the log stand above the bar."""
+    quiet = True if sys.stderr is None else None  # None: a bar on a terminal only
+    bar = tqdm(total=config.steps, initial=progress.step, unit="step", dynamic_ncols=True, leave=False, disable=quiet)
+    with logging_redirect_tqdm([log]), bar:
+        yield StepLog(config, progress, corpus, run, bar)
