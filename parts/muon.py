@@ -67,8 +67,12 @@ class Muon(torch.optim.Optimizer):
         buffers, row_mean_squares = [], []
         for matrix in matrices:
             state = self.state[matrix]
-            buffers.append(state.setdefault("momentum_buffer", torch.zeros_like(matrix)))
-            row_mean_squares.append(state.setdefault("row_mean_square", matrix.new_zeros(len(matrix), 1)))
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+            if "row_mean_square" not in state:  # nor has it one of torch.optim.Muon
+                state["row_mean_square"] = matrix.new_zeros(len(matrix), 1)
+            buffers.append(state["momentum_buffer"])
+            row_mean_squares.append(state["row_mean_square"])
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         looking_ahead = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))  # (matrices, m, n)
         update = polar_factor(looking_ahead, self.dtype).float()
@@ -91,12 +95,11 @@ def polar_factor(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     multiple of I is kept apart: on the diagonal it would be rounded to 1/16.
     """
     m, n = matrices.shape[-2:]
-    if m > n:
-        return polar_factor(matrices.mT, dtype).mT
+    tall = m > n  # then G = X' X, and the products are X (a I + b G + c G^2): the same, without a copy of X'
     x = (matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=TINY)).to(dtype)
-    at_once = 2 if 2 * n > 3 * m else 1
+    at_once = 2 if 2 * max(m, n) > 3 * min(m, n) else 1
     for first in range(0, len(POLAR_EXPRESS), at_once):
-        gram = x @ x.mT  # (k, m, m)
+        gram = x.mT @ x if tall else x @ x.mT  # square, as high as the shorter side
         (scale, b, c), *more = POLAR_EXPRESS[first : first + at_once]
         rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # the steps so far multiply X by scale I + rest
         for a, b, c in more:
@@ -105,5 +108,5 @@ def polar_factor(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             rest = torch.baddbmm(a * rest + scale * step, step, rest)
             scale *= a
-        x = torch.baddbmm(x, rest, x, beta=scale)
+        x = torch.baddbmm(x, x, rest, beta=scale) if tall else torch.baddbmm(x, rest, x, beta=scale)
     return x
