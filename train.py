@@ -521,7 +521,7 @@ class Trainer:
         started, step = time.perf_counter(), self.progress.step + 1
         log.info("Compiling ...")
         try:
-            steps = sorted({step, max(step, self.config.mixed_steps + 1)})
+            steps = sorted({step, max(step, min(self.config.mixed_steps + 1, self.config.steps))})
             self.forward = compile_proven(self.model, self._trial, steps, self.config)
             log.info("Compiled in %.0f s", time.perf_counter() - started)
             return None
@@ -690,7 +690,7 @@ REDRAW_SEC = 60  # between two plots of a run that goes on
 
 
 class Saver:
-    """What of a run is written, and when: lines and rows at once; checkpoints, results and plot in the background.
+    """What of a run is written, and when: samples at once; checkpoints, results and plot in the background.
 
     `launch` is what config.json says of this start, `saved_step` that of the checkpoint on disk, 0 without one.
     """
@@ -908,7 +908,9 @@ def follow(config: Config, trainer: Trainer) -> None:
     before it has said and saved what it must.
     """
     configure_torch(config)
-    if not config.dry_run:
+    if config.dry_run:
+        go_to_whole_slices(trainer)
+    else:
         trainer.compile()
     with Interruption(silent=True) as interruption, suppress(TrainingFailed):  # the first says so
         while not trainer.ranks.largest(interruption.signal):
@@ -1016,11 +1018,17 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
     return 1
 
 
+def go_to_whole_slices(trainer: Trainer) -> None:
+    """Go on behind the mixed steps, without training: whole slices take the most memory."""
+    trainer.progress.step = max(trainer.progress.step, trainer.config.mixed_steps + 1)
+
+
 def rehearse(setup: Setup, trainer: Trainer) -> int:
     """Say what a run would do, and measure two of its steps. Returns the exit code; raises OSError; writes nothing."""
     config = setup.config
     configure_torch(config)
     announce(setup, trainer.progress, loss_floor(setup.corpus.tokens, config.seq_len))
+    go_to_whole_slices(trainer)
     try:
         for _ in range(2):  # the first step of a process takes longer
             started = time.perf_counter()

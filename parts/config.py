@@ -264,7 +264,7 @@ class Config(Flags):
         return self.global_batch * self.seq_len
 
     def slice_lengths(self, step: int) -> tuple[int, ...]:
-        """Tokens of the slices that a step trains on; three quarters of all tokens are in the shorter ones."""
+        """Tokens of the slices that a step trains on, of the shorter and of the whole ones."""
         return (self.seq_len // 4, self.seq_len) if step <= self.mixed_steps else (self.seq_len,)
 
     @property
@@ -309,6 +309,9 @@ class Config(Flags):
             f"--mixed_steps {self.mixed_steps} exceeds --steps {self.steps}": self.mixed_steps > self.steps,
             f"--seq_len {self.seq_len} has no quarters: choose a multiple of 4, or --mixed_steps 0":
                 self.mixed_steps and self.seq_len % 4,
+            f"{slices} slices are too few for --mixed_steps {self.mixed_steps}, which cuts three of four: choose 4 or "
+            "more, or --mixed_steps 0":
+                self.mixed_steps and self.global_batch < 4,
             f"--mixed_steps {self.mixed_steps} does not go with a validation split, whose slices are whole":
                 self.mixed_steps and self.validates,
             "--out_dir is empty or the current folder: name a folder for the run": self.out_dir == Path(),

@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[matrix]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(matrix)
-            if "row_mean_square" not in state:  # nor has it one of torch.optim.Muon
+            if "row_mean_square" not in state:  # a state of torch.optim.Muon has none either
                 state["row_mean_square"] = matrix.new_zeros(len(matrix), 1)
             buffers.append(state["momentum_buffer"])
             row_mean_squares.append(state["row_mean_square"])
@@ -89,13 +89,14 @@ class Muon(torch.optim.Optimizer):
 def polar_factor(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """About U V' of the singular value decompositions U S V' of matrices (k, m, n), in four steps of the Polar Express.
 
-    A step is X <- (a I + b G + c G^2) X with G = X X'. Where X is much wider than high, two steps at a time are taken
-    on the small G, and X is multiplied once, by the product of both factors. Not all four: what bf16 rounds off the
+    A step is X <- (a I + b G + c G^2) X with G = X X', or for tall X the same from the right with G = X' X. Where one
+    side is much longer, two steps at a time are taken on the small G, and X is multiplied once, by the product of both
+    factors. Not all four: what bf16 rounds off the
     smallest eigenvalues of G grows a^2-fold in each step, and would pass 1 in the third. For the same reason the
     multiple of I is kept apart: on the diagonal it would be rounded to 1/16.
     """
     m, n = matrices.shape[-2:]
-    tall = m > n  # then G = X' X, and the products are X (a I + b G + c G^2): the same, without a copy of X'
+    tall = m > n
     x = (matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=TINY)).to(dtype)
     at_once = 2 if 2 * max(m, n) > 3 * min(m, n) else 1
     for first in range(0, len(POLAR_EXPRESS), at_once):

@@ -33,7 +33,7 @@ def bits_per_byte(loss: float | None, bytes_per_token: float) -> float | None:
 
 
 def lengths(tokens: tuple[int, ...]) -> str:
-    """Those of a step's slices, in words."""
+    """Lengths of slices as text: 32 and 128."""
     return " and ".join(map(str, tokens))
 
 
@@ -56,7 +56,7 @@ def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, 
         *(
             f"Slices: of {lengths(c.slice_lengths(step))} tokens from step {step:,} on"
             for step in (1, c.mixed_steps + 1)
-            if c.mixed_steps
+            if c.mixed_steps and step <= c.steps
         ),
         f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after "
         f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}",
@@ -75,6 +75,11 @@ def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
         found.append(
             f"--target_loss {c.target_loss:g} is below the floor {floor:.4f}: no model can reach it at --seq_len "
             f"{c.seq_len}; {way}"
+        )
+    if c.target_loss and c.mixed_steps and (whole := c.steps - c.mixed_steps) < c.target_window:
+        found.append(
+            f"--mixed_steps {c.mixed_steps} leaves {whole} steps with whole slices, fewer than --target_window "
+            f"{c.target_window}: the target cannot be reached"
         )
     if c.min_lr == 0 and c.decay_steps < c.steps:
         found.append(

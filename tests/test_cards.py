@@ -208,10 +208,10 @@ def test_a_comparison_that_does_not_fit_is_left_out(launch, monkeypatch):
     """Uncompiled, a pass takes more memory: what fits compiled is not given up for that."""
     accumulate = train.Trainer._accumulate
 
-    def refuse(trainer, step, micro_batches):
+    def refuse(trainer, *args):
         if trainer.forward is trainer.model:
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
-        return accumulate(trainer, step, micro_batches)
+        return accumulate(trainer, *args)
 
     monkeypatch.setattr(train.Trainer, "_accumulate", refuse)
     monkeypatch.setattr(torch, "compile", lambda model, **_options: lambda x, y: model(x, y))

@@ -57,7 +57,7 @@ def test_a_skipped_step_still_counts(launch, monkeypatch):
     assert launch("whole", *flags) == 0
     accumulate = train.Trainer._accumulate
     monkeypatch.setattr(
-        train.Trainer, "_accumulate", lambda trainer, step, slices: accumulate(trainer, step, slices) / (step != 3)
+        train.Trainer, "_accumulate", lambda trainer, step, *args: accumulate(trainer, step, *args) / (step != 3)
     )
     assert launch("run", *flags) == 0
     assert [row[0] for row in rows(Path("run"), "step")] == [str(step) for step in range(1, 9)]
@@ -95,7 +95,7 @@ def test_a_run_that_diverges_before_its_first_checkpoint_is_kept_as_failed(launc
     diverging = ["--save_every=100", "--target_window=2", "--log_every=1"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            train.Trainer, "_accumulate", lambda trainer, step, slices: accumulate(trainer, step, slices) / (step <= 4)
+            train.Trainer, "_accumulate", lambda trainer, step, *args: accumulate(trainer, step, *args) / (step <= 4)
         )
         assert launch("run", *diverging) == 1
     assert "there is no checkpoint yet" in log_text(Path("run"))
@@ -125,7 +125,7 @@ def test_a_loss_that_stays_at_ln_v_is_pointed_out_once(launch, monkeypatch):
 def test_a_save_that_a_skipped_step_prevented_follows_at_the_next(launch, monkeypatch):
     accumulate = train.Trainer._accumulate
     monkeypatch.setattr(
-        train.Trainer, "_accumulate", lambda trainer, step, slices: accumulate(trainer, step, slices) / (step != 4)
+        train.Trainer, "_accumulate", lambda trainer, step, *args: accumulate(trainer, step, *args) / (step != 4)
     )
     saved = []
     save = train.Saver.save

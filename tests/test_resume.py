@@ -38,7 +38,7 @@ def break_off(monkeypatch):
 
 
 CASES = [  # with muon, embeddings and vectors have AdamW's states beside Muon's
-    "--optimizer=muon --amp=off --seq_len=16 --mixed_steps=7",
+    "--optimizer=muon --amp=off --seq_len=16 --batch_size=4 --mixed_steps=7",
     "--optimizer=muon --amp=bf16 --grad_accum=2 --dropout=0.2",
     "--optimizer=muon --amp=fp16",
     "--optimizer=adamw --amp=off --dropout=0.3",

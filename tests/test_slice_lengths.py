@@ -15,6 +15,8 @@ from parts.commandline import parse_config
 from parts.config import PRESETS, Config
 from parts.corpus import Corpus
 
+SHORT = ["--seq_len=16", "--block_size=16", "--batch_size=4"]
+
 
 @pytest.fixture
 def corpus() -> Corpus:
@@ -63,22 +65,37 @@ def test_quarters_beside_whole_slices_then_whole_ones(config, corpus):
 
 
 def test_a_run_says_it_and_stops_by_whole_slices_only(launch):
-    flags = ["--seq_len=16", "--block_size=16", "--mixed_steps=4", "--steps=12", "--target_loss=50", "--log_every=1"]
+    flags = [*SHORT, "--mixed_steps=4", "--steps=12", "--target_loss=50", "--log_every=1"]
     assert launch("run", *flags) == 0
     text = log_text(Path("run"))
     assert "Slices: of 4 and 16 tokens from step 1 on" in text and "Slices: of 16 tokens from step 5 on" in text
     assert "From step 5 on, slices of 16 tokens; window_loss begins anew" in text
     results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
     assert (results["stop_reason"], results["final_step"], results["best_step"]) == ("target", 7, 7)
-    assert [loss != "" for (loss,) in rows(Path("run"), "window_loss")] == [
-        False,
-        False,
-        True,
-        True,
-        False,
-        False,
-        True,
-    ]
+    full = [step for step, (loss,) in enumerate(rows(Path("run"), "window_loss"), 1) if loss]
+    assert full == [3, 4, 7]
+
+
+def test_a_target_that_too_few_whole_slices_leave_out_of_reach_is_warned_of(launch):
+    assert launch("run", *SHORT, "--mixed_steps=6", "--target_window=3", "--target_loss=50") == 0
+    text = log_text(Path("run"))
+    assert "--mixed_steps 6 leaves 2 steps with whole slices, fewer than --target_window 3" in text
+    assert launch("all", *SHORT, "--mixed_steps=8") == 0
+    assert "Slices: of 16 tokens" not in log_text(Path("all"))
+
+
+def test_a_rehearsal_does_whole_slices_which_take_the_most_memory(launch, monkeypatch, capsys):
+    shapes = []
+    accumulate = train.Trainer.accumulate
+    monkeypatch.setattr(
+        train.Trainer,
+        "accumulate",
+        lambda trainer, step, slices: (shapes.append([len(x[0]) for x in slices]), accumulate(trainer, step, slices))[
+            1
+        ],
+    )
+    assert launch("run", *SHORT, "--mixed_steps=6", "--dry_run") == 0
+    assert shapes == [[17], [17]] and "window_loss begins anew" not in capsys.readouterr().out
 
 
 def test_another_seq_len_later_begins_a_new_window_and_best(launch):

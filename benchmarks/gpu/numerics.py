@@ -125,11 +125,11 @@ for amp, limit in (("off", 1e-3), ("bf16", 0.05)):
         return f"{at_most(found[name], limit)} ({name}, of {len(found)})"
 
 
-@check("numerics", "graphs compiled anew in 20 steps of the default run", seconds=240)
+@check("numerics", "graphs compiled anew in 20 steps, ten mixed and ten whole ones", seconds=240)
 def recompilations(options: Options, here: Path) -> str:
     from torch._dynamo.utils import counters
 
-    trainer = trainer_of(options, "--compile=on")
+    trainer = trainer_of(options, "--compile=on", "--mixed_steps=11")
     reason = trainer.compile()
     assert reason is None, reason
     trainer.update()

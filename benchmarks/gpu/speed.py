@@ -70,7 +70,7 @@ def throughput(options: Options, shape: Shape, step_of: Callable[[], Callable[[]
 @check("speed", "Muon's kernels, and its share of a step of 32 x 128")
 def muon_share(options: Options, here: Path) -> str:
     needs_card(options)
-    trainer = trainer_of(options, "--amp=bf16", "--compile=off")
+    trainer = trainer_of(options, "--amp=bf16", "--compile=off", "--mixed_steps=0")
     whole = seconds_of(trainer.update, 20)
     trainer.accumulate(1, trainer.slices(1))
     muon = trainer.optimizers["muon"]
@@ -104,7 +104,7 @@ def largest_micro_batch(options: Options, here: Path) -> str:
         if gigabytes * 1e9 > total:
             break
         torch.cuda.empty_cache()
-        trainer = trainer_of(options, "--batch_size=1024", "--amp=bf16", "--compile=off")
+        trainer = trainer_of(options, "--batch_size=1024", "--amp=bf16", "--compile=off", "--mixed_steps=0")
         torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total)
         for _ in range(2):
             trainer.update()
