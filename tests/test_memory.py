@@ -47,14 +47,14 @@ def test_the_next_smaller_divisor_is_taken_recorded_and_kept(launch, tmp_path, t
         return subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
 
     assert launch("whole", *FLAGS) == 0
-    result = limited(330, "--steps=4", "--decay_steps=8", "--warmup_steps=0")
+    result = limited(280, "--steps=4", "--decay_steps=8", "--warmup_steps=0")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Out of memory with 48 slices in a micro-batch; from step 1 on with 24: the same" in result.stdout
     fitting = int(re.findall(r"from step 1 on with (\d+): the same", result.stdout)[-1])
     assert fitting in (24, 16, 12, 8)
     assert json.loads(Path("run/config.json").read_text(encoding="utf-8"))["config"]["micro_batch"] == fitting
     assert torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["micro_batch"] == fitting
-    result = limited(330)
+    result = limited(330)  # a little more: what the heap holds already differs from start to start
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"Micro_batch: {fitting} (as in the run so far)" in result.stdout
     assert "Out of memory" not in result.stdout, "resuming takes no more memory than the run did"

@@ -67,6 +67,7 @@ def test_a_run_whose_place_was_taken_does_not_write_there(launch, monkeypatch, t
                 time.sleep(0.05)
             if not finished:
                 others[0].send_signal(signal.SIGSTOP)
+                os.waitpid(others[0].pid, os.WUNTRACED)  # all its threads stand still now
             others.append(files("run"))
         return update(trainer)
 
