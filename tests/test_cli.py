@@ -219,7 +219,7 @@ def test_a_compiler_that_fails_is_reported_and_done_without(launch, monkeypatch)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_equals_eager(launch):
     """One model, with and without torch.compile, the losses to rounding, of slices of two lengths; the same names."""
-    flags = ["--amp=off", "--lr=0.01", "--target_window=20", "--batch_size=4", "--mixed_steps=4"]
+    flags = ["--amp=off", "--lr=0.01", "--target_window=20", "--batch_size=4", "--mixed_steps=4", "--n_layer=1"]
     assert launch("eager", *flags) == 0
     assert launch("compiled", *flags, "--compile=on") == 0
     assert "Compiled in" in log_text(Path("compiled"))
