@@ -217,6 +217,8 @@ def parse_config(argv: list[str], processes: int = 1, silent: bool = False, abou
             resolved = vars(replace(defaults, preset=asked.preset).resolved())
             defaults = Flags(**resolved | {"preset": asked.preset})
     flags = read_flags(Flags, argv, "train.py", about, defaults, silent)
+    if flags.batch_size * flags.grad_accum < 4 and "mixed_steps" not in typed(argv):
+        flags = replace(flags, mixed_steps=0)
     if problems := out_of_range(flags) or flags.resolved().contradictions():
         raise ValueError("\n".join(problems))
     return flags.resolved()

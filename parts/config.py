@@ -94,7 +94,7 @@ class BatchFlags:
     """tokens in one slice"""
     mixed_steps: Annotated[int | None, Between(0, 10**9)] = None
     """first steps, in which three of four slices are cut into quarters; by default the preset's, but 0 where --steps,
-    --seq_len or a validation split is given; a continued run keeps what it has"""
+    --seq_len or a validation split is given, or a step has fewer than 4 slices; a continued run keeps what it has"""
     slices: Literal["shuffled", "independent"] = "shuffled"
     """where they start: shuffled: in random order, pass after pass, each of which leaves no token out; independent:
     each anywhere"""

@@ -111,9 +111,10 @@ def test_another_seq_len_later_begins_a_new_window_and_best(launch):
 
 def test_a_preset_has_it_for_its_own_steps_and_slices():
     assert parse_config([]).mixed_steps == PRESETS["gpt2"]["mixed_steps"] > 0
-    for flag in ("--steps=900", "--seq_len=130", "--val_fraction=0.1", "--preset=demo"):
+    for flag in ("--steps=900", "--seq_len=130", "--val_fraction=0.1", "--preset=demo", "--batch_size=3"):
         assert parse_config([flag]).mixed_steps == 0
     assert parse_config(["--steps=900", "--mixed_steps=80"]).mixed_steps == 80
+    assert parse_config(["--batch_size=2", "--grad_accum=2"]).mixed_steps > 0
 
 
 def test_a_checkpoint_of_before_the_flag_has_none():
