@@ -81,7 +81,7 @@ class ModelFlags:
 class BatchFlags:
     """What a step consists of, and its learning rate."""
 
-    steps: Annotated[int, Between(1, 10**9)] = 1500
+    steps: Annotated[int, Between(1, 10**9)] = 1220
     """optimizer updates at most; a preset's decay_steps, min_lr and mixed_steps go with its own steps only"""
     batch_size: Annotated[int, Between(1, 65_536)] = 32
     """slices in a batch; a step learns from batch_size x grad_accum of them"""
@@ -99,12 +99,12 @@ class BatchFlags:
     """where they start: shuffled: in random order, pass after pass, each of which leaves no token out; independent:
     each anywhere"""
     lr: Annotated[float | None, Between(1e-12, 10)] = None
-    """peak learning rate; by default 4.5e-3 with muon, 1e-3 with adamw"""
+    """peak learning rate; by default 3.5e-3 with muon, 1e-3 with adamw"""
     min_lr: Annotated[float | None, Between(0, 10)] = None
     """learning rate at decay_steps and after; by default the preset's, or a tenth of lr if it has none or --steps is
     given"""
     warmup_steps: Annotated[int | None, Between(0, 10**9)] = None
-    """steps of linear warm-up; by default 200, but at most a tenth of decay_steps"""
+    """steps of linear warm-up; by default 200, but at most a thirtieth of decay_steps with muon, a tenth with adamw"""
     decay_steps: Annotated[int | None, Between(1, 10**9)] = None
     """step at which min_lr is reached; by default the preset's, or --steps if that is given; a continued run keeps what
     it has"""
@@ -122,8 +122,8 @@ class OptimizerFlags:
     """decay of matrices and embeddings, times the learning rate, each step"""
     beta1: Annotated[float, Between(0, 0.999999)] = 0.9
     """decay of AdamW's mean of gradients"""
-    beta2: Annotated[float, Between(0, 0.999999)] = 0.95
-    """decay of AdamW's mean of squared gradients"""
+    beta2: Annotated[float | None, Between(0, 0.999999)] = None
+    """decay of AdamW's mean of squared gradients; by default 0.99 with muon, 0.95 with adamw"""
     clip_grad: Annotated[float, Between(0, 1e9)] = 1.0
     """largest global gradient norm, larger ones are scaled down; 0: no clipping"""
 
@@ -213,15 +213,17 @@ class Flags(
     def resolved(self) -> "Config":
         """The same flags with every `None` replaced, except those of `choose_runtime`."""
         decay_steps = self.steps if self.decay_steps is None else self.decay_steps
-        lr = {"muon": 4.5e-3, "adamw": 1e-3}[self.optimizer] if self.lr is None else self.lr
+        lr, beta2, part = {"muon": (3.5e-3, 0.99, 30), "adamw": (1e-3, 0.95, 10)}[self.optimizer]
+        lr = lr if self.lr is None else self.lr
         of_python = self.input_file == (DEMO_CORPUS,)
         decided = dict(
             out_dir=self.default_out_dir() if self.out_dir is None else self.out_dir,
             max_tokens=(1500 if of_python else 0) if self.max_tokens is None else self.max_tokens,
             prompt=self.prompt or of_python * DEMO_PROMPT,
             decay_steps=decay_steps,
-            warmup_steps=min(200, decay_steps // 10) if self.warmup_steps is None else self.warmup_steps,
+            warmup_steps=min(200, decay_steps // part) if self.warmup_steps is None else self.warmup_steps,
             lr=lr,
+            beta2=beta2 if self.beta2 is None else self.beta2,
             min_lr=lr / 10 if self.min_lr is None else self.min_lr,
             mixed_steps=self.mixed_steps or 0,
         )
@@ -243,6 +245,7 @@ class Config(Flags):
     out_dir: Path
     micro_batch: int
     lr: float
+    beta2: float
     min_lr: float
     warmup_steps: int
     decay_steps: int
@@ -368,7 +371,7 @@ def brief(value: object) -> str:
     return f"{text[:40]}..." if len(text) > 80 else text or "''"
 
 
-RECIPE = dict(min_lr=0.0, mixed_steps=1100)  # for 1,500 steps
+RECIPE = dict(min_lr=0.0, mixed_steps=980)  # for 1,220 steps
 PRESETS: dict[str, dict] = {
     "demo": dict(
         input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,

@@ -80,7 +80,7 @@ def test_every_numeric_flag_has_a_range():
         (["--seq_len=17"], "--seq_len 17 exceeds --block_size 16"),
         (["--n_head=3"], "--n_embd 32 is not divisible by --n_head 3"),
         (["--warmup_steps=9"], "--warmup_steps 9 exceeds --decay_steps 8"),
-        (["--min_lr=1"], "--min_lr 1.0 exceeds --lr 0.0045"),
+        (["--min_lr=1"], "--min_lr 1.0 exceeds --lr 0.0035"),
         (["--mixed_steps=9"], "--mixed_steps 9 exceeds --steps 8"),
         (["--mixed_steps=4", "--seq_len=6"], "--seq_len 6 has no quarters: choose a multiple of 4"),
         (

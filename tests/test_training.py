@@ -134,9 +134,10 @@ def test_learning_rate_without_warmup_starts_at_the_peak(config):
     assert {train.learning_rate(step, flat) for step in range(1, 201)} == {3e-4}
 
 
-def test_default_warmup_is_at_most_a_tenth_of_the_run():
-    for steps, warmup in ((5, 0), (100, 10), (10_000, 200), (10**6, 200)):
-        assert Config(steps=steps).resolved().warmup_steps == warmup
+def test_default_warmup_is_a_small_part_of_the_run():
+    for steps, muon, adamw in ((5, 0, 0), (100, 3, 10), (3_000, 100, 200), (10**6, 200, 200)):
+        for optimizer, warmup in (("muon", muon), ("adamw", adamw)):
+            assert Config(steps=steps, optimizer=optimizer).resolved().warmup_steps == warmup
 
 
 def test_the_rate_moves_once_per_step_whatever_the_accumulation(config, corpus):
