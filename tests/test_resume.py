@@ -68,6 +68,7 @@ def test_broken_off_anywhere_and_started_again(launch, prompt_disk, break_off, c
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_compiled_run_broken_off_and_started_again(launch, prompt_disk, break_off):
     flags = ["--compile=on", "--amp=bf16", "--dropout=0.1", "--lr=0.01", "--save_every=3", "--target_window=2"]
+    flags += ["--n_layer=1"]  # half the time of the compiler
     assert launch("whole", *flags) == 0
     break_off([5])
     assert [launch("parts", *flags) for _ in range(2)] == [130, 0]
