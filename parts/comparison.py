@@ -18,7 +18,7 @@ from parts.runs import Run, duration, latest, lowest_validation, number, outcome
 REPORTING = {"input_file", "val_file", "out_dir", "resume", "cache_dir", "log_every", "save_every", "sample_every"}
 REPORTING |= {"eval_every", "prompt", "num_prompts", "max_new_tokens", "top_k", "temperature", "tensorboard", "dry_run"}
 # Not given, these follow from other flags.
-DERIVED = ("decay_steps", "warmup_steps", "min_lr", "mixed_steps", "max_tokens")
+DERIVED = ("decay_steps", "warmup_steps", "min_lr", "mixed_steps", "beta2", "max_tokens")
 FOLLOWS = {  # flag: others, of which one that differs explains it
     "vocab_size": {"tokenizer"},
     "micro_batch": {"batch_size", "grad_accum", "seq_len", "device", "processes"},

@@ -77,7 +77,7 @@ def test_all_cells_run_in_a_clone_that_the_notebook_makes(tmp_path, code, text_f
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     values = assignments(
         REPOSITORY=code.as_uri(), TEXT=str(text_file), UPLOAD=True, DRIVE=True, EXPORT=True, FLAGS=TINY_FLAGS,
-        DEMO_FLAGS=["--steps=20", "--max_new_tokens=20", "--device=cpu"], PROMPT="Line 7:",
+        DEMO_FLAGS=["--steps=4", "--max_new_tokens=20", "--device=cpu"], PROMPT="Line 7:",
     )  # fmt: skip
     position = [cell.id for cell in notebook.cells].index("parameters")
     notebook.cells.insert(position + 1, nbformat.v4.new_code_cell(values))
@@ -88,8 +88,8 @@ def test_all_cells_run_in_a_clone_that_the_notebook_makes(tmp_path, code, text_f
     assert f"The code is in {clone}" in said(cells["code"])
     assert f"PyTorch {torch.__version__} " in said(cells["packages"])
     assert not (clone / ".venv-notebook").exists(), "nothing was missing"
-    assert "step 20/20 |" in said(cells["demo"]) and "step 8/8 |" in said(cells["train"])
-    for run, steps, look in (("demo", 20, "demo-look"), ("mine", 8, "train-look")):
+    assert "step 4/4 |" in said(cells["demo"]) and "step 8/8 |" in said(cells["train"])
+    for run, steps, look in (("demo", 4, "demo-look"), ("mine", 8, "train-look")):
         results = json.loads((clone / "out" / run / "results.json").read_text(encoding="utf-8"))
         assert (results["final_step"], results["stop_reason"]) == (steps, "steps")
         (image,) = [output.data["image/png"] for output in cells[look].outputs if output.output_type == "display_data"]
