@@ -38,7 +38,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(launch, monkeypatch):
     assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 60
     prev = load_checkpoint(Path("run/checkpoints/prev.pt"))
     assert prev["step"] == saved[-2]
-    assert launch("short", f"--steps={prev['step']}", "--decay_steps=60", "--warmup_steps=6", "--num_prompts=0") == 0
+    assert launch("short", f"--steps={prev['step']}", "--decay_steps=60", "--warmup_steps=2", "--num_prompts=0") == 0
     expected = load_checkpoint(Path("short/checkpoints/last.pt"))
     assert unequal(expected["model"], prev["model"]) == [], "the last save did not reach into the one before"
 

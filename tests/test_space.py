@@ -161,7 +161,7 @@ def test_text_streams(visit):
 
 def test_stop_stops(visit):
     page = visit()
-    set_length(page, 120)
+    set_length(page, 240)
     page.fill("#text textarea", "Line 1:")
     page.click("#go button, button#go")
     while len(value(page)) < 12:
