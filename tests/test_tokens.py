@@ -65,7 +65,7 @@ def test_pieces_have_the_ids_of_the_whole(words, size, tokenizer, tmp_path_facto
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.text(st.characters(exclude_characters="\0"), max_size=80), size=st.integers(1, 40))
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=80), size=st.integers(1, 40))
 def test_pieces_of_any_unicode(text, size, tokenizer, tmp_path_factory):
     test_pieces_have_the_ids_of_the_whole.hypothesis.inner_test([text], size, tokenizer, tmp_path_factory)
 
