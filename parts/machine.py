@@ -273,7 +273,10 @@ class Ranks:
             if dist.is_nccl_available():
                 backends = "cpu:gloo,cuda:nccl"
         try:
-            dist.init_process_group(backends, timeout=TO_MEET)
+            store, rank, count = next(dist.rendezvous("env://", timeout=TO_MEET))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # several machines may count their restarts differently
+                store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+            dist.init_process_group(backends, store=store, rank=rank, world_size=count, timeout=TO_MEET)
             dist.distributed_c10d._set_pg_timeout(TO_WAIT)
         except (RuntimeError, ValueError) as error:
             raise ConnectionError(f"the processes of this run do not reach each other ({in_short(error)})") from error

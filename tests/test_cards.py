@@ -98,7 +98,8 @@ def test_tensors_of_both_kinds_can_travel(monkeypatch, cards, nccl, backends):
     for name, value in dict(RANK=1, LOCAL_RANK=1, MASTER_ADDR="x", MASTER_PORT=1, WORLD_SIZE=2).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
-    monkeypatch.setattr(dist, "init_process_group", lambda backends, timeout: found.append(backends))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_address, timeout: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backends, **_others: found.append(backends))
     monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda timeout: None)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)

@@ -106,37 +106,32 @@ def test_what_cannot_be_shared_is_refused_by_one_voice(here):
     assert "exitcode  : 2" in result.stderr and not Path("run").exists()
 
 
+# One dies at step 6. After the restart the first process is late: what it left with torchrun of where it was to be
+# reached is found by the other, and must not be believed.
 DIES_ONCE = f"""
-import os, signal, sys
-from pathlib import Path
+import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train
+rank, restarted = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
 update = train.Trainer.update
 def dying(trainer):
-    if os.environ["RANK"] == "1" and trainer.progress.step == 6 and not Path("died").exists():
-        Path("died").touch()
+    if rank == "1" and trainer.progress.step == 6 and not restarted:
         os.kill(os.getpid(), signal.SIGKILL)
     return update(trainer)
 train.Trainer.update = dying
+time.sleep(2 if restarted and rank == "0" else 0)
 sys.exit(train.main())
 """
 
 
 def test_a_rank_that_dies_ends_the_run_and_a_restart_continues_it(alone):
     Path("dies.py").write_text(DIES_ONCE, encoding="utf-8")
-    flags = ["--out_dir=run", "--save_every=2"]
-    ended = torchrun(2, *flags, script=Path("dies.py"))
-    assert ended.returncode == 1 and Path("died").exists()
-    found = re.search(
-        r"another process of this run is gone \(.+\); the same command continues from step (\d+)", ended.stdout
-    )
+    ended = torchrun(2, "--out_dir=run", "--save_every=2", script=Path("dies.py"), restarts=1)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = re.search(r"another process of this run is gone \(.+\); the same command continues from step 6", ended.stdout)
     assert found and found[0] in log_text(Path("run")), ended.stdout + ended.stderr
     assert "Traceback" not in ended.stdout and 'File "' not in log_text(Path("run"))
-    assert torch.load("run/checkpoints/last.pt", weights_only=True)["step"] == int(found[1])
-    Path("died").unlink()
-    again = torchrun(2, *flags, script=Path("dies.py"), restarts=1)
-    assert again.returncode == 0, again.stderr
-    assert log_text(Path("run")).count("Resuming from step") == 2
+    assert log_text(Path("run")).count("Resuming from step 6 ") == 1
     assert_same_to_rounding("alone", "run")
 
 
