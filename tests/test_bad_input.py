@@ -19,7 +19,7 @@ import pytest
 import torch
 import tree_sitter
 import tree_sitter_powershell
-from conftest import TINY_FLAGS, run_script
+from conftest import GPT2, TINY_FLAGS, run_script
 
 import train
 import update_readme
@@ -52,7 +52,7 @@ def refused(tmp_path, text_file, monkeypatch, capsys):
             return {p: p.is_file() and (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*")}
 
         before = state()
-        code = train.main([*TINY_FLAGS, "--input_file", str(text_file), "--out_dir", out_dir, *flags])
+        code = train.main([*TINY_FLAGS, GPT2, "--input_file", str(text_file), "--out_dir", out_dir, *flags])
         captured = capsys.readouterr()
         assert code == 2, captured.out
         assert state() == before
@@ -277,7 +277,7 @@ def test_out_dir_not_writable(refused, tmp_path):
 @pytest.fixture
 def earlier_run(tmp_path, text_file, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    assert train.main([*TINY_FLAGS, "--input_file", str(text_file), "--out_dir", "run"]) == 0
+    assert train.main([*TINY_FLAGS, GPT2, "--input_file", str(text_file), "--out_dir", "run"]) == 0
     return tmp_path / "run"
 
 
@@ -319,7 +319,7 @@ def test_a_text_that_has_grown_and_weights_of_another_model(refused, tmp_path, c
     message = refused(other[0], out_dir="fourth")
     assert "give --tokenizer PATH.json, with the tokenizer.json of its run" in message
 
-    assert train.main([*TINY_FLAGS, f"--input_file={text}", "--out_dir=gpt2"]) == 0
+    assert train.main([*TINY_FLAGS, GPT2, f"--input_file={text}", "--out_dir=gpt2"]) == 0
     capsys.readouterr()
     message = refused(*flags[-2:], "--init_from=gpt2/checkpoints/best.pt", out_dir="fifth")
     assert message.strip().endswith(": give --tokenizer gpt2")
@@ -345,7 +345,7 @@ def reported_run(tmp_path_factory) -> Path:
     """A finished run and a README that fits it."""
     folder = tmp_path_factory.mktemp("reported")
     (folder / "input.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
-    flags = [*TINY_FLAGS, f"--input_file={folder / 'input.txt'}", f"--out_dir={folder / 'run'}", "--amp=off"]
+    flags = [*TINY_FLAGS, GPT2, f"--input_file={folder / 'input.txt'}", f"--out_dir={folder / 'run'}", "--amp=off"]
     assert train.main(flags) == 0
     (folder / "README.md").write_text(SECTIONS, encoding="utf-8")
     return folder

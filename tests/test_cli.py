@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, log_text, rows, run_script, weights
+from conftest import GPT2, ROOT, TINY_FLAGS, log_text, rows, run_script, weights
 
 import export_hf
 import sample
@@ -28,7 +28,7 @@ STEP_LINE = re.compile(
 
 @pytest.mark.slow
 def test_a_run_as_its_user_types_it(tmp_path, text_file):
-    result = run_script(*TINY_FLAGS, "--input_file", text_file, "--prompt", r"Line 1:\n", cwd=tmp_path)
+    result = run_script(*TINY_FLAGS, GPT2, "--input_file", text_file, "--prompt", r"Line 1:\n", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr == "", "no bar and no warnings in a pipe"
     run = tmp_path / "out" / "gpt2-input"
@@ -87,7 +87,7 @@ def test_a_run_as_its_user_types_it(tmp_path, text_file):
 
 
 def test_results_and_config_say_what_happened(launch, text_file):
-    assert launch("run") == 0
+    assert launch("run", GPT2) == 0
     results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
     assert results["stop_reason"] == "steps"
     assert (results["final_step"], results["tokens"]) == (8, 256)
@@ -97,7 +97,7 @@ def test_results_and_config_say_what_happened(launch, text_file):
     assert results["corpus_loss_slices"] == 64 and 0 < results["corpus_loss_standard_error"] < 0.1
     assert results["ln_vocab"] == pytest.approx(10.8249, abs=1e-4) and results["loss_floor"] > 0
     config = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
-    assert config["command"].startswith("python train.py --n_layer=2") and config["command"].endswith("--out_dir run")
+    assert config["command"].startswith("python train.py --n_layer=2") and config["command"].endswith(GPT2)
     assert config["seed"] == 1337 and config["versions"]["torch"] == torch.__version__
     assert config["corpus"]["sha256"] == hashlib.sha256(text_file.read_bytes()).hexdigest()
     assert config["config"]["compile"] == "off" and config["config"]["warmup_steps"] == 0
@@ -105,7 +105,7 @@ def test_results_and_config_say_what_happened(launch, text_file):
 
 
 def test_checkpoints_describe_themselves(launch, config):
-    assert launch("run", "--seq_len=12") == 0
+    assert launch("run", GPT2, "--seq_len=12") == 0
     for name in ("last", "best"):
         checkpoint = torch.load(f"run/checkpoints/{name}.pt", weights_only=True)
         assert checkpoint["trained_context"] == 12

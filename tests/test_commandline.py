@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_FLAGS
+from conftest import GPT2, ROOT, TINY_FLAGS
 
 import export_hf
 import sample
@@ -147,7 +147,7 @@ def test_each_text_has_a_directory_of_its_own(flags, expected):
 
 def test_a_dry_run_tells_and_writes_nothing(tmp_path, text_file, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = [*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run"]
+    flags = [*TINY_FLAGS, GPT2, f"--input_file={text_file}", "--out_dir=run"]
     before = sorted(tmp_path.rglob("*"))
     assert train.main([*flags, "--dry_run"]) == 0
     said = capsys.readouterr().out

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import pandas as pd
 import pytest
-from conftest import ROOT, TINY_FLAGS
+from conftest import GPT2, ROOT, TINY_FLAGS
 from markdown_it import MarkdownIt
 
 import train
@@ -33,7 +33,7 @@ TEXTS = {
 RUNS = {  # name: what it adds to the tiny flags
     "lr-3e-2": ["--lr=3e-2"],
     "lr-1e-3": ["--lr=1e-3", "--log_every=3", "--num_prompts=0"],
-    "bytes": ["--lr=3e-2", "--tokenizer=bpe:270"],
+    "words": ["--lr=3e-2", GPT2],
     "held_out": ["--lr=3e-2", "--val_file=held_out.txt", "--eval_every=4"],
     "other": ["--lr=3e-2", "--input_file=other.txt", "--val_file=held_out.txt", "--eval_every=4"],
 }
@@ -213,16 +213,16 @@ def test_different_texts_are_refused(out, capsys, plots):
     assert before == {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
     alter(out / "lr-1e-3" / "config.json", corpus={"file": "text.txt", "sha256": shas[0], "tokens": 99})
     assert update("--out_dir", out / "lr-1e-3", out / "lr-3e-2") == 2, "a part of the same text is another text"
-    (out / "bytes" / "config.json").unlink()
-    assert update("--out_dir", out / "bytes", out / "lr-3e-2") == 2
-    assert "bytes: no config.json says which text" in capsys.readouterr().err
+    (out / "words" / "config.json").unlink()
+    assert update("--out_dir", out / "words", out / "lr-3e-2") == 2
+    assert "words: no config.json says which text" in capsys.readouterr().err
 
 
 def test_two_vocabularies_compare_in_bits_per_byte(out, capsys):
-    comparison = compare([read_run(out / "lr-3e-2"), read_run(out / "bytes")])
+    comparison = compare([read_run(out / "lr-3e-2"), read_run(out / "words")])
     table = comparison.table()
     assert table[0][1] == "corpus loss, bits per byte" and table[0][5:] == ["tokenizer"]
-    measured = {name: results(out / name) for name in ("lr-3e-2", "bytes")}
+    measured = {name: results(out / name) for name in ("lr-3e-2", "words")}
     expected = sorted(measured, key=lambda name: measured[name]["bits_per_byte"])
     assert [row[0] for row in table[1:]] == expected != sorted(measured, key=lambda n: measured[n]["corpus_loss"])
     for row in table[1:]:
@@ -237,7 +237,7 @@ def test_two_vocabularies_compare_in_bits_per_byte(out, capsys):
     for name in measured:
         config = json.loads((out / name / "config.json").read_bytes())["config"]
         alter(out / name / "config.json", config=config | {"max_tokens": 200})
-    assert update("--out_dir", out / "lr-3e-2", out / "bytes") == 2, "200 tokens of each are two texts"
+    assert update("--out_dir", out / "lr-3e-2", out / "words") == 2, "200 tokens of each are two texts"
     assert "200" not in capsys.readouterr().out
 
 
@@ -266,7 +266,7 @@ def test_validation_losses_order_the_runs_where_all_have_one(out):
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [
     (["--val_file=text.txt"], ["--val_file=held_out.txt"]),
-    (["--val_file=held_out.txt", "--seq_len=16"], ["--val_file=held_out.txt", "--seq_len=4"]),
+    (["--val_file=held_out.txt", "--seq_len=16"], ["--val_file=held_out.txt", "--seq_len=4", "--lr=1", "--min_lr=1"]),
 ])  # fmt: skip
 def test_of_a_run_continued_with_another_validation_only_what_was_measured_since_counts(
     trained, tmp_path, monkeypatch, before, after
@@ -369,7 +369,7 @@ def test_each_readme_has_a_plot_of_its_own_beside_the_file_that_is_written(out, 
         Path("link.md").symlink_to(files[-1])
         files[-1] = Path("link.md")
     drawn = []
-    compared = ["lr-*", "held_out bytes", "lr-3e-2 bytes", "lr-1e-3 bytes"]
+    compared = ["lr-*", "held_out words", "lr-3e-2 words", "lr-1e-3 words"]
     for readme, runs in zip(files, compared, strict=True):
         assert update("--out_dir", *(out / run for run in runs.split()), "--readme", readme) == 0
         (image,) = re.findall(r"!\[.*\]\((.*)\)", readme.read_text(encoding="utf-8"))

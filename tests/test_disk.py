@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, assert_same_run, log_text, rows
+from conftest import GPT2, ROOT, TINY_FLAGS, assert_same_run, log_text, rows
 
 from parts.checkpoint import STATE_BYTES, WEIGHT_BYTES, load_checkpoint
 from parts.config import Config
@@ -48,7 +48,7 @@ def small_disk(tmp_path):
 
 def test_too_little_room_is_refused_before_training(small_disk, launch, capsys):
     disk = small_disk(40, "tmpfs")
-    assert launch(f"{disk}/run", *FLAGS) == 2
+    assert launch(f"{disk}/run", *FLAGS, GPT2) == 2
     out, error = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(
@@ -62,7 +62,7 @@ def test_too_little_room_is_refused_before_training(small_disk, launch, capsys):
 
 @pytest.mark.slow
 def test_the_estimate_is_what_a_run_takes(launch):
-    assert launch("run", "--amp=fp16") == 0
+    assert launch("run", GPT2, "--amp=fp16") == 0
     config = Config.from_dict(load_checkpoint(Path("run/checkpoints/last.pt"))["config"])
     for name, per_parameter in (("last", 12), ("prev", 12), ("best", 4)):
         size = Path(f"run/checkpoints/{name}.pt").stat().st_size
@@ -71,7 +71,7 @@ def test_the_estimate_is_what_a_run_takes(launch):
 
 def test_resuming_counts_what_it_will_replace(launch, monkeypatch):
     """Beside last, prev and best there has to be room for one more checkpoint only."""
-    assert launch("run", "--steps=8") == 0
+    assert launch("run", GPT2, "--steps=8") == 0
     run = RunDir(Path("run"))
     config = Config.from_dict(load_checkpoint(run.last)["config"])
     monkeypatch.setattr(run, "free_bytes", lambda: 13 * config.n_params)
@@ -114,15 +114,15 @@ def test_a_disk_that_fills_up_and_is_cleared(small_disk, before_step, launch, pl
 def test_a_disk_that_stays_full(small_disk, before_step, launch, prompt_disk):
     """The run ends with exit code 1 and the old checkpoint; with room again, the same command goes on from there."""
     disk = small_disk(90, "tmpfs")
-    filler = disk / "filler"
-    assert launch("whole", *FLAGS) == 0
+    filler, flags = disk / "filler", [*FLAGS, GPT2]
+    assert launch("whole", *flags) == 0
     before_step({10: lambda: filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - 5_000_000))})
-    assert launch(str(disk / "run"), *FLAGS) == 1
+    assert launch(str(disk / "run"), *flags) == 1
     assert load_checkpoint(disk / "run/checkpoints/last.pt")["step"] == 8
     assert "At the end, step 32, these could not be written: " in log_text(disk / "run")
     assert "Training complete" not in log_text(disk / "run")
     filler.unlink()
-    assert launch(str(disk / "run"), *FLAGS) == 0
+    assert launch(str(disk / "run"), *flags) == 0
     assert_same_run(Path("whole"), disk / "run")
 
 
@@ -213,8 +213,8 @@ def test_a_csv_that_another_program_keeps(before_step, launch, prompt_disk):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="RLIMIT_FSIZE is POSIX")
 def test_a_limit_on_the_size_of_files(launch, tmp_path, text_file):
-    flags = [*TINY_FLAGS, "--input_file", text_file, "--out_dir", "run", "--amp=off"]
-    assert launch("run", "--amp=off", "--steps=4") == 0
+    flags = [*TINY_FLAGS, GPT2, "--input_file", text_file, "--out_dir", "run", "--amp=off"]
+    assert launch("run", GPT2, "--amp=off", "--steps=4") == 0
     before = (tmp_path / "run/checkpoints/last.pt").read_bytes()
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -231,12 +231,12 @@ def test_a_limit_on_the_size_of_files(launch, tmp_path, text_file):
 @pytest.mark.slow
 def test_a_full_disk_with_a_run_on_it_is_refused_with_numbers(small_disk, launch, capsys):
     disk = small_disk(90, "tmpfs")
-    assert launch(str(disk / "run"), *FLAGS, "--steps=8") == 0
+    assert launch(str(disk / "run"), *FLAGS, GPT2, "--steps=8") == 0
     (disk / "filler").write_bytes(b"x" * (shutil.disk_usage(disk).free - 4096))
     with open(disk / "rest", "wb", buffering=0) as file, pytest.raises(OSError):
         while file.write(b"x" * 4096) == 4096:
             pass
-    assert launch(str(disk / "run"), *FLAGS) == 2
+    assert launch(str(disk / "run"), *FLAGS, GPT2) == 2
     assert re.search(r"checkpoints need 0\.02 GB more .* and that disk has 0\.00 GB", capsys.readouterr().err)
 
 
@@ -245,7 +245,7 @@ def test_room_is_that_where_the_checkpoints_go(small_disk, launch):
     disk = small_disk(4, "tmpfs")
     Path("run").mkdir()
     Path("run/checkpoints").symlink_to(disk, target_is_directory=True)
-    assert launch("run", *FLAGS) == 2
+    assert launch("run", *FLAGS, GPT2) == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no fsync of folders")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, rows, run_script
+from conftest import GPT2, TINY_FLAGS, rows, run_script
 from huggingface_hub import metadata_load
 from markdown_it import MarkdownIt
 from safetensors import safe_open
@@ -339,7 +339,7 @@ def test_training_goes_on_from_what_came_back(folder, tmp_path, monkeypatch):
     name = json.loads(Path("run/config.json").read_text(encoding="utf-8"))["config"]["tokenizer"]
     flags = [*TINY_FLAGS, "--input_file=text.txt", "--block_size=32", "--steps=3", "--amp=off", "--log_every=1"]
     flags += [f"--out_dir={tmp_path / 'more'}", f"--init_from={back}"]
-    flags += [] if name == "gpt2" else ["--tokenizer=run/tokenizer.json"]
+    flags += [GPT2 if name == "gpt2" else "--tokenizer=run/tokenizer.json"]
     assert train.main(flags) == 0
     log = (tmp_path / "more/logs/train.log").read_text(encoding="utf-8")
     assert f"Starting from the weights of {back}" in log

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, assert_same_run, log_text, unequal
+from conftest import GPT2, TINY_FLAGS, assert_same_run, log_text, unequal
 
 import train
 from parts.checkpoint import CHECKPOINT_FORMAT, load_checkpoint
@@ -100,6 +100,7 @@ def good_run(tmp_path_factory) -> Path:
 
 FLAGS = [
     *TINY_FLAGS,
+    GPT2,
     "--input_file=input.txt",
     "--out_dir=run",
     "--n_embd=8",

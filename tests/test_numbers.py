@@ -115,7 +115,7 @@ def test_a_loss_that_stays_at_ln_v_is_pointed_out_once(launch, monkeypatch):
     monkeypatch.setattr("parts.report.STUCK_AFTER", 10)
     flags = ["--log_every=1", "--warmup_steps=4", "--decay_steps=20", "--steps=20", "--save_every=50"]
     assert launch("stuck", *flags, "--lr=1e-7", "--min_lr=0") == 0
-    (line,) = [line for line in log_text(Path("stuck")).splitlines() if "ln V = 10.825, that of guessing" in line]
+    (line,) = [line for line in log_text(Path("stuck")).splitlines() if "ln V = 5.549, that of guessing" in line]
     assert "WARNING" in line and "--lr 1e-07 is far too low or too high" in line
     assert log_text(Path("stuck")).split(line)[0].count("| loss ") == 14, "ten steps after warm-up"
     assert launch("learning", *flags, "--lr=0.01") == 0

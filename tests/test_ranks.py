@@ -128,7 +128,8 @@ def test_a_rank_that_dies_ends_the_run_and_a_restart_continues_it(alone):
     Path("dies.py").write_text(DIES_ONCE, encoding="utf-8")
     ended = torchrun(2, "--out_dir=run", "--save_every=2", script=Path("dies.py"), restarts=1)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    found = re.search(r"another process of this run is gone \(.+\); the same command continues from step 6", ended.stdout)
+    told = r"another process of this run is gone \(.+\); the same command continues from step 6"
+    found = re.search(told, ended.stdout)
     assert found and found[0] in log_text(Path("run")), ended.stdout + ended.stderr
     assert "Traceback" not in ended.stdout and 'File "' not in log_text(Path("run"))
     assert log_text(Path("run")).count("Resuming from step 6 ") == 1
@@ -169,7 +170,7 @@ import train
 train.MAX_SKIPPED_IN_A_ROW = 2
 compute, rescue = train.Trainer.accumulate, train.Saver.rescue
 train.Trainer.accumulate = lambda t, step, slices: compute(t, step, slices) * (float("nan") if step > 5 else 1)
-train.Saver.rescue = lambda saver: (time.sleep(5), rescue(saver))
+train.Saver.rescue = lambda saver: (time.sleep(2), rescue(saver))
 sys.exit(train.main())
 """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS
+from conftest import GPT2, ROOT, TINY_FLAGS
 
 import sample
 import train
@@ -28,8 +28,8 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sample")
     text = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200))
     (path / "text.txt").write_text(text, encoding="utf-8")
-    flags = [*TINY_FLAGS, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}", "--steps=60", "--lr=0.02"]
-    assert train.main([*flags, "--save_every=60", "--sample_every=60"]) == 0
+    flags = [*TINY_FLAGS, GPT2, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}"]
+    assert train.main([*flags, "--steps=60", "--lr=0.02", "--save_every=60", "--sample_every=60"]) == 0
     return path
 
 
@@ -127,7 +127,7 @@ def test_no_sample_ends_inside_a_character(tmp_path, monkeypatch, capsys):
     """Neither of sample.py nor of train.py, at whichever token of a character it ends."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("🫨漢鬱" * 200, encoding="utf-8")
-    flags = [*TINY_FLAGS, "--input_file=text.txt", "--out_dir=run", "--steps=60", "--lr=0.02", "--amp=off"]
+    flags = [*TINY_FLAGS, GPT2, "--input_file=text.txt", "--out_dir=run", "--steps=60", "--lr=0.02", "--amp=off"]
     assert train.main([*flags, "--save_every=60", "--sample_every=60"]) == 0
     checkpoint = load_checkpoint(Path("run/checkpoints/best.pt"))
     config = replace(Config.from_dict(checkpoint["config"]), temperature=0.0, prompt="🫨漢", num_prompts=1)
@@ -259,7 +259,7 @@ def test_the_vocabulary_is_that_of_the_checkpoint(folder, tmp_path):
     """Whatever lies by now where it once was read from."""
     words = tmp_path / "tokenizer.json"
     words.write_text(train_vocabulary([folder / "text.txt"], 300), encoding="utf-8")
-    flags = [*TINY_FLAGS, f"--input_file={folder / 'text.txt'}", f"--out_dir={tmp_path / 'run'}", "--steps=4"]
+    flags = [*TINY_FLAGS, GPT2, f"--input_file={folder / 'text.txt'}", f"--out_dir={tmp_path / 'run'}", "--steps=4"]
     assert train.main([*flags, f"--tokenizer={words}", f"--cache_dir={tmp_path / 'cache'}"]) == 0
     path = tmp_path / "run/checkpoints/best.pt"
     before = sample.Sampler(path).tokenizer.content

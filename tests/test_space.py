@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_FLAGS
+from conftest import GPT2, ROOT, TINY_FLAGS
 from safetensors.torch import load_file, save_file
 
 import export_hf
@@ -47,7 +47,7 @@ def model(tmp_path_factory) -> Path:
     if checkpoint is None:
         text = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(200))
         (path / "text.txt").write_text(text, encoding="utf-8")
-        flags = [*TINY_FLAGS, "--block_size=256", "--seq_len=256", "--steps=30", "--lr=0.02"]
+        flags = [*TINY_FLAGS, GPT2, "--block_size=256", "--seq_len=256", "--steps=15", "--batch_size=1", "--lr=0.02"]
         flags += ["--save_every=30", "--sample_every=30"]
         assert train.main([*flags, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}"]) == 0
         checkpoint = path / "run/checkpoints/best.pt"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_FLAGS
+from conftest import GPT2, TINY_FLAGS
 
 import train
 import update_readme
@@ -87,7 +87,7 @@ def test_large_splits_are_measured_in_part(config, monkeypatch):
 
 
 def test_it_stands_in_rows_lines_and_results(here):
-    assert train.main([*FLAGS, "--out_dir=run"]) == 0
+    assert train.main([*FLAGS, GPT2, "--out_dir=run"]) == 0
     measured = {row["step"]: float(row["val_loss"]) for row in table("run") if row["val_loss"]}
     assert list(measured) == ["3", "6", "8"], "every eval_every steps, and the last"
     for row in table("run"):
@@ -111,7 +111,7 @@ def test_it_stands_in_rows_lines_and_results(here):
     assert found["val_bits_per_byte"] == pytest.approx(expected)
 
 
-OVERFITTING = [*FLAGS, "--lr=0.05", "--warmup_steps=0", "--max_tokens=120", "--eval_every=5", "--log_every=50"]
+OVERFITTING = [*FLAGS, GPT2, "--lr=0.05", "--warmup_steps=0", "--max_tokens=120", "--eval_every=5", "--log_every=50"]
 OVERFITTING += ["--save_every=1000", "--sample_every=1000"]
 
 
