@@ -50,6 +50,7 @@ with packages_of("train.py", __name__):
         STATE_BYTES,
         WEIGHT_BYTES,
         Progress,
+        restore_optimizers,
         write_checkpoint,
     )
     from parts.commandline import decode_escapes
@@ -454,23 +455,7 @@ class Trainer:
     def _restore(self, checkpoint: dict) -> None:
         """Take over a checkpoint's state, and its tensors out of it, so that they are not held twice."""
         self.model.load_state_dict(checkpoint.pop("model"))
-        states = checkpoint.pop("optimizer")
-        if states.keys() != self.optimizers.keys():
-            raise ValueError(
-                f"it has the state of {' and '.join(states)}, --optimizer {self.config.optimizer} needs another"
-            )
-        for name, optimizer in self.optimizers.items():
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": states.pop(name), "param_groups": groups})
-            for parameter, state in optimizer.state.items():
-                for key, value in state.items():
-                    shape = (len(parameter), 1) if key == "row_mean_square" else parameter.shape
-                    if value.dim() and value.shape != shape:
-                        raise ValueError(f"{key} of shape {tuple(value.shape)}, not {tuple(shape)}")
-                    state[key] = value.contiguous()  # fused kernels trust shapes and strides
-            held = sum(len(group["params"]) for group in optimizer.param_groups)
-            if len(optimizer.state) < held and checkpoint["progress"]["skipped_steps"] < checkpoint["step"]:
-                raise ValueError(f"{name} has the state of {len(optimizer.state)} tensors, not {held}")
+        restore_optimizers(self.optimizers, checkpoint)
         if self.scaler.is_enabled() and checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.progress = replace(Progress(**checkpoint["progress"]), skipped_in_a_row=0)
@@ -972,12 +957,8 @@ def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
 def run_training(setup: Setup, trainer: Trainer) -> int:
     """Train, measure, and leave every file of the run whole. Returns the exit code."""
     run, again = setup.run, report.how_to_continue(setup.config)
-    first_step = 1 if setup.checkpoint is None else setup.checkpoint["step"] + 1
-    launches = read_json(run.config_json).get("launches") if first_step > 1 else None
-    earlier = launches if isinstance(launches, list) else []
-    launch = report.launch_record(
-        setup.argv, setup.config, setup.corpus, setup.reasons, first_step, earlier, setup.checkpoint
-    )
+    before = {} if setup.checkpoint is None else read_json(run.config_json)
+    launch = report.launch_record(setup.argv, setup.config, setup.corpus, setup.reasons, setup.checkpoint, before)
     saver = Saver(run, trainer, launch, trainer.progress.step if setup.continues else 0)
     saver.write_config()
     try:

@@ -162,6 +162,28 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return found | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
 
 
+def restore_optimizers(optimizers: dict[str, torch.optim.Optimizer], checkpoint: dict) -> None:
+    """Give the optimizers their states, out of the checkpoint, so that they are not held twice.
+
+    Raises ValueError when one is missing, or does not fit its parameter.
+    """
+    states = checkpoint.pop("optimizer")
+    if states.keys() != optimizers.keys():
+        raise ValueError(f"it has the state of {' and '.join(states)}, not that of {' and '.join(optimizers)}")
+    for name, optimizer in optimizers.items():
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": states.pop(name), "param_groups": groups})
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                shape = (len(parameter), 1) if key == "row_mean_square" else parameter.shape
+                if value.dim() and value.shape != shape:
+                    raise ValueError(f"{key} of shape {tuple(value.shape)}, not {tuple(shape)}")
+                state[key] = value.contiguous()  # fused kernels trust shapes and strides
+        held = sum(len(group["params"]) for group in optimizer.param_groups)
+        if len(optimizer.state) < held and checkpoint["progress"]["skipped_steps"] < checkpoint["step"]:
+            raise ValueError(f"{name} has the state of {len(optimizer.state)} tensors, not {held}")
+
+
 def find_checkpoints(config: Config, run: RunDir) -> list[Path]:
     """The checkpoints to continue from as --resume asks, the newest first; none for a fresh start.
 

@@ -303,13 +303,14 @@ def launch_record(
     config: Config,
     corpus: Corpus,
     reasons: dict[str, str],
-    first_step: int,
-    earlier_launches: list[dict],
-    checkpoint: dict | None = None,
+    checkpoint: dict | None,
+    before: dict,
 ) -> dict:
-    """What config.json says of a launch; the commands of earlier ones of the same run are kept. Of one that goes on
-    from a checkpoint it says what has changed since, each flag with its value until then, and the validation text."""
+    """What config.json says of a launch; the launches that it spoke of `before` are kept. Of one that goes on from a
+    checkpoint it says what has changed since, each flag with its value until then, and the validation text."""
     command = launch_command(argv, config)
+    first_step = 1 if checkpoint is None else checkpoint["step"] + 1
+    launches = before.get("launches") if first_step > 1 else None
     launch: dict = {"date": datetime.now().isoformat(timespec="seconds"), "first_step": first_step, "command": command}
     if checkpoint is not None:
         launch["changed"] = changed(checkpoint["config"], config)
@@ -329,7 +330,7 @@ def launch_record(
         },
         "parameters": config.n_params,
         "reasons": dict(reasons),
-        "launches": [*earlier_launches, launch],
+        "launches": [*(launches if isinstance(launches, list) else []), launch],
     }
 
 

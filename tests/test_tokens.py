@@ -285,7 +285,7 @@ def test_a_folder_says_how_many_files_it_gave(texts, tokenizer):
         config = Config(input_file=tuple(map(Path, inputs)), threads=1, seq_len=2, device="cpu").resolved()
         corpus = load_corpus(config, tokenizer)
         line = next(line for line in plan(config, corpus, {}, 0.0, Progress()) if line.startswith("Corpus: "))
-        record = launch_record([], config, corpus, {}, 1, [])
+        record = launch_record([], config, corpus, {}, None, {})
         return line.partition(" tokens")[0].rpartition(", ")[0], record["corpus"]["files"]
 
     assert told("b") == ("Corpus: b (2 files)", 2)
