@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import log_text, unequal
+from conftest import GPT2, log_text, unequal
 
 import train
 import update_readme
@@ -92,8 +92,8 @@ def test_snapshots_are_copies_in_memory_allocated_once():
 
 @pytest.mark.cuda
 def test_on_cuda_a_snapshot_is_that_of_its_step(launch):
-    assert launch("run", "--device=cuda", "--steps=4") == 0
-    assert launch("longer", "--device=cuda", "--steps=8", "--decay_steps=4", "--warmup_steps=0") == 0
+    assert launch("run", GPT2, "--device=cuda", "--steps=4") == 0
+    assert launch("longer", GPT2, "--device=cuda", "--steps=8", "--decay_steps=4", "--warmup_steps=0") == 0
     short, longer = (load_checkpoint(Path(name)) for name in ("run/checkpoints/last.pt", "longer/checkpoints/prev.pt"))
     assert longer["step"] == 4
     torch.testing.assert_close(short["model"], longer["model"])

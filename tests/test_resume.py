@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_run, log_text, rows
+from conftest import GPT2, assert_same_run, log_text, rows
 
 import train
 from parts.checkpoint import load_checkpoint
@@ -80,7 +80,7 @@ def test_a_compiled_run_broken_off_and_started_again(launch, prompt_disk, break_
 @pytest.mark.cuda
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_on_cuda_in_deterministic_mode(launch, prompt_disk, break_off, amp):
-    flags = ["--device=cuda", f"--amp={amp}", "--deterministic", "--lr=0.01", "--save_every=3", "--dropout=0.1"]
+    flags = [GPT2, "--device=cuda", f"--amp={amp}", "--deterministic", "--lr=0.01", "--save_every=3", "--dropout=0.1"]
     assert launch("whole", *flags) == 0
     break_off([3, 5])
     assert [launch("parts", *flags) for _ in range(3)] == [130, 130, 0]
