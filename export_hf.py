@@ -14,6 +14,8 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
@@ -98,19 +100,30 @@ def export(path: Path, out: Path, license: str) -> None:
             "clean_up_tokenization_spaces": False,
         },
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name}.") as name:
+    texts = {file: json.dumps(values, indent=2) + "\n" for file, values in files.items()} | {
+        "tokenizer.json": vocabulary.to_str(pretty=True),
+        "prompts.json": json.dumps([FIRST_WORDS] if run is None else beginnings(run), ensure_ascii=False) + "\n",
+        "README.md": model_card(checkpoint, config, measured, license),
+    }
+    with writing(out), tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name}.") as name:
         folder = Path(name) / out.name
         folder.mkdir()
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        vocabulary.save(str(folder / "tokenizer.json"))
-        for file, values in files.items():
-            (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which is born for its owner alone
-        prompts = json.dumps([FIRST_WORDS] if run is None else beginnings(run), ensure_ascii=False)
-        (folder / "prompts.json").write_text(prompts + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(checkpoint, config, measured, license), encoding="utf-8")
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder, out)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Say what it means when the disk refuses. Raises OSError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise OSError(f"--out {out} cannot be written ({cause}): free room there, or choose another place") from error
 
 
 def own_run(path: Path, checkpoint: dict) -> Path | None:
@@ -315,8 +328,9 @@ def import_hf(folder: Path, out: Path) -> None:
     }  # fmt: skip
     if not is_sound(checkpoint):
         raise ValueError(f"--from_hf {folder}: not all of its weights are finite")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(out, checkpoint)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(out, checkpoint)
 
 
 def how_to_download(folder: Path) -> str:

@@ -104,7 +104,8 @@ def draw_loss_curve(out_dir: Path) -> Path:
     axis = figure.add_subplot()
     axis.plot("step", "loss", data=table, color="#9ecae1", linewidth=1, label="loss of one step")
     smooth, label = smoothed(table)
-    axis.plot(table["step"], smooth, color="#08519c", linewidth=2, label=label)
+    if label:
+        axis.plot(table["step"], smooth, color="#08519c", linewidth=2, label=label)
     if has_values(table, "val_loss"):
         measured = table.dropna(subset=["val_loss"])
         present = measured["step"].isin(validation(run)["step"])
@@ -309,9 +310,10 @@ def summary_section(run: Run, _readme: Path) -> str:
     else:
         add("target (window_loss)", "{:g} over {:.0f} steps", "target_loss", "target_window")
     metric = "val_loss" if run.results.get("best_metric") == "val_loss" else "window_loss"
+    too_short = metric == "window_loss" and (r.get("best_step") or math.inf) < (r.get("target_window") or 0)
     in_bits = ["best_bits_per_byte"] * ("best_bits_per_byte" in r)
     words = "**{:.6f}** at step {:,.0f}" + ", {:.4f} bits per byte" * len(in_bits)
-    add(f"best {metric}", words, "best_loss", "best_step", *in_bits)
+    add("mean loss of all steps" if too_short else f"best {metric}", words, "best_loss", "best_step", *in_bits)
     add("last step", "loss {:.6f} at step {:,.0f}", "final_loss", "final_step")
     corpus_loss = ("corpus_loss", "corpus_loss_standard_error", "corpus_loss_slices")
     part = " of the training part" * (metric == "val_loss")

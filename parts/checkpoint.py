@@ -91,6 +91,7 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
         if is_out_of_memory(error):
             raise OSError(f"{path} does not fit into memory: close other programs and try again") from error
         reason = str(error).partition("\n")[0][:100] if type(error) is ValueError else type(error).__name__
+        reason = "torch.save writes other files" if isinstance(error, zipfile.BadZipFile) else reason
         raise ValueError(f"{path} is damaged or no checkpoint ({reason})") from error
     if isinstance(checkpoint, dict) and checkpoint.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
         raise ValueError(f"{path} has format {checkpoint['format']!r}, this train.py reads {CHECKPOINT_FORMAT}")

@@ -37,6 +37,19 @@ def lengths(tokens: tuple[int, ...]) -> str:
     return " and ".join(map(str, tokens))
 
 
+def slices_lines(config: Config) -> list[str]:
+    """How long the slices are, where that changes on the way, and from which step on a target can be reached."""
+    c = config
+    if not c.mixed_steps:
+        return []
+    line = f"Slices: {lengths(c.slice_lengths(1))} tokens long"
+    if c.mixed_steps < c.steps:
+        line += f" up to step {c.mixed_steps:,}, then {lengths(c.slice_lengths(c.steps))}"
+    if c.target_loss and (first := c.mixed_steps + c.target_window) <= c.steps:
+        line += f"; the target counts from step {first:,} on"
+    return [line]
+
+
 def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, progress: Progress) -> list[str]:
     """What will happen, to be said before the first step."""
     c, n_tokens = config, len(corpus.tokens)
@@ -53,11 +66,7 @@ def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, 
         *([] if corpus.val_tokens is None else [f"Validation: {len(corpus.val_tokens):,} tokens, never trained on"]),
         f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
         f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps",
-        *(
-            f"Slices: of {lengths(c.slice_lengths(step))} tokens from step {step:,} on"
-            for step in (1, c.mixed_steps + 1)
-            if c.mixed_steps and step <= c.steps
-        ),
+        *slices_lines(c),
         f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after "
         f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}",
         f"Loss: ln V = {math.log(c.vocab_size):.3f} for a model that knows nothing; floor of this corpus at seq_len "
@@ -92,8 +101,8 @@ def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
         found.append(hint)
     if c.device == "cpu" and c.n_params > 100e6:
         found.append(
-            f"{c.n_params / 1e6:.0f}M parameters on a CPU take hours to days (the ETA comes after ten steps); "
-            "--preset demo trains in seconds, --preset small in hours"
+            f"{c.n_params / 1e6:.0f}M parameters take hours to days on a CPU: --dry_run measures it; --preset small "
+            "has 45M, and --preset demo takes less than a minute"
         )
     return found
 
@@ -164,7 +173,9 @@ def sample_line(step: int, prompt: str, output: str) -> str:
 
 def best_line(loss: float, step: int, config: Config, path: Path) -> str:
     """That the best weights are on disk, and by which loss they are the best."""
-    return f"New best loss {loss:.6f} -> saved: {path} ({config.best_metric} at step {step})"
+    whole = config.validates or step >= config.target_window
+    metric = f"{config.best_metric} at step {step}" if whole else f"mean of the {step} steps"
+    return f"New best loss {loss:.6f} -> saved: {path} ({metric})"
 
 
 def next_command(config: Config) -> str:

@@ -176,11 +176,11 @@ def has_values(table: pd.DataFrame, column: str) -> bool:
 
 
 def smoothed(table: pd.DataFrame) -> tuple[pd.Series, str]:
-    """The run's own window_loss; for a CSV without one, a running mean over rows. And its name."""
+    """The run's own window_loss; for a CSV without one, a running mean over rows. And its name, if it has one."""
     if has_values(table, "window_loss"):
         return table["window_loss"], "window_loss"
     rows = max(1, len(table) // 20)
-    return table["loss"].rolling(rows, min_periods=1).mean(), f"mean of {rows} rows"
+    return table["loss"].rolling(rows, min_periods=1).mean(), f"mean of {rows} rows" if rows > 1 else ""
 
 
 def number(values: dict, key: str) -> float | None:

@@ -55,7 +55,8 @@ class StepLog:
 
     def eta(self) -> None:
         """Tell how long the run still takes, by the steps of this start but its first: a GPU gets ready in it."""
-        if steps := self.progress.step - self.first_step:
+        steps = self.progress.step - self.first_step
+        if steps and not self.progress.stop_reason(self.config):
             sec_per_step = (time.perf_counter() - self.first_done) / steps
             log.info(report.eta_line(self.config, self.progress, sec_per_step))
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -149,6 +150,32 @@ def without_timing(path: Path) -> dict:
     if "progress" in checkpoint:
         del checkpoint["progress"]["elapsed_sec"]
     return checkpoint
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, in memory or in a file, with little room; gone afterwards."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(megabytes: int, kind: str) -> Path:
+        if kind == "tmpfs":
+            command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", place]
+        else:
+            image = tmp_path / "image"
+            image.write_bytes(b"\0" * (megabytes * 2**20))
+            if shutil.which("mkfs.ext4") is None:
+                pytest.skip("no mkfs.ext4")
+            subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+            command = ["mount", "-o", "loop", image, place]
+        result = subprocess.run(command, capture_output=True, text=True) if shutil.which("mount") else None
+        if result is None or result.returncode:
+            pytest.skip("mounting a file system is not allowed here")
+        return place
+
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", "-l", place], check=True)
 
 
 @pytest.fixture

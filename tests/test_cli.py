@@ -18,6 +18,7 @@ import train
 import update_readme
 from parts.checkpoint import Progress, load_checkpoint
 from parts.config import Config
+from parts.runs import read_run
 
 RAISE = "Raise --steps (and --decay_steps, or the rate stays at --min_lr)"
 STEP_LINE = re.compile(
@@ -129,6 +130,8 @@ def test_stops_at_the_target(launch):
 def test_a_run_shorter_than_its_window_has_a_best(launch):
     assert launch("run", "--steps=2", "--target_window=20") == 0
     assert torch.load("run/checkpoints/best.pt", weights_only=True)["step"] == 2
+    assert "best.pt (mean of the 2 steps)\n" in log_text(Path("run"))
+    assert "| mean loss of all steps | **" in update_readme.summary_section(read_run(Path("run")), Path("README.md"))
 
 
 @pytest.mark.slow

@@ -20,32 +20,6 @@ from parts.files import RunDir, replacing, temporary
 FLAGS = [*TINY_FLAGS, "--log_every=1", "--threads=1", "--amp=off", "--steps=32"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, in memory or in a file, with little room; gone afterwards."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(megabytes: int, kind: str) -> Path:
-        if kind == "tmpfs":
-            command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", place]
-        else:
-            image = tmp_path / "image"
-            image.write_bytes(b"\0" * (megabytes * 2**20))
-            if shutil.which("mkfs.ext4") is None:
-                pytest.skip("no mkfs.ext4")
-            subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
-            command = ["mount", "-o", "loop", image, place]
-        result = subprocess.run(command, capture_output=True, text=True) if shutil.which("mount") else None
-        if result is None or result.returncode:
-            pytest.skip("mounting a file system is not allowed here")
-        return place
-
-    yield mount
-    if os.path.ismount(place):
-        subprocess.run(["umount", "-l", place], check=True)
-
-
 def test_too_little_room_is_refused_before_training(small_disk, launch, capsys):
     disk = small_disk(40, "tmpfs")
     assert launch(f"{disk}/run", *FLAGS, GPT2) == 2

@@ -321,14 +321,16 @@ def test_a_vocabulary_saved_by_transformers_is_the_same(folder, tmp_path):
     assert len(contents) == 1
 
 
-@whatever_the_vocabulary
-def test_a_disk_that_fills_leaves_nothing(folder, tmp_path, monkeypatch):
-    def refuse(*_args, **_options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(export_hf, "save_file", refuse)
-    assert export_hf.main(["--checkpoint", str(folder / "run/checkpoints/best.pt"), "--out", str(tmp_path / "x")]) == 2
-    assert list(Path(tmp_path).iterdir()) == []
+@pytest.mark.parametrize("folder", ["gpt2"], indirect=True)
+def test_a_disk_that_fills_leaves_nothing(folder, small_disk, capsys):
+    disk = small_disk(4, "tmpfs")
+    for source, out in (("--checkpoint", disk / "x"), ("--from_hf", disk / "x.pt")):
+        assert (
+            export_hf.main([source, str(folder / ("run" if source == "--checkpoint" else "hf")), f"--out={out}"]) == 2
+        )
+        error = capsys.readouterr().err
+        assert f"--out {out} cannot be written (" in error and "No space left on device" in error
+        assert error.count("\n") == 1 and list(disk.iterdir()) == []
 
 
 def test_training_goes_on_from_what_came_back(folder, tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def test_the_124m_preset_on_a_cpu_is_warned_of(config):
     corpus = Corpus(np.arange(2000, dtype=np.uint16), "made up", 2000)
     gpt2 = replace(Config(target_loss=0).resolved(), device="cpu", amp="off", compile="off", threads=2)
     (warning,) = forebodings(gpt2, corpus, 0.01)
-    assert warning.startswith("124M parameters on a CPU take hours to days") and "--preset demo" in warning
+    assert warning.startswith("124M parameters take hours to days on a CPU") and "--preset demo" in warning
     assert forebodings(replace(gpt2, n_layer=4), corpus, 0.01) == []
 
 

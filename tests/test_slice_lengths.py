@@ -68,7 +68,7 @@ def test_a_run_says_it_and_stops_by_whole_slices_only(launch):
     flags = [*SHORT, "--mixed_steps=4", "--steps=12", "--target_loss=50", "--log_every=1"]
     assert launch("run", *flags) == 0
     text = log_text(Path("run"))
-    assert "Slices: of 4 and 16 tokens from step 1 on" in text and "Slices: of 16 tokens from step 5 on" in text
+    assert "Slices: 4 and 16 tokens long up to step 4, then 16; the target counts from step 7 on\n" in text
     assert "From step 5 on, slices of 16 tokens; window_loss begins anew" in text
     results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
     assert (results["stop_reason"], results["final_step"], results["best_step"]) == ("target", 7, 7)
@@ -81,7 +81,7 @@ def test_a_target_that_too_few_whole_slices_leave_out_of_reach_is_warned_of(laun
     text = log_text(Path("run"))
     assert "--mixed_steps 6 leaves 2 steps with whole slices, fewer than --target_window 3" in text
     assert launch("all", *SHORT, "--mixed_steps=8") == 0
-    assert "Slices: of 16 tokens" not in log_text(Path("all"))
+    assert "Slices: 4 and 16 tokens long\n" in log_text(Path("all"))
 
 
 def test_a_rehearsal_does_whole_slices_which_take_the_most_memory(launch, monkeypatch, capsys):
