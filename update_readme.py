@@ -256,7 +256,7 @@ def comparison_figure(comparison: Comparison) -> "Figure | None":
     axis.set_ylabel(f"{', '.join(seen)}, {comparison.unit}")
     names = [name if len(name) <= 44 else f"{name[:20]} ... {name[-19:]}" for name in map(visible, drawn)]
     legend = figure.legend(handles, names, loc="outside right upper", alignment="left", fontsize=9, frameon=False)
-    legend.set_title(f"by {comparison.label}")
+    legend.set_title(f"the lowest {comparison.label} first")
     for text in legend.get_texts():
         text.set(parse_math=False, fontfamily=fonts())  # as in a title
     return figure

@@ -115,7 +115,7 @@ def read_flags(
     except SystemExit as answered:
         if answered.code:
             complaint = in_our_words(re.sub(r"\x1b\[[\d;]*m", "", said.getvalue()), "input_file" in names, argv)
-            raise ValueError(f"{complaint} ({script} --help tells of every flag)") from None
+            raise ValueError(f"{complaint} ({script} --help lists every flag)") from None
         raise
     return kind(**{k: v for group in vars(found).values() for k, v in vars(group).items()}) if groups else found
 
@@ -172,7 +172,7 @@ def unknown(name: str, names: list[str], script: str) -> str:
         return "; ".join(filter(None, [f"--{name} is called --{here} here", REMARKS.get(name)]))
     nearest = get_close_matches(name, names, 1)
     guess = f"did you mean --{nearest[0]}? " if nearest else ""
-    return f"there is no flag --{name}: {guess}{script} --help tells of every flag"
+    return f"there is no flag --{name}: {guess}{script} --help lists every flag"
 
 
 def in_our_words(said: str, has_texts: bool, argv: list[str]) -> str:
@@ -188,7 +188,7 @@ def in_our_words(said: str, has_texts: bool, argv: list[str]) -> str:
     if match := re.match(r"Error parsing --(\w+): .*?(INT|FLOAT|int\(\)|float|integer)", text):
         value, kind = value_of(match[1], argv) or "", "whole " * match[2].lower().startswith("int")
         too_long = value.lstrip("+-").isdecimal()  # Python reads no integer of more than 4,300 digits
-        return f"--{match[1]} {brief(value)} is {'far outside its range' if too_long else f'no {kind}number'}"
+        return f"--{match[1]} {brief(value)} is {'far outside its range' if too_long else f'not a {kind}number'}"
     if match := re.match(r"Missing value for argument '(--\w+)'", text):
         return f"{match[1]} needs a value"
     if match := re.fullmatch(r"Missing from \S+: (--\w+) [][PATH. ]+ (.*) \(required\)", text):

@@ -56,7 +56,7 @@ class RunFlags:
     seed: Annotated[int, Between(0, 2**63 - 1)] = 1337
     """of weights, slices, dropout and sampled text, each with a stream of its own"""
     dry_run: bool = False
-    """say what would happen, do two steps for time and memory, and write nothing of a run"""
+    """say what would happen, do two steps for time and memory, and write no file of a run"""
 
 
 @dataclass(frozen=True)

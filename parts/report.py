@@ -195,7 +195,7 @@ def rehearsal(config: Config, sec_per_step: float, memory: int | None, free: int
         f"Disk: {gigabytes(3 * state + weights)} at most in {c.out_dir} (last, prev and one being written, "
         f"{gigabytes(state)} each, best {gigabytes(weights)}); {gigabytes(free)} are free"
     )
-    return [*lines, "Dry run: nothing of a run was written."]
+    return [*lines, "Dry run: no file of a run was written."]
 
 
 def ending(progress: Progress, config: Config, corpus: Corpus, stop_reason: str) -> list[str]:
@@ -211,7 +211,7 @@ def ending(progress: Progress, config: Config, corpus: Corpus, stop_reason: str)
         lines.append(f"All {p.step} steps done.")
     if config.validates:
         bits = bits_per_byte(p.best_loss, corpus.val_bytes_per_token)
-        lowest = f"Validation loss was lowest at step {p.best_step}, of which best.pt is: {p.best_loss:.6f}"
+        lowest = f"best.pt has the weights of step {p.best_step}, with the lowest validation loss: {p.best_loss:.6f}"
         overfits = p.val_loss > 1.01 * p.best_loss and (p.window_loss(config) or math.inf) < p.best_loss
         now = f"; it is {p.val_loss:.6f} now: from there on the model overfits, learning its text by heart"
         lines.append(f"{lowest}, {bits:.4f} bits per byte{now * overfits}")

@@ -37,19 +37,19 @@ def test_the_names_of_other_programs_are_known(name):
          "mean small?"),
         (["--stepz=3"], "there is no flag --stepz: did you mean --steps?"),
         (["--steps"], "--steps needs a value"),
-        (["--steps", "many"], "--steps many is no whole number"),
-        (["--micro_batch=1.5"], "--micro_batch 1.5 is no whole number"),
-        (["--lr", "small"], "--lr small is no number"),
-        (["--dropout=x"], "--dropout x is no number"),
+        (["--steps", "many"], "--steps many is not a whole number"),
+        (["--micro_batch=1.5"], "--micro_batch 1.5 is not a whole number"),
+        (["--lr", "small"], "--lr small is not a number"),
+        (["--dropout=x"], "--dropout x is not a number"),
         (["book.txt"], "book.txt belongs to no flag; a text is named with --input_file"),
         (["--deterministic", "yes"], "yes belongs to no flag"),
         (["--no_such_thing"], "there is no flag --no_such_thing"),
-        (["--steps="], "--steps '' is no whole number"),
+        (["--steps="], "--steps '' is not a whole number"),
         (["--steps", "9" * 5000], f"--steps {'9' * 40}... is far outside its range"),
         (["--micro_batch=" + "9" * 5000], f"--micro_batch {'9' * 40}... is far outside"),
         (["--threads=-" + "9" * 5000], f"--threads -{'9' * 39}... is far outside"),
-        (["--steps", "x" * 5000], f"--steps {'x' * 40}... is no whole number"),
-        (["--lr", "x" * 5000], f"--lr {'x' * 40}... is no number"),
+        (["--steps", "x" * 5000], f"--steps {'x' * 40}... is not a whole number"),
+        (["--lr", "x" * 5000], f"--lr {'x' * 40}... is not a number"),
         (["--preset", "x" * 5000], f"--preset {'x' * 40}... is none of demo, small"),
         (["x" * 5000], f"{'x' * 40}... belongs to no flag"),
         ([""], "'' belongs to no flag"),
@@ -94,14 +94,14 @@ def test_the_name_of_a_text_may_be_too_long_for_its_directory():
 def test_so_it_is_on_every_terminal(encoding, monkeypatch):
     """tyro draws its boxes in Unicode where it can."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
-    assert complaint("--steps=x") == "--steps x is no whole number (train.py --help tells of every flag)"
+    assert complaint("--steps=x") == "--steps x is not a whole number (train.py --help lists every flag)"
 
 
 @pytest.mark.parametrize("program", [train, sample, export_hf, update_readme])
 def test_all_scripts_answer_in_the_same_style(program, capsys):
     name = Path(program.__file__).name
     assert program.main(["--no_such_flag"]) == 2
-    assert capsys.readouterr() == ("", f"{name}: error: there is no flag --no_such_flag: {name} --help tells of every "
+    assert capsys.readouterr() == ("", f"{name}: error: there is no flag --no_such_flag: {name} --help lists every "
                                        "flag\n")  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, text_file, monkeypatch, ca
     before = sorted(tmp_path.rglob("*"))
     assert train.main([*flags, "--dry_run"]) == 0
     said = capsys.readouterr().out
-    for line in ("Run directory: run", "Plan: 8 steps", "Time: ", "Disk: 0.07 GB at most in run", "Dry run: nothing"):
+    for line in ("Run directory: run", "Plan: 8 steps", "Time: ", "Disk: 0.07 GB at most in run", "Dry run: no file"):
         assert f" | INFO | {line}" in said
     assert sorted(tmp_path.rglob("*")) == before
     assert train.main(flags) == 0
@@ -180,9 +180,9 @@ def test_a_mistake_at_a_terminal_is_one_line(columns, tmp_path):
     os.close(standing_in)
     os.close(terminal)
     presets = "demo, small, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
-    assert ended.stderr.replace(" (train.py --help tells of every flag)", "").splitlines() == [
+    assert ended.stderr.replace(" (train.py --help lists every flag)", "").splitlines() == [
         f"train.py: error: --preset dmeo is none of {presets}: did you mean demo?",
-        "train.py: error: --steps abc is no whole number",
+        "train.py: error: --steps abc is not a whole number",
         "update_readme.py: error: --out_dir is missing: run directory to report; several, or globs, to compare "
-        "(update_readme.py --help tells of every flag)",
+        "(update_readme.py --help lists every flag)",
     ]

@@ -130,7 +130,7 @@ def test_the_best_is_the_one_with_the_lowest_validation_loss(here):
     corpus = load_corpus(config, load_tokenizer())
     assert train.validation_loss(model, corpus.val_tokens, config) == pytest.approx(best["loss"], rel=1e-6)
     log = Path("run/logs/train.log").read_text(encoding="utf-8")
-    assert f"Validation loss was lowest at step {lowest}, of which best.pt is: {measured[lowest]:.6f}, " in log
+    assert f"best.pt has the weights of step {lowest}, with the lowest validation loss: {measured[lowest]:.6f}, " in log
     assert (
         " now: from there on the model overfits" in log
         and "slices of the training part, with the last weights), " in log
