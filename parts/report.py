@@ -205,6 +205,8 @@ def ending(progress: Progress, config: Config, corpus: Corpus, stop_reason: str)
         lines.append(f"Target reached: loss {p.window_loss(config):.6f} <= {config.target_loss}. Stopping.")
     elif stop_reason == "patience":
         lines.append(f"No lower validation loss in {config.patience} measurements. Stopping.")
+    elif config.target_loss and p.window_loss(config) is None:
+        lines.append(f"All {p.step} steps done; the target is a mean of {config.target_window}, so it was not met.")
     elif config.target_loss:
         lines.append(f"All {p.step} steps done; window_loss is still above the target {config.target_loss}.")
     else:

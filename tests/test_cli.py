@@ -128,7 +128,8 @@ def test_stops_at_the_target(launch):
 
 
 def test_a_run_shorter_than_its_window_has_a_best(launch):
-    assert launch("run", "--steps=2", "--target_window=20") == 0
+    assert launch("run", "--steps=2", "--target_window=20", "--target_loss=0.1") == 0
+    assert "All 2 steps done; the target is a mean of 20, so it was not met." in log_text(Path("run"))
     assert torch.load("run/checkpoints/best.pt", weights_only=True)["step"] == 2
     assert "best.pt (mean of the 2 steps)\n" in log_text(Path("run"))
     assert "| mean loss of all steps | **" in update_readme.summary_section(read_run(Path("run")), Path("README.md"))
