@@ -110,7 +110,7 @@ def export(path: Path, out: Path, license: str) -> None:
         folder.mkdir()
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         for file, text in texts.items():
-            (folder / file).write_text(text, encoding="utf-8")
+            (folder / file).write_text(text, encoding="utf-8", newline="\n")
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which is born for its owner alone
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder, out)
