@@ -145,7 +145,7 @@ def set_length(page, tokens: int) -> None:
 
 def test_text_streams(visit):
     page = visit(viewport={"width": 1200, "height": 900})
-    assert "Beginnings" in page.inner_text("body")
+    page.wait_for_selector("text=Beginnings")
     prompt = os.environ.get("SPACE_PROMPT", "Line 1:")
     page.fill("#text textarea", prompt)
     page.click("#go button, button#go")
