@@ -37,17 +37,15 @@ def lengths(tokens: tuple[int, ...]) -> str:
     return " and ".join(map(str, tokens))
 
 
-def slices_lines(config: Config) -> list[str]:
-    """How long the slices are, where that changes on the way, and from which step on a target can be reached."""
+def slices_line(config: Config) -> str:
+    """How long the slices of a run with mixed steps are, and from which step on its target can be reached."""
     c = config
-    if not c.mixed_steps:
-        return []
     line = f"Slices: {lengths(c.slice_lengths(1))} tokens long"
     if c.mixed_steps < c.steps:
         line += f" up to step {c.mixed_steps:,}, then {lengths(c.slice_lengths(c.steps))}"
     if c.target_loss and (first := c.mixed_steps + c.target_window) <= c.steps:
         line += f"; the target counts from step {first:,} on"
-    return [line]
+    return line
 
 
 def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, progress: Progress) -> list[str]:
@@ -66,7 +64,7 @@ def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, 
         *([] if corpus.val_tokens is None else [f"Validation: {len(corpus.val_tokens):,} tokens, never trained on"]),
         f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
         f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps",
-        *slices_lines(c),
+        *([slices_line(c)] if c.mixed_steps else []),
         f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after "
         f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}",
         f"Loss: ln V = {math.log(c.vocab_size):.3f} for a model that knows nothing; floor of this corpus at seq_len "

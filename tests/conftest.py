@@ -30,7 +30,7 @@ from parts.text import load_tokenizer  # noqa: E402
 
 TINY_MODEL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, seq_len=16, batch_size=2)
 # Tokens are bytes: a run then takes a third of the time that it takes with the vocabulary of GPT-2. What is about that
-# vocabulary, or needs files that are not tiny, has `GPT2` as its last flag.
+# vocabulary, or needs files that are not tiny, adds `GPT2`.
 TINY_FLAGS = [
     *(f"--{name}={value}" for name, value in TINY_MODEL.items()),
     *("--log_every=2", "--save_every=4", "--sample_every=4", "--target_window=3", "--max_new_tokens=8", "--steps=8"),

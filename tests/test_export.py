@@ -324,10 +324,8 @@ def test_a_vocabulary_saved_by_transformers_is_the_same(folder, tmp_path):
 @pytest.mark.parametrize("folder", ["gpt2"], indirect=True)
 def test_a_disk_that_fills_leaves_nothing(folder, small_disk, capsys):
     disk = small_disk(4, "tmpfs")
-    for source, out in (("--checkpoint", disk / "x"), ("--from_hf", disk / "x.pt")):
-        assert (
-            export_hf.main([source, str(folder / ("run" if source == "--checkpoint" else "hf")), f"--out={out}"]) == 2
-        )
+    for flag, source, out in (("--checkpoint", "run", disk / "x"), ("--from_hf", "hf", disk / "x.pt")):
+        assert export_hf.main([flag, str(folder / source), f"--out={out}"]) == 2
         error = capsys.readouterr().err
         assert f"--out {out} cannot be written (" in error and "No space left on device" in error
         assert error.count("\n") == 1 and list(disk.iterdir()) == []

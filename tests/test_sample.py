@@ -259,7 +259,7 @@ def test_the_vocabulary_is_that_of_the_checkpoint(folder, tmp_path):
     """Whatever lies by now where it once was read from."""
     words = tmp_path / "tokenizer.json"
     words.write_text(train_vocabulary([folder / "text.txt"], 300), encoding="utf-8")
-    flags = [*TINY_FLAGS, GPT2, f"--input_file={folder / 'text.txt'}", f"--out_dir={tmp_path / 'run'}", "--steps=4"]
+    flags = [*TINY_FLAGS, f"--input_file={folder / 'text.txt'}", f"--out_dir={tmp_path / 'run'}", "--steps=4"]
     assert train.main([*flags, f"--tokenizer={words}", f"--cache_dir={tmp_path / 'cache'}"]) == 0
     path = tmp_path / "run/checkpoints/best.pt"
     before = sample.Sampler(path).tokenizer.content

@@ -48,7 +48,7 @@ def model(tmp_path_factory) -> Path:
         text = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(200))
         (path / "text.txt").write_text(text, encoding="utf-8")
         flags = [*TINY_FLAGS, GPT2, "--block_size=256", "--seq_len=256", "--steps=15", "--batch_size=1", "--lr=0.02"]
-        flags += ["--save_every=30", "--sample_every=30"]
+        flags += ["--save_every=15", "--sample_every=15"]
         assert train.main([*flags, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}"]) == 0
         checkpoint = path / "run/checkpoints/best.pt"
     assert export_hf.main([f"--checkpoint={ROOT / checkpoint}", f"--out={path / 'hf'}"]) == 0
