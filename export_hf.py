@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
+from parts.recipe import decide
 from parts.start import packages_of
 
 with packages_of("export_hf.py", __name__):
@@ -297,7 +298,7 @@ def import_hf(folder: Path, out: Path) -> None:
         shape = {name: values[name] for name in SHAPE} | {"block_size": values["n_positions"], "seq_len": context}
         if any(type(size) is not int for size in shape.values()):
             raise TypeError("sizes that are no whole numbers in config.json")
-        config = Config(**shape, device="cpu").resolved()
+        config = decide(dict(**shape, device="cpu"))
         problems = out_of_range(config) or config.contradictions()
         weights = load_file(folder / "model.safetensors")
     except (KeyError, TypeError, SafetensorError) as error:

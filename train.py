@@ -55,7 +55,7 @@ with packages_of("train.py", __name__):
     )
     from parts.commandline import decode_escapes
     from parts.compiling import compile_proven
-    from parts.config import Config
+    from parts.config import Config, From, Origin, decided
     from parts.corpus import Corpus, loss_floor
     from parts.files import LogFile, RunDir, gigabytes, logging_to, move, read_json, replacing
     from parts.kernels import HeadLoss, attention, causal_attention, linear
@@ -491,6 +491,7 @@ class Trainer:
         return {
             "format": CHECKPOINT_FORMAT,
             "config": config.as_dict(),
+            "origins": config.origins_as_dict(),
             "tokenizer": tokenizer,
             "trained_context": self.progress.trained_context,
             "corpus_sha256": corpus.sha256,
@@ -498,24 +499,23 @@ class Trainer:
             "val_sha256": corpus.val_sha256,
         }
 
-    def compile(self) -> str | None:
+    def compile(self) -> None:
         """Compile the forward pass if the config says so, for each length of slices to come. A compiler that fails, or
-        computes something else, is reported, and the run goes on without; returned is then the reason."""
+        computes something else, is reported, and the run goes on without."""
         if self.config.compile == "off":
-            return None
+            return
         started, step = time.perf_counter(), self.progress.step + 1
         log.info("Compiling ...")
         try:
             steps = sorted({step, max(step, min(self.config.mixed_steps + 1, self.config.steps))})
             self.forward = compile_proven(self.model, self._trial, steps, self.config)
             log.info("Compiled in %.0f s", time.perf_counter() - started)
-            return None
         except Exception as error:  # Inductor, Triton and C++ compilers fail in many ways
             if is_out_of_memory(error):
                 raise
             log.warning("torch.compile failed, going on without: %s: %s", type(error).__name__, first_words(error))
-            self.config, self.forward = replace(self.config, compile="off"), self.model
-            return "torch.compile failed, see the log"
+            failed = Origin(From.MACHINE, "torch.compile failed, see the log")
+            self.config, self.forward = decided(self.config, "compile", "off", failed), self.model
         finally:
             self.model.zero_grad(set_to_none=True)
 
@@ -566,7 +566,8 @@ class Trainer:
                 f"Out of memory with {micro_batch} slices in a micro-batch; from step {step} on with {smaller}: "
                 "the same slices and, but for rounding and dropout, the same results"
             )
-            self.config = replace(self.config, micro_batch=smaller)
+            origin = Origin(From.MEMORY, f"{micro_batch} took more than there is")
+            self.config = decided(self.config, "micro_batch", smaller, origin)
             release_memory(self.device)
 
     def _accumulate(self, step: int, slices: list[torch.Tensor], at_once: int) -> torch.Tensor:
@@ -694,7 +695,9 @@ class Saver:
         if vocabulary := self.trainer.corpus.vocabulary:
             with replacing(self.run.tokenizer_json) as file:
                 file.write(vocabulary.encode())
-        self.run.write_json(self.run.config_json, self.launch | {"config": self.trainer.config.as_dict()})
+        config = self.trainer.config
+        flags = {"config": config.as_dict(), "origins": config.origins_as_dict()}
+        self.run.write_json(self.run.config_json, self.launch | flags)
 
     def sample(self, tokenizer: Tokenizer) -> None:
         """Append texts of the model as it is now to samples.txt."""
@@ -928,7 +931,7 @@ def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
 
 def announce(setup: Setup, progress: Progress, floor: float) -> None:
     """Say what will happen, and what of it cannot go well."""
-    for line in report.plan(setup.config, setup.corpus, setup.reasons, floor, progress):
+    for line in report.plan(setup.config, setup.corpus, floor, progress):
         log.info(line)
     for line in report.forebodings(setup.config, setup.corpus, floor):
         log.warning(line)
@@ -950,15 +953,14 @@ def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
     if progress.best_step and not run.best.exists():
         log.warning("%s is missing: the best from here on will be written there", run.best)
         progress.forget_best()
-    if reason := trainer.compile():
-        saver.launch["reasons"]["compile"] = reason
+    trainer.compile()
 
 
 def run_training(setup: Setup, trainer: Trainer) -> int:
     """Train, measure, and leave every file of the run whole. Returns the exit code."""
     run, again = setup.run, report.how_to_continue(setup.config)
     before = {} if setup.checkpoint is None else read_json(run.config_json)
-    launch = report.launch_record(setup.argv, setup.config, setup.corpus, setup.reasons, setup.checkpoint, before)
+    launch = report.launch_record(setup.argv, setup.config, setup.corpus, setup.checkpoint, before)
     saver = Saver(run, trainer, launch, trainer.progress.step if setup.continues else 0)
     saver.write_config()
     try:

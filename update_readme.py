@@ -424,7 +424,7 @@ def full_command(flags: Mapping[str, object]) -> str:
     words = ["python", "train.py"]
     for name in (field.name for field in fields(Flags)):
         value = flags.get(name)
-        if name in ("dry_run", "processes", "vocab_size") or value is False or value in (None, "", []):
+        if name == "dry_run" or value is False or value in (None, "", []):
             continue
         if name == "resume" and value in ("auto", "never"):
             continue

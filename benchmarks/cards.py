@@ -9,16 +9,17 @@ References:
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from parts.config import PRESETS, Config, Flags
+from parts.config import PRESETS, Config
+from parts.recipe import decide
 
 BESIDES = 1e9  # bytes: CUDA's own memory, the kernels, and blocks that the allocator cannot fill
 ACHIEVED = (0.4, 0.2)  # of a card's peak
 ROOM = 0.8  # of a card's memory; the rest is for the screen and for what the sum leaves out
-TOKENS = Flags().steps * 32 * 128  # all steps of the default run
+TOKENS = decide({}).steps * 32 * 128  # all steps of the default run
 HEAD_ROWS = 1024  # HeadLoss.ROWS
 
 
@@ -48,7 +49,7 @@ CARDS = [
 
 def config_of(preset: str, micro_batch: int = 32) -> Config:
     """A preset's default run, with so many of its slices worked on at once."""
-    return replace(Flags(**PRESETS[preset]), preset=preset, micro_batch=micro_batch, amp="bf16").resolved()
+    return decide(dict(preset=preset, micro_batch=micro_batch, amp="bf16"))
 
 
 def matrices(config: Config) -> int:
@@ -108,7 +109,7 @@ def total(config: Config) -> float:
 def largest_that_fits(card: Card) -> Config:
     """The largest preset, and of its micro-batches the largest, that leaves room on the card; no fewer than 1,024
     tokens at once, since a card that works on less stands idle most of the time."""
-    presets = sorted(set(PRESETS) - {"demo"}, key=lambda name: config_of(name).n_params)
+    presets = sorted(set(PRESETS) - {"demo", "write"}, key=lambda name: config_of(name).n_params)
     fits = [
         config
         for preset in presets

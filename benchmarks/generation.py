@@ -22,8 +22,9 @@ from dataclasses import replace
 
 import train
 from benchmarks.record import write_record
-from parts.config import VOCAB_SIZE, Config
+from parts.config import VOCAB_SIZE
 from parts.machine import autocast, choose_runtime, configure_torch
+from parts.recipe import decide
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    config, _ = choose_runtime(Config(device=options.device, compile="off").resolved(), None)
+    config = choose_runtime(decide(dict(device=options.device, compile="off")), None)
     configure_torch(config)
     model, prompt = train.GPT(config).to(config.device), list(range(1000, 1016))
 

@@ -46,8 +46,8 @@ def one_process(options: Options, slices: int) -> None:
     """Seconds of each step, and bytes per second of averaging (0 alone), printed by rank 0."""
     ranks = Ranks.join()
     flags = ["--optimizer=adamw", "--compile=off", "--threads=1", f"--input_file={options.input_file}"]
-    config = parse_config([f"--preset={options.preset}", f"--batch_size={slices}", *flags], ranks.count)
-    config, _ = choose_runtime(config, None)
+    config = parse_config([f"--preset={options.preset}", f"--batch_size={slices}", *flags], processes=ranks.count)
+    config = choose_runtime(config, None)
     configure_torch(config)
     trainer = train.Trainer(config, load_corpus(config, load_tokenizer()), None, ranks)
     seconds = []

@@ -52,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         flags = [f"--{name}={getattr(options, name)}" for name in ("preset", "batch_size", "optimizer", "input_file")]
         config = parse_config([*flags, f"--out_dir={folder}/run"])
-        config, _ = choose_runtime(config, None)
+        config = choose_runtime(config, None)
         configure_torch(config)
         corpus, run = load_corpus(config, load_tokenizer()), RunDir(config.out_dir)
         trainer = train.Trainer(config, corpus, None)

@@ -34,6 +34,7 @@ from parts.commandline import parse_config
 from parts.config import PRESETS, VOCAB_SIZE, Config
 from parts.corpus import load_corpus
 from parts.machine import choose_device, choose_runtime, configure_torch
+from parts.recipe import decide
 from parts.text import load_tokenizer
 
 ROOM = 1.2  # a program is started where this many times the largest so far would fit
@@ -73,7 +74,7 @@ def ours(options: Options, *flags: str) -> Step:
     """train.py as the command line would run it, one `Trainer.update` a step."""
     shape = [f"--{name}={getattr(options, name)}" for name in ("batch_size", "seq_len", "grad_accum", "input_file")]
     config = parse_config([f"--preset={options.preset}", *shape, f"--device={options.device}", *flags])
-    config, _ = choose_runtime(config, None)
+    config = choose_runtime(config, None)
     configure_torch(config)
     trainer = train.Trainer(config, load_corpus(config, load_tokenizer()), None)
     if reason := trainer.compile():
@@ -83,7 +84,7 @@ def ours(options: Options, *flags: str) -> Step:
 
 def peer(options: Options, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable) -> Step:
     """The usual loop around a model: bf16 autocast, accumulation, clipping to 1, one optimizer step."""
-    corpus = load_corpus(Config(input_file=(options.input_file,)).resolved(), load_tokenizer())
+    corpus = load_corpus(decide(dict(input_file=(options.input_file,))), load_tokenizer())
     count, T, device = options.batch_size * options.grad_accum, options.seq_len, next(model.parameters()).device
     step = 0
 

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.record import write_record
 from parts import muon
-from parts.config import Config
 from parts.corpus import Corpus, load_corpus
 from parts.files import read_json
 from parts.machine import choose_runtime, configure_torch
+from parts.recipe import decide
 from parts.report import git_commit
 from parts.text import load_tokenizer
 
@@ -92,7 +92,7 @@ def run(recipe: dict, seed: int, options: Options, corpus: Corpus, name: str) ->
     steps = options.tokens // (flags["batch_size"] * flags["seq_len"])
     flags["mixed_steps"] = int(flags.get("mixed_steps", 0) * steps)
     flags |= dict(seed=seed, steps=steps, device="cpu", amp="bf16", compile="off", threads=options.threads)
-    config, _ = choose_runtime(Config(**flags, vocab_size=int(corpus.tokens.max()) + 1).resolved(), None)
+    config = choose_runtime(decide(dict(**flags, vocab_size=int(corpus.tokens.max()) + 1)), None)
     configure_torch(config)
     train.Muon, muon.POLAR_EXPRESS = variant(own), muon.POLAR_EXPRESS[:iterations]
     trainer = train.Trainer(config, corpus, None)
@@ -130,7 +130,7 @@ def variant(own: dict | str) -> type[torch.optim.Optimizer] | partial:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    whole = load_corpus(Config(input_file=(options.input_file,)).resolved(), load_tokenizer())
+    whole = load_corpus(decide(dict(input_file=(options.input_file,))), load_tokenizer())
     _, tokens = np.unique(whole.tokens[: int(len(whole.tokens) * options.fraction)], return_inverse=True)
     corpus = replace(whole, tokens=tokens.astype(np.uint16))
     polar_express = muon.POLAR_EXPRESS

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass, make_dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise, takewhile
@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-from parts.config import PRESETS, Config, Flags, brief, out_of_range
+from parts.config import PRESETS, Config, Flags, From, brief, out_of_range
+from parts.recipe import TINY_SHAKESPEARE, Text, decide
 
 T = TypeVar("T")
 OTHER_NAMES = {  # of other programs: the flag here
@@ -198,27 +199,29 @@ def in_our_words(said: str, has_texts: bool, argv: list[str]) -> str:
     return text
 
 
-def parse_config(argv: list[str], processes: int = 1, silent: bool = False, about: str | None = None) -> Config:
-    """Command line to validated, resolved flags of train.py.
+def read_typed(argv: list[str], silent: bool = False, about: str | None = None) -> dict[str, Any]:
+    """The flags of train.py that were typed, each in its range.
 
     Raises ValueError with one line per problem, and SystemExit as `read_flags` does.
     """
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first_look.add_argument("--preset", nargs="?", default="gpt2")
-    asked = first_look.parse_known_args(argv)[0]
-    defaults = Flags(**PRESETS.get(asked.preset, {}), processes=processes)
-    if "steps" in typed(argv):
-        # The preset's belong to the preset's steps.
-        defaults = replace(defaults, decay_steps=None, min_lr=None, mixed_steps=None)
-    if {"seq_len", "val_fraction", "val_file"} & set(typed(argv)):
-        defaults = replace(defaults, mixed_steps=None)
-    if "help" in typed(argv) or "-h" in argv:
-        with suppress(KeyError):  # a preset that there is not
-            resolved = vars(replace(defaults, preset=asked.preset).resolved())
-            defaults = Flags(**resolved | {"preset": asked.preset})
+    first_look.add_argument("--preset", nargs="?", default=Flags.preset)
+    preset = first_look.parse_known_args(argv)[0].preset
+    defaults = Flags()
+    if preset in PRESETS:
+        config = decide({"preset": preset})
+        known = {f.name: getattr(config, f.name) for f in fields(Flags) if config.origins[f.name].source != From.TEXT}
+        defaults = Flags(**known)
     flags = read_flags(Flags, argv, "train.py", about, defaults, silent)
-    if flags.batch_size * flags.grad_accum < 4 and "mixed_steps" not in typed(argv):
-        flags = replace(flags, mixed_steps=0)
-    if problems := out_of_range(flags) or flags.resolved().contradictions():
+    found = {name: getattr(flags, name) for name in typed(argv)}
+    if problems := out_of_range(replace(Flags(), **found)):
         raise ValueError("\n".join(problems))
-    return flags.resolved()
+    return found
+
+
+def parse_config(argv: list[str], text: Text = TINY_SHAKESPEARE, processes: int = 1) -> Config:
+    """The flags of a new run on such a text, without what the machine chooses. Raises as `read_typed` does."""
+    config = decide(read_typed(argv), text, processes=processes)
+    if problems := config.contradictions():
+        raise ValueError("\n".join(problems))
+    return config

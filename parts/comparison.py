@@ -5,24 +5,16 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from parts.config import PRESETS, Config, Flags
 from parts.readme import cell, escaped, markdown_table, visible
 from parts.runs import Run, duration, latest, lowest_validation, number, outcome, state, validation
 
 # Flags that say where things lie, or what is told of a run. Texts are compared by what is in them.
 REPORTING = {"input_file", "val_file", "out_dir", "resume", "cache_dir", "log_every", "save_every", "sample_every"}
 REPORTING |= {"eval_every", "prompt", "num_prompts", "max_new_tokens", "top_k", "temperature", "tensorboard", "dry_run"}
-# Not given, these follow from other flags.
-DERIVED = ("decay_steps", "warmup_steps", "min_lr", "mixed_steps", "beta2", "max_tokens")
-FOLLOWS = {  # flag: others, of which one that differs explains it
-    "vocab_size": {"tokenizer"},
-    "micro_batch": {"batch_size", "grad_accum", "seq_len", "device", "processes"},
-}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -270,35 +262,7 @@ def written(value: object) -> str:
 
 
 def differing_flags(runs: list[Run], left_out: set[str]) -> list[str]:
-    """The flags that are not the same in all runs, but for those to be left out and those that follow from others;
-    where the preset is one of them, also those that are the same although it would have them differ."""
+    """The flags that were typed in one of the runs and are not the same in all; some are left out."""
     flags = dict.fromkeys(flag for run in runs for flag in run.flags if flag not in left_out)
-    differ = {flag for flag in flags if len({shown(run, flag) for run in runs}) > 1}
-    if "preset" in differ:
-        differ |= {flag for flag in flags if len({str(of_preset(flag, run.flags)) for run in runs}) > 1}
-    return [flag for flag in flags if flag in differ and not follows(flag, differ, runs)]
-
-
-def follows(flag: str, differ: set[str], runs: list[Run]) -> bool:
-    """Whether a flag that differs says nothing new: nobody has set it, and what it is by default is due to another."""
-    if FOLLOWS.get(flag, set()) & differ:
-        return True
-    parts = [flags for run in runs for flags in run.flags_over_time]
-    if flag in DERIVED and all(flags.get(flag) == derived(flag, flags) for flags in parts):
-        return True
-    return "preset" in differ - {flag} and all(flags.get(flag) == of_preset(flag, flags) for flags in parts)
-
-
-def derived(flag: str, flags: dict) -> object:
-    """What the flag would be, had it not been given; None where the others are not what they should be."""
-    not_given: dict[str, Any] = {flag: None}
-    try:
-        return getattr(replace(Config.from_dict(flags), **not_given).resolved(), flag)
-    except (TypeError, ValueError, KeyError, OverflowError):
-        return None
-
-
-def of_preset(flag: str, flags: dict) -> object:
-    """The flag's value in the preset; None where there is no such preset."""
-    preset = PRESETS.get(str(flags.get("preset")))
-    return None if preset is None else Flags(**preset).resolved().as_dict().get(flag)
+    typed = set().union(*(run.typed for run in runs))
+    return [flag for flag in flags if flag in typed and len({shown(run, flag) for run in runs}) > 1]

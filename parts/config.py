@@ -3,9 +3,10 @@
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -13,8 +14,12 @@ DEMO_CORPUS = Path("pydoc_data.topics")  # the language reference that ships ins
 DEMO_PROMPT = "Every object has an identity, a type and a value."
 VOCAB_SIZE = 50_257
 Amp = Literal["auto", "off", "bf16", "fp16"]
-AT_THE_START = tyro.conf.arg(help_behavior_hint="(default: decided at the start)")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+def by_default(words: str) -> object:
+    """What the help says of a default that is no constant."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {words})")
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,8 @@ class TextFlags:
     """UTF-8 texts to train on: files, folders of .txt files, globs (pydoc_data.topics: what ships with Python)"""
     tokenizer: str = "gpt2"
     """gpt2; bpe:N for N tokens learned from the text; or a tokenizer.json"""
-    vocab_size: tyro.conf.Suppress[Annotated[int, Between(2, 10**7)]] = VOCAB_SIZE
-    """the tokenizer's, found out when it is loaded"""
     max_tokens: Annotated[int | None, Between(0, 10**12)] = None
-    """train on the first so many tokens; 0: on all, the default but for the text that ships with Python: 1,500"""
+    """train on the first N tokens only; 0: all. Default 0 (1,500 for pydoc_data.topics)"""
     cache_dir: Path = Path("data/cache")
     """where the token ids of large or several texts are kept between runs"""
 
@@ -45,12 +48,13 @@ class TextFlags:
 class RunFlags:
     """Where the run lies, and what it starts from."""
 
-    preset: Literal["demo", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
-    """named set of defaults; any other flag overrides it"""
+    preset: Literal["write", "demo", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    """named set of defaults, which any other flag overrides. write: new text from your text, in minutes"""
     out_dir: Path | None = None
     """run directory; by default out/PRESET, and out/PRESET-NAME for a text that is not the preset's own"""
     resume: str = "auto"
-    """auto: continue the run in out_dir, if any; never: move it aside, start anew; or a last.pt to continue from"""
+    """auto: continue the run in out_dir, if any, with its flags; never: move it aside, start anew; or a last.pt to
+    continue from"""
     init_from: Path | None = None
     """run directory or checkpoint whose weights a new run starts from, with a fresh optimizer"""
     seed: Annotated[int, Between(0, 2**63 - 1)] = 1337
@@ -81,33 +85,32 @@ class ModelFlags:
 class BatchFlags:
     """What a step consists of, and its learning rate."""
 
-    steps: Annotated[int, Between(1, 10**9)] = 1220
-    """optimizer updates at most; a preset's decay_steps, min_lr and mixed_steps go with its own steps only"""
+    steps: Annotated[int | None, Between(1, 10**9), by_default("follows from the text")] = None
+    """optimizer updates at most"""
     batch_size: Annotated[int, Between(1, 65_536)] = 32
     """slices in a batch; a step learns from batch_size x grad_accum of them"""
     grad_accum: Annotated[int, Between(1, 65_536)] = 1
     """batches in a step; half the batch_size and twice the grad_accum is the same step in less memory"""
-    micro_batch: Annotated[int | None, Between(1, 65_536), AT_THE_START] = None
+    micro_batch: Annotated[int | None, Between(1, 65_536), by_default("decided at the start")] = None
     """slices computed at once, which changes memory and speed but never the step; by default batch_size, on a CPU what
     makes 2,048 tokens; fewer when memory runs out"""
     seq_len: Annotated[int, Between(1, 65_536)] = 128
     """tokens in one slice"""
-    mixed_steps: Annotated[int | None, Between(0, 10**9)] = None
-    """first steps, in which three of four slices are cut into quarters; by default the preset's, but 0 where --steps,
-    --seq_len or a validation split is given, or a step has fewer than 4 slices; a continued run keeps what it has"""
+    mixed_steps: Annotated[int | None, Between(0, 10**9), by_default("80 % of the steps")] = None
+    """in the first N steps, cut three of every four slices into quarters; 0: never"""
     slices: Literal["shuffled", "independent"] = "shuffled"
     """where they start: shuffled: in random order, pass after pass, each of which leaves no token out; independent:
     each anywhere"""
     lr: Annotated[float | None, Between(1e-12, 10)] = None
     """peak learning rate; by default 3.5e-3 with muon, 1e-3 with adamw"""
-    min_lr: Annotated[float | None, Between(0, 10)] = None
-    """learning rate at decay_steps and after; by default the preset's, or a tenth of lr if it has none or --steps is
-    given"""
-    warmup_steps: Annotated[int | None, Between(0, 10**9)] = None
-    """steps of linear warm-up; by default 200, but at most a thirtieth of decay_steps with muon, a tenth with adamw"""
-    decay_steps: Annotated[int | None, Between(1, 10**9)] = None
-    """step at which min_lr is reached; by default the preset's, or --steps if that is given; a continued run keeps what
-    it has"""
+    min_lr: Annotated[float, Between(0, 10)] = 0.0
+    """learning rate at decay_steps and after"""
+    warmup_steps: Annotated[
+        int | None, Between(0, 10**9), by_default("1/30 of decay_steps with muon, 1/10 with adamw")
+    ] = None
+    """steps of linear warm-up"""
+    decay_steps: Annotated[int | None, Between(1, 10**9), by_default("the last step")] = None
+    """step at which min_lr is reached"""
     schedule: Literal["linear", "cosine"] = "linear"
     """line or half a cosine by which the learning rate falls from lr to min_lr"""
 
@@ -133,9 +136,10 @@ class StoppingFlags:
     """When the run ends before its last step."""
 
     target_loss: Annotated[float, Between(0, 100)] = 0.099999
-    """stop when window_loss is at or below this; 0: run all steps"""
+    """stop when window_loss and then the loss on random slices are at or below this; 0: run all steps"""
     target_window: Annotated[int, Between(1, 100_000)] = 20
-    """step losses in window_loss; 1: stop on a single step"""
+    """step losses in window_loss; 1: the classic rule, which stops on the first low step and measures no random
+    slices"""
     patience: Annotated[int, Between(0, 10**6)] = 0
     """stop after so many measurements in a row without a new lowest; 0: never"""
 
@@ -148,7 +152,7 @@ class ValidationFlags:
     """part of the tokens, at their end, that is held out; 0: none"""
     val_file: tuple[Path, ...] = ()
     """texts to validate on instead"""
-    eval_every: Annotated[int, Between(1, 10**9)] = 250
+    eval_every: Annotated[int | None, Between(1, 10**9), by_default("1/20 of the steps")] = None
     """steps between measurements of the validation loss"""
 
 
@@ -162,10 +166,8 @@ class DeviceFlags:
     """precision of matrix products; weights and optimizer stay in fp32"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; without a working compiler the run goes on without, and says why"""
-    threads: Annotated[int | None, Between(1, 4096), AT_THE_START] = None
+    threads: Annotated[int | None, Between(1, 4096), by_default("decided at the start")] = None
     """CPU threads; by default PyTorch's choice"""
-    processes: tyro.conf.Suppress[Annotated[int, Between(1, 10**6)]] = 1
-    """those that torchrun started for this run, each with an equal share of every step's slices"""
     deterministic: bool = False
     """the same bits in every run on CUDA too, at the cost of speed; on a CPU they always are the same"""
 
@@ -178,8 +180,8 @@ class ReportingFlags:
     """steps between log lines and CSV rows"""
     save_every: Annotated[int, Between(1, 10**9)] = 100
     """steps between checkpoints"""
-    sample_every: Annotated[int, Between(1, 10**9)] = 250
-    """steps between text samples"""
+    sample_every: Annotated[int | None, Between(1, 10**9), by_default("1/10 of the steps")] = None
+    """steps between text samples; the first one after half of them"""
     prompt: str = ""
     """start of sampled text; \\n, \\t, \\\\ and \\uXXXX are decoded; empty: the text's first words, or a sentence of
     the text that ships with Python"""
@@ -208,48 +210,52 @@ class Flags(
     RunFlags,
     TextFlags,
 ):
-    """Every flag, as typed. `None` is decided by `resolved`, and with `auto` by `choose_runtime`."""
-
-    def resolved(self) -> "Config":
-        """The same flags with every `None` replaced, except those of `choose_runtime`."""
-        decay_steps = self.steps if self.decay_steps is None else self.decay_steps
-        lr, beta2, part = {"muon": (3.5e-3, 0.99, 30), "adamw": (1e-3, 0.95, 10)}[self.optimizer]
-        lr = lr if self.lr is None else self.lr
-        of_python = self.input_file == (DEMO_CORPUS,)
-        decided = dict(
-            out_dir=self.default_out_dir() if self.out_dir is None else self.out_dir,
-            max_tokens=(1500 if of_python else 0) if self.max_tokens is None else self.max_tokens,
-            prompt=self.prompt or of_python * DEMO_PROMPT,
-            decay_steps=decay_steps,
-            warmup_steps=min(200, decay_steps // part) if self.warmup_steps is None else self.warmup_steps,
-            lr=lr,
-            beta2=beta2 if self.beta2 is None else self.beta2,
-            min_lr=lr / 10 if self.min_lr is None else self.min_lr,
-            mixed_steps=self.mixed_steps or 0,
-        )
-        return Config(**vars(self) | decided)
-
-    def default_out_dir(self) -> Path:
-        """out/PRESET for the preset's own text; for another out/PRESET-NAME, after its first file or folder."""
-        if self.input_file == PRESETS[self.preset].get("input_file", TextFlags.input_file):
-            return Path("out") / self.preset
-        first = next((part for part in reversed(self.input_file[0].parts) if not set("*?[") & set(part)), "")
-        name = re.sub(r"[^\w.-]+", "-", Path(first).stem).strip("-.")
-        return Path("out") / "-".join(filter(None, [self.preset, name or "text"]))
+    """Every flag. `None` and "auto" stand for what parts/recipe.py decides."""
 
 
-class Config(Flags):
-    """The flags of a run: the same fields, and of these none is `None` once `choose_runtime` has decided."""
+class From(StrEnum):
+    """Where the value of a flag comes from."""
+
+    TYPED = "typed"
+    RUN = "kept from the run so far"
+    PRESET = "preset"
+    TEXT = "follows from the text"
+    FLAGS = "follows from other flags"
+    MACHINE = "this machine"
+    MEMORY = "memory ran out"
+    DEFAULT = "default"
+
+
+class Origin(NamedTuple):
+    """Where a value comes from, and why it is what it is."""
+
+    source: From
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Computed(Flags):
+    """What is computed instead of typed, beside the flags."""
+
+    vocab_size: int = VOCAB_SIZE
+    processes: int = 1
+    origins: dict[str, Origin] = field(default_factory=dict, compare=False)  # of each flag
+
+
+class Config(Computed):
+    """The flags of a run as decided: none of these is `None`, once `choose_runtime` has had its say."""
 
     max_tokens: int
     out_dir: Path
+    steps: int
     micro_batch: int
     lr: float
     beta2: float
-    min_lr: float
     warmup_steps: int
     decay_steps: int
     mixed_steps: int
+    eval_every: int
+    sample_every: int
     threads: int
 
     @property
@@ -315,11 +321,6 @@ class Config(Flags):
             f"{slices} slices are too few for --mixed_steps {self.mixed_steps}, which cuts three of four: choose 4 or "
             "more, or --mixed_steps 0":
                 self.mixed_steps and self.global_batch < 4,
-            f"--mixed_steps {self.mixed_steps} does not go with a validation split, whose slices are whole":
-                self.mixed_steps and self.validates,
-            "--out_dir is empty or the current folder: name a folder for the run": self.out_dir == Path(),
-            f"--out_dir {brief(self.out_dir)}: a name over 255 letters (on Linux bytes); choose a shorter --out_dir":
-                any(len(os.fsencode(part) if sys.platform == "linux" else part) > 255 for part in self.out_dir.parts),
             "--val_fraction and --val_file are two ways to validate: choose one": self.val_fraction and self.val_file,
             f"--patience {self.patience} needs a validation split: --val_fraction or --val_file":
                 self.patience and not self.validates,
@@ -334,16 +335,29 @@ class Config(Flags):
             f"--min_lr {self.min_lr} exceeds --lr {self.lr}": self.min_lr > self.lr,
             f"--device {self.device} is none of auto, cpu, cuda, cuda:N, mps": not DEVICE.fullmatch(self.device),
         }  # fmt: skip
-        return [sentence for sentence, holds in wrong.items() if holds]
+        return [*self.problems_of_out_dir(), *(sentence for sentence, holds in wrong.items() if holds)]
+
+    def problems_of_out_dir(self) -> list[str]:
+        """What is wrong with the name of the run directory, a sentence each."""
+        if self.out_dir == Path():
+            return ["--out_dir is empty or the current folder: name a folder for the run"]
+        if any(len(os.fsencode(part) if sys.platform == "linux" else part) > 255 for part in self.out_dir.parts):
+            return [f"--out_dir {brief(self.out_dir)}: a name over 255 letters (on Linux bytes); choose a shorter one"]
+        return []
 
     def as_dict(self) -> dict[str, str | int | float | list[str] | None]:
-        """Plain values for JSON and checkpoints; paths with forward slashes."""
+        """Plain values for JSON and checkpoints, without the origins; paths with forward slashes."""
         values = {k: v.as_posix() if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        del values["origins"]
         return values | {name: [path.as_posix() for path in getattr(self, name)] for name in ("input_file", "val_file")}
 
+    def origins_as_dict(self) -> dict[str, dict[str, str]]:
+        """Where the values come from, for JSON and checkpoints."""
+        return {name: {"from": str(o.source), "why": o.reason} for name, o in self.origins.items()}
+
     @classmethod
-    def from_dict(cls, values: dict) -> "Config":
-        """The inverse of `as_dict`; keys that are no flags are ignored, missing ones default."""
+    def from_dict(cls, values: dict, origins: dict | None = None) -> "Config":
+        """The inverse of `as_dict` and `origins_as_dict`. Keys that are no flags are ignored, missing ones default."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         known.setdefault("mixed_steps", 0)  # younger than the oldest checkpoints
         for name in ("cache_dir", "out_dir", "init_from"):
@@ -351,7 +365,14 @@ class Config(Flags):
                 known[name] = Path(known[name])
         for name in known.keys() & {"input_file", "val_file"}:
             known[name] = tuple(map(Path, known[name]))
+        known["origins"] = {name: Origin(From(o["from"]), o["why"]) for name, o in (origins or {}).items()}
         return cls(**known)
+
+
+def decided(config: Config, name: str, value: object, origin: Origin) -> Config:
+    """The config with this value of a flag, and where it comes from."""
+    changed: dict[str, Any] = {name: value}
+    return replace(config, **changed, origins=config.origins | {name: origin})
 
 
 def out_of_range(flags) -> list[str]:
@@ -371,18 +392,17 @@ def brief(value: object) -> str:
     return f"{text[:40]}..." if len(text) > 80 else text or "''"
 
 
-RECIPE = dict(min_lr=0.0, mixed_steps=980)  # for 1,220 steps
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict] = {  # what is not constant stands in parts/recipe.py
+    "write": dict(target_loss=0.0, val_fraction=0.1, patience=5, temperature=0.8),
     "demo": dict(
-        input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128,
-        batch_size=4, steps=600, decay_steps=300, lr=4e-3, init_std=0.07, log_every=10, save_every=200,
-        sample_every=50, num_prompts=1, temperature=0.0, max_new_tokens=69,
+        input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128, batch_size=4,
+        lr=4e-3, init_std=0.07, save_every=200, num_prompts=1, temperature=0.0, max_new_tokens=69,
     ),
-    "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512, **RECIPE),
-    "gpt2": RECIPE,
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, **RECIPE),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, **RECIPE),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, **RECIPE),
+    "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512),
+    "gpt2": {},
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from textwrap import shorten
 import torch
 import torch.distributed as dist
 
-from parts.config import DEVICE, Amp, Config
+from parts.config import DEVICE, Amp, Config, From, Origin, decided
 
 
 def device_problem(device: str, processes: int = 1) -> str | None:
@@ -131,25 +131,23 @@ def largest_divisor(number: int, at_most: int) -> int:
     return next(n for n in range(min(number, at_most), 0, -1) if number % n == 0)
 
 
-def choose_runtime(config: Config, previous: Config | None) -> tuple[Config, dict[str, str]]:
-    """Replace `auto` by what the run so far used, else by what suits this machine; say why.
+def choose_runtime(config: Config, previous: Config | None) -> Config:
+    """Replace what is open by what the run so far used, else by what suits this machine; the origins say why.
 
-    Returns the config and a reason for each choice. Raises ValueError for an unusable --device.
+    Raises ValueError for an unusable --device.
     """
-    reasons = {}
 
     def decide(name: str, choose: Callable[[], tuple[str | int, str]], usable: Callable[[str], bool]) -> None:
         nonlocal config
         if getattr(config, name) not in ("auto", None):
-            reasons[name] = f"--{name}"
             return
-        value, reason = getattr(previous, name, None), "as in the run so far"
+        value, origin = getattr(previous, name, None), Origin(From.RUN, "as in the run so far")
         if value is None or not usable(value):
             value, reason = choose()
             if previous is not None:
                 reason += f"; the run so far used {getattr(previous, name)}, so results agree to rounding only"
-        config = Config(**vars(config) | {name: value})
-        reasons[name] = reason
+            origin = Origin(From.MACHINE, reason)
+        config = decided(config, name, value, origin)
 
     decide("device", choose_device, lambda device: device_problem(device, config.processes) is None)
     if problem := device_problem(config.device, config.processes):
@@ -164,7 +162,7 @@ def choose_runtime(config: Config, previous: Config | None) -> tuple[Config, dic
     decide("threads", lambda: choose_threads(config), lambda _: same("device", "processes"))
     shape = ("device", "processes", "batch_size", "grad_accum", "seq_len")
     decide("micro_batch", lambda: choose_micro_batch(config), lambda _: same(*shape))
-    return config, reasons
+    return config
 
 
 def autocast(config: Config) -> torch.autocast:

@@ -14,7 +14,7 @@ import tiktoken
 import torch
 
 from parts.checkpoint import STATE_BYTES, WEIGHT_BYTES, Progress
-from parts.config import Config, names
+from parts.config import Config, From, names
 from parts.corpus import Corpus, smallest_seq_len
 from parts.files import gigabytes
 from parts.machine import cpu_only_hint
@@ -48,7 +48,7 @@ def slices_line(config: Config) -> str:
     return line
 
 
-def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, progress: Progress) -> list[str]:
+def plan(config: Config, corpus: Corpus, floor: float, progress: Progress) -> list[str]:
     """What will happen, to be said before the first step."""
     c, n_tokens = config, len(corpus.tokens)
     planned = progress.tokens + (c.steps - progress.step) * c.tokens_per_step
@@ -69,8 +69,33 @@ def plan(config: Config, corpus: Corpus, reasons: dict[str, str], floor: float, 
         f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}",
         f"Loss: ln V = {math.log(c.vocab_size):.3f} for a model that knows nothing; floor of this corpus at seq_len "
         f"{c.seq_len}: {floor:.4f}{' (an estimate)' * corpus.floor_is_an_estimate}; {target}",
-        *(f"{name.capitalize()}: {getattr(c, name)} ({reason})" for name, reason in reasons.items()),
+        *origin_lines(c),
     ]
+
+
+def origin_lines(config: Config) -> list[str]:
+    """Every value that was neither typed nor constant, a line for each kind of origin, then the device."""
+    told: dict[From, list[str]] = {source: [] for source in HEADINGS}
+    values = config.as_dict()
+    silent = {"device", "out_dir", "prompt"} | ({"eval_every"} if not config.validates else set())
+    for name, (source, reason) in config.origins.items():
+        if source in HEADINGS and name not in silent:
+            value = values[name]
+            shown = " ".join(value) if isinstance(value, list) else value
+            told[source].append(f"{name} {shown}" + (f" ({reason})" if reason else ""))
+    reason = config.origins["device"].reason if "device" in config.origins else ""
+    device = f"Device: {config.device} ({reason or '--device'})"
+    return [*(f"{HEADINGS[source]}: {'; '.join(words)}" for source, words in told.items() if words), device]
+
+
+HEADINGS = {
+    From.RUN: "Kept from the run so far",
+    From.PRESET: "From the preset",
+    From.TEXT: "From the text",
+    From.FLAGS: "From other flags",
+    From.MACHINE: "From this machine",
+    From.MEMORY: "From the memory",
+}
 
 
 def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
@@ -313,7 +338,6 @@ def launch_record(
     argv: list[str],
     config: Config,
     corpus: Corpus,
-    reasons: dict[str, str],
     checkpoint: dict | None,
     before: dict,
 ) -> dict:
@@ -340,7 +364,6 @@ def launch_record(
             **({"val_sha256": corpus.val_sha256} if corpus.val_sha256 else {}),
         },
         "parameters": config.n_params,
-        "reasons": dict(reasons),
         "launches": [*(launches if isinstance(launches, list) else []), launch],
     }
 

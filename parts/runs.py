@@ -13,6 +13,8 @@ import pandas as pd
 
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \| [A-Z]+ \| ", re.MULTILINE)
 SAMPLES_BLOCK = re.compile(r"^={80}\n(?=STEP \d+$)", re.MULTILINE)
+FLAG = re.compile(r"(?<!\S)--([a-zA-Z][\w-]*)")  # on a command line
+TYPED = ("typed", "kept from the run so far")  # origins: what is kept was typed at an earlier start
 MEASURE = {"val_fraction", "val_file", "val_sha256", "seq_len"}  # what else a validation loss depends on than weights
 OUTCOMES = {  # reasons to stop, of results.json
     "target": "target reached",
@@ -42,6 +44,20 @@ class Run:
         return flags if isinstance(flags, dict) else {}
 
     @property
+    def typed(self) -> set[str]:
+        """The flags that were typed, at any start; of runs that kept no origins, by their commands."""
+        if isinstance(origins := self.config.get("origins"), dict):
+            return {name for name, origin in origins.items() if origin.get("from") in TYPED}
+        commands = [str(launch.get("command")) for launch in self.launches or [self.config]]
+        return {word.replace("-", "_") for command in commands for word in FLAG.findall(command)}
+
+    @property
+    def launches(self) -> list[dict]:
+        """What config.json says of each start, oldest first."""
+        launches = self.config.get("launches")
+        return [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
+
+    @property
     def corpus(self) -> dict:
         """What config.json says of the text."""
         corpus = self.config.get("corpus")
@@ -54,10 +70,9 @@ class Run:
 
         A start takes back what was done behind the checkpoint from which it goes on.
         """
-        launches = self.config.get("launches")
         found: list[tuple[float, dict]] = []
-        for launch in launches if isinstance(launches, list) else []:
-            if isinstance(launch, dict) and (first := number(launch, "first_step")) is not None:
+        for launch in self.launches:
+            if (first := number(launch, "first_step")) is not None:
                 changed = launch.get("changed")
                 found = [earlier for earlier in found if earlier[0] < first]
                 found += [(first, changed)] if changed and isinstance(changed, dict) else []

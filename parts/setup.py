@@ -3,16 +3,19 @@
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from parts import report
 from parts.checkpoint import COMPLETE, Progress, Start, check_same_run, find_checkpoints, load_newest, load_start
-from parts.commandline import parse_config, typed
+from parts.commandline import read_typed
 from parts.config import Config
 from parts.corpus import Corpus, load_corpus
 from parts.files import RunDir, read_json
 from parts.machine import Ranks, choose_runtime
-from parts.text import Tokenizer, choose_tokenizer
+from parts.recipe import Text, decide
+from parts.text import TextYieldsFewer, Tokenizer, choose_tokenizer, size_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,6 @@ class Setup:
 
     argv: list[str]
     config: Config
-    reasons: dict[str, str]  # of the automatic choices
     corpus: Corpus
     tokenizer: Tokenizer
     run: RunDir
@@ -72,35 +74,72 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
 
     Raises ValueError or OSError; writes nothing but token ids, into --cache_dir. `about` heads the answer to --help.
     """
-    config = parse_config(argv, ranks.count, silent=ranks.rank > 0, about=about)
-    run = RunDir(config.out_dir)
+    typed = read_typed(argv, silent=ranks.rank > 0, about=about)
+    first = decide(typed, processes=ranks.count)
+    raise_all(first.problems_of_out_dir())
+    run = RunDir(first.out_dir)
     if ranks.rank == 0:
         run.check_writable()
     if ranks.rank == 0 and Path(run.lock.lock_file).exists():
         held.enter_context(run.locked())  # or its files could change between here and training
-    path, checkpoint, damage = load_newest(find_checkpoints(config, run))
+    path, checkpoint, damage = load_newest(find_checkpoints(first, run))
     if checkpoint is None and run.config_json.exists() and "launches" not in read_json(run.config_json):
         raise ValueError(f"{run.config_json} was not written by train.py: choose another --out_dir")
-    previous = None if checkpoint is None else Config.from_dict(checkpoint["config"])
-    if previous is not None:
-        # A rate that rises again would undo some of what the run has learned; and its weights began as they began.
-        kept = {"decay_steps", "warmup_steps", "mixed_steps"} - set(typed(argv)) | {"init_from"}
-        if "init_from" in typed(argv) and config.init_from != previous.init_from:
-            raise ValueError(
-                f"--init_from {config.init_from} is for a new run, and {path} continues one: leave it out, or choose "
-                "another --out_dir"
-            )
-        config = replace(config, **{name: getattr(previous, name) for name in kept})
-        if problems := config.contradictions():
-            raise ValueError("\n".join(f"{problem} (the run so far decides what is not given)" for problem in problems))
-    config, reasons = choose_runtime(config, previous)
-    tokenizer = choose_tokenizer(config, checkpoint)
-    config = replace(config, vocab_size=tokenizer.n_vocab)
-    corpus = load_corpus(config, tokenizer)
+    previous = None if checkpoint is None else flags_of(checkpoint, run)
+    if previous is not None and typed.get("init_from", previous.init_from) != previous.init_from:
+        raise ValueError(
+            f"--init_from {typed['init_from']} is for a new run, and {path} continues one: leave it out, or choose "
+            "another --out_dir"
+        )
+    config, tokenizer, corpus = choose_text(typed, previous, checkpoint, ranks.count)
     if path is not None and checkpoint is not None:
         check_same_run(path, checkpoint, config, corpus.vocabulary, corpus.sha256, len(corpus.tokens))
     start = load_start(config, corpus.vocabulary) if checkpoint is None else None
-    return Setup(argv, config, reasons, corpus, tokenizer, run, path, checkpoint, start, damage)
+    return Setup(argv, config, corpus, tokenizer, run, path, checkpoint, start, damage)
+
+
+def flags_of(checkpoint: dict, run: RunDir) -> Config:
+    """The flags of the run that a checkpoint continues, in this directory."""
+    return replace(Config.from_dict(checkpoint["config"], checkpoint.get("origins")), out_dir=run.root)
+
+
+def choose_text(
+    typed: dict[str, Any], previous: Config | None, checkpoint: dict | None, processes: int
+) -> tuple[Config, Tokenizer, Corpus]:
+    """Flags, tokenizer and corpus. The flags are checked before the text is encoded, which may take long.
+
+    Raises OSError or ValueError.
+    """
+    choose = partial(decide, typed, previous=previous, processes=processes, machine=choose_runtime)
+    n_bytes = size_of(decide(typed, previous=previous).input_file)
+    text = Text(n_bytes, n_tokens=n_bytes)
+    config = choose(text)
+    check(config, previous)
+    try:
+        tokenizer = choose_tokenizer(config, checkpoint)
+    except TextYieldsFewer as fewer:
+        if "tokenizer" in typed:
+            raise
+        text = replace(text, n_vocab=fewer.n_vocab)
+        config = choose(text)
+        tokenizer = choose_tokenizer(config, checkpoint)
+    corpus = load_corpus(config, tokenizer)
+    text = replace(text, n_tokens=len(corpus.tokens))
+    config = choose(text, vocab_size=tokenizer.n_vocab)
+    check(config, previous)
+    return config, tokenizer, corpus
+
+
+def check(config: Config, previous: Config | None) -> None:
+    """Raises ValueError, a line for each, when flags cannot be together."""
+    kept = "" if previous is None else " (flags you leave out keep the values of the existing run)"
+    raise_all([problem + kept for problem in config.contradictions()])
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raises ValueError, a line for each problem, if there is any."""
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def problems_of_all(ranks: Ranks, setup: Setup | None, problem: str) -> list[str]:

@@ -179,6 +179,16 @@ def find_files(inputs: Sequence[Path], flag: str = "--input_file") -> list[Path]
     return list(found.values())
 
 
+def size_of(inputs: Sequence[Path]) -> int:
+    """Bytes of these texts. Of none, or of what is not there, many: what is wrong is said where they are read."""
+    if DEMO_CORPUS in inputs:
+        return len(read_text(DEMO_CORPUS)[0].encode())
+    try:
+        return sum(path.stat().st_size for path in find_files(inputs)) or 10**12
+    except OSError:
+        return 10**12
+
+
 def pieces(file: BinaryIO, name: str, on_bytes: Callable[[bytes], object] = lambda data: None) -> Iterator[str]:
     """The text of a UTF-8 file in parts whose ids, one after the other, are those of the whole.
 
@@ -332,10 +342,20 @@ class OwnVocabulary:
         )
 
 
+class TextYieldsFewer(ValueError):
+    """A vocabulary that is larger than the text can fill."""
+
+    def __init__(self, wanted: int, n_vocab: int):
+        super().__init__(
+            f"--tokenizer bpe:{wanted}: the text yields {n_vocab:,} tokens only; use bpe:{n_vocab} or less"
+        )
+        self.n_vocab = n_vocab
+
+
 def train_vocabulary(inputs: Sequence[Path], n_vocab: int) -> str:
     """A byte-level BPE of so many tokens, learned from these texts, as the content of a tokenizer.json.
 
-    Raises FileNotFoundError or ValueError, also when the texts yield fewer.
+    Raises FileNotFoundError or ValueError; `TextYieldsFewer` when the texts do.
     """
     from tokenizers import Tokenizer as HuggingFace
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -360,5 +380,5 @@ def train_vocabulary(inputs: Sequence[Path], n_vocab: int) -> str:
 
         tokenizer.train_from_iterator(texts(), trainer)
     if (found := tokenizer.get_vocab_size()) != n_vocab:
-        raise ValueError(f"--tokenizer bpe:{n_vocab}: the text yields {found:,} tokens only; use bpe:{found} or less")
+        raise TextYieldsFewer(n_vocab, found)
     return tokenizer.to_str()

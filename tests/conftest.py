@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ import update_readme  # noqa: E402
 from parts.background import Task, Writer  # noqa: E402
 from parts.config import Config  # noqa: E402
 from parts.files import METRICS  # noqa: E402
+from parts.recipe import decide  # noqa: E402
 from parts.text import load_tokenizer  # noqa: E402
 
 TINY_MODEL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, seq_len=16, batch_size=2)
@@ -67,10 +67,8 @@ def plots(monkeypatch):
 @pytest.fixture
 def config() -> Config:
     """A model small enough for a test, everything decided, fp32 on the CPU."""
-    return replace(
-        Config(**TINY_MODEL), steps=8, device="cpu", amp="off", compile="off", threads=2, target_window=3,
-        optimizer="adamw", micro_batch=TINY_MODEL["batch_size"],
-    ).resolved()  # fmt: skip
+    own = dict(steps=8, device="cpu", amp="off", compile="off", threads=2, target_window=3, optimizer="adamw")
+    return decide(TINY_MODEL | own | dict(micro_batch=TINY_MODEL["batch_size"]))
 
 
 @pytest.fixture(scope="session")

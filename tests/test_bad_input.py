@@ -87,7 +87,6 @@ def test_every_numeric_flag_has_a_range():
             ["--mixed_steps=4", "--batch_size=3"],
             "--batch_size x --grad_accum = 3 slices are too few for --mixed_steps 4",
         ),
-        (["--mixed_steps=4", "--val_fraction=0.1"], "--mixed_steps 4 does not go with a validation split"),
         (["--device=tpu"], "--device tpu is none of auto, cpu"),
         (["--device=cuda:99"], "--device cuda:99"),
         (["--device=mps"] if not torch.backends.mps.is_available() else ["--device=x"], "--device"),

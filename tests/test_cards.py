@@ -16,7 +16,6 @@ from conftest import log_text, rows
 import train
 from parts import machine
 from parts.background import Snapshot
-from parts.config import Config
 from parts.corpus import load_corpus
 from parts.kernels import causal_attention
 from parts.machine import (
@@ -28,6 +27,7 @@ from parts.machine import (
     driver_spills,
     release_memory,
 )
+from parts.recipe import decide
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def settings():
 
 def test_a_card_is_made_the_current_one_before_it_is_asked(config, cards):
     """Streams, too, belong to the current device: copies for a save would be waited for on another card."""
-    chosen, _ = choose_runtime(replace(config, device="cuda:1", amp="auto"), None)
+    chosen = choose_runtime(replace(config, device="cuda:1", amp="auto"), None)
     assert cards == ["set cuda:1", "bf16?"] and (chosen.device, chosen.amp) == ("cuda:1", "bf16")
-    again, _ = choose_runtime(replace(config, device="auto"), chosen)
+    again = choose_runtime(replace(config, device="auto"), chosen)
     assert cards[2:] == ["set cuda:1"] and again.device == "cuda:1", "a resumed run asks the same card"
 
 
@@ -181,7 +181,7 @@ def test_the_same_bits_are_asked_for_where_they_are_wanted_and_not_after(config,
 
 def test_a_card_has_to_train_for_longer_before_compiling_pays(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    default = replace(Config(), device="cuda").resolved()
+    default = decide(dict(device="cuda"))
     assert choose_compile(default) == ("off", "the run is too short to repay the compilation")
     assert choose_compile(replace(default, steps=10_000))[0] == "on"
 
@@ -202,7 +202,8 @@ def test_a_compiler_that_computes_something_else_is_done_without(launch, monkeyp
     assert f"torch.compile failed, going on without: ArithmeticError: {difference}" in log and " otherwise\n" in log
     assert rows(Path("run")) == rows(Path("eager"))
     config = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
-    assert config["config"]["compile"] == "off" and config["reasons"]["compile"] == "torch.compile failed, see the log"
+    assert config["config"]["compile"] == "off"
+    assert config["origins"]["compile"] == {"from": "this machine", "why": "torch.compile failed, see the log"}
 
 
 def test_a_comparison_that_does_not_fit_is_left_out(launch, monkeypatch):

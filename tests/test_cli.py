@@ -18,6 +18,7 @@ import train
 import update_readme
 from parts.checkpoint import Progress, load_checkpoint
 from parts.config import Config
+from parts.recipe import decide
 from parts.runs import read_run
 
 RAISE = "Raise --steps (and --decay_steps, or the rate stays at --min_lr)"
@@ -102,7 +103,12 @@ def test_results_and_config_say_what_happened(launch, text_file):
     assert config["seed"] == 1337 and config["versions"]["torch"] == torch.__version__
     assert config["corpus"]["sha256"] == hashlib.sha256(text_file.read_bytes()).hexdigest()
     assert config["config"]["compile"] == "off" and config["config"]["warmup_steps"] == 0
-    assert set(config["reasons"]) == {"device", "amp", "compile", "threads", "micro_batch"}
+    origins = config["origins"]
+    assert {name for name, origin in origins.items() if origin["from"] == "this machine"} == {
+        *("amp", "compile", "threads", "micro_batch")
+    }
+    assert origins["steps"] == {"from": "typed", "why": ""}
+    assert origins["decay_steps"] == {"from": "follows from other flags", "why": "the last step"}
 
 
 def test_checkpoints_describe_themselves(launch, config):
@@ -178,7 +184,7 @@ def test_the_goal_that_was_missed_is_named(launch):
 
 
 def test_target_zero_is_no_target(launch):
-    assert not Progress(step=1, recent_losses=[0.0]).stop_reason(Config(target_loss=0, target_window=1))
+    assert not Progress(step=1, recent_losses=[0.0]).stop_reason(decide(dict(target_loss=0, target_window=1)))
 
 
 def test_extreme_sampling_and_loss(launch):
@@ -215,7 +221,9 @@ def test_a_compiler_that_fails_is_reported_and_done_without(launch, monkeypatch)
     reason = "RuntimeError: backend raised: Compiler: cl is not found. x.cpp:1: error: no header\n"
     assert f"torch.compile failed, going on without: {reason}" in log_text(Path("run"))
     config = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
-    assert config["config"]["compile"] == "off" and config["reasons"]["compile"] == "torch.compile failed, see the log"
+    assert config["config"]["compile"] == "off"
+    assert config["origins"]["compile"] == {"from": "this machine", "why": "torch.compile failed, see the log"}
+
     assert load_checkpoint(Path("run/checkpoints/last.pt"))["config"]["compile"] == "off", "for the next launch"
 
 

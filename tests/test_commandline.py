@@ -33,8 +33,8 @@ def test_the_names_of_other_programs_are_known(name):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--preset", "smal"], "--preset smal is none of demo, small, gpt2, gpt2-medium, gpt2-large, gpt2-xl: did you "
-         "mean small?"),
+        (["--preset", "smal"], "--preset smal is none of write, demo, small, gpt2, gpt2-medium, gpt2-large, gpt2-xl: "
+         "did you mean small?"),
         (["--stepz=3"], "there is no flag --stepz: did you mean --steps?"),
         (["--steps"], "--steps needs a value"),
         (["--steps", "many"], "--steps many is not a whole number"),
@@ -50,7 +50,7 @@ def test_the_names_of_other_programs_are_known(name):
         (["--threads=-" + "9" * 5000], f"--threads -{'9' * 39}... is far outside"),
         (["--steps", "x" * 5000], f"--steps {'x' * 40}... is not a whole number"),
         (["--lr", "x" * 5000], f"--lr {'x' * 40}... is not a number"),
-        (["--preset", "x" * 5000], f"--preset {'x' * 40}... is none of demo, small"),
+        (["--preset", "x" * 5000], f"--preset {'x' * 40}... is none of write, demo, small"),
         (["x" * 5000], f"{'x' * 40}... belongs to no flag"),
         ([""], "'' belongs to no flag"),
         (["--dry_run", ""], "'' belongs to no flag"),
@@ -113,9 +113,11 @@ def test_help_shows_the_groups_and_the_presets_defaults(preset, capsys):
     assert [line.split()[-2] for line in lines if line.split()[1:] == ["options"]] == groups
     entries = "\n".join(lines).split("\n  --")
     assert "None}" not in " ".join(entries) and any(entry.startswith("micro_batch INT ") for entry in entries)
-    for name in ("preset", "n_layer", "lr", "min_lr", "warmup_steps", "decay_steps", "out_dir"):
+    said = {name: getattr(config, name) for name in ("preset", "lr", "min_lr", "out_dir", "val_fraction")}
+    said |= {"steps": "follows from the text", "decay_steps": "the last step", "mixed_steps": "80 % of the steps"}
+    for name, default in said.items():
         (entry,) = (entry for entry in entries if entry.startswith(f"{name} "))
-        assert f"(default: {getattr(config, name)})" in " ".join(entry.split())
+        assert f"(default: {default})" in " ".join(entry.replace("│", "").split())
 
 
 @pytest.mark.slow
@@ -179,7 +181,7 @@ def test_a_mistake_at_a_terminal_is_one_line(columns, tmp_path):
     ended = subprocess.run([sys.executable, "-c", code], env=colours, cwd=tmp_path, **shown)
     os.close(standing_in)
     os.close(terminal)
-    presets = "demo, small, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+    presets = "write, demo, small, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
     assert ended.stderr.replace(" (train.py --help lists every flag)", "").splitlines() == [
         f"train.py: error: --preset dmeo is none of {presets}: did you mean demo?",
         "train.py: error: --steps abc is not a whole number",

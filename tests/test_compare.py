@@ -5,6 +5,7 @@ import html
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -100,17 +101,23 @@ def test_the_lowest_corpus_loss_comes_first_and_runs_without_last(out):
     (["--lr=1e-3"], ["--lr=2e-3", "--min_lr=1e-5"], ["lr", "min_lr"]),
     (["--steps=1000"], ["--steps=3000"], ["steps"]),
     (["--steps=1000"], ["--steps=3000", "--warmup_steps=7"], ["steps", "warmup_steps"]),
-    (["--optimizer=muon"], ["--optimizer=adamw"], ["lr", "optimizer"]),
+    (["--optimizer=muon"], ["--optimizer=adamw"], ["optimizer"]),
     (["--preset=small"], ["--preset=gpt2"], ["preset"]),
-    (["--preset=small"], ["--preset=gpt2", "--n_head=8"], ["preset", "n_head"]),
+    (["--preset=small"], ["--preset=gpt2", "--n_head=16"], ["preset", "n_head"]),
     (["--micro_batch=1"], ["--micro_batch=2"], ["micro_batch"]),
-    (["--micro_batch=1", "--batch_size=8"], ["--micro_batch=2", "--batch_size=16"], ["batch_size"]),
+    (["--micro_batch=1", "--batch_size=8"], ["--micro_batch=2", "--batch_size=16"], ["batch_size", "micro_batch"]),
+    ([], ["--steps=1331", "--lr=3.5e-3"], []),
     (["--seed=1"], ["--seed=1"], []),
 ])  # fmt: skip
 def test_only_flags_that_differ_and_say_something_new(first, second, expected):
     empty = Run(Path("run"), pd.DataFrame(), {}, {}, "", "", "gpt2")
-    runs = [replace(empty, config={"config": parse_config(flags).as_dict()}) for flags in (first, second)]
-    assert differing_flags(runs, REPORTING) == expected
+    configs = [parse_config(flags) for flags in (first, second)]
+    kept = [{"config": c.as_dict(), "origins": c.origins_as_dict()} for c in configs]
+    older = [{"config": c.as_dict(), "command": shlex.join(["python", "train.py", *flags])}
+             for c, flags in zip(configs, (first, second), strict=True)]  # fmt: skip
+    for two in (kept, older):
+        runs = [replace(empty, config=config) for config in two]
+        assert differing_flags(runs, REPORTING) == expected
 
 
 @pytest.mark.slow

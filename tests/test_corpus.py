@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from parts.commandline import decode_escapes, encode_escapes, hidden
-from parts.config import PRESETS, VOCAB_SIZE, Config
+from parts.config import PRESETS, VOCAB_SIZE
 from parts.corpus import load_corpus
+from parts.recipe import decide
 from parts.text import VOCABULARY_SHA256, gpt2_encoding, load_tokenizer, read_text
 
 
@@ -84,7 +85,7 @@ def test_max_tokens_takes_the_beginning(text_file, config, tokenizer):
 
 
 def test_the_demo_text_needs_no_file(config, tokenizer):
-    demo = load_corpus(Config(**PRESETS["demo"]).resolved(), tokenizer)
+    demo = load_corpus(decide(dict(**PRESETS["demo"])), tokenizer)
     assert len(demo.tokens) == 1500 < demo.text_tokens
     assert len(tokenizer.decode(demo.tokens.tolist()).split()) > 500
 

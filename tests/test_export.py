@@ -25,6 +25,7 @@ from parts.commandline import parse_config
 from parts.config import PRESETS, Config
 from parts.corpus import load_corpus
 from parts.files import read_json
+from parts.recipe import decide
 from parts.text import OwnVocabulary, choose_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("export")]  # `folder` is made once
@@ -185,7 +186,7 @@ def test_the_card_shows_a_name_as_it_is(name):
     if os.name == "nt" and "\\" in name:
         pytest.skip("there a backslash stands between folders")
     checkpoint = {"trained_context": 16, "corpus_sha256": "0", "corpus_tokens": 99, "step": 5}
-    config = Config(input_file=(Path("folder") / name,), init_from=Path(name), tokenizer="bpe:300").resolved()
+    config = decide(dict(input_file=(Path("folder") / name,), init_from=Path(name), tokenizer="bpe:300"))
     found = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(
         export_hf.model_card(checkpoint, config, {}, "mit").partition("\n---\n")[2]
     )  # fmt: skip

@@ -16,7 +16,7 @@ from conftest import GPT2, TINY_FLAGS, assert_same_run, log_text, unequal
 
 import train
 from parts.checkpoint import CHECKPOINT_FORMAT, load_checkpoint
-from parts.config import Config
+from parts.recipe import decide
 
 
 class Bomb:
@@ -156,7 +156,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """A bit is either of no meaning at all (padding, dates), or the file is refused."""
     torch.manual_seed(0)
     shape = dict(n_layer=1, n_head=1, n_embd=4, block_size=8, seq_len=8, vocab_size=8)
-    config = Config(**shape).resolved()
+    config = decide(dict(**shape))
     content = {
         "model": train.GPT(config).state_dict(),
         "progress": {"step": 7, "recent_losses": [1.5, 2.5]},

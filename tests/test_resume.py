@@ -151,7 +151,7 @@ def test_automatic_choices_are_kept(launch, monkeypatch):
     monkeypatch.setattr("parts.machine.choose_amp", lambda _device: ("fp16", "another machine"))
     assert launch("run", "--amp=auto") == 0
     assert torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["amp"] == first != "fp16"
-    assert f"Amp: {first} (as in the run so far)" in log_text(Path("run"))
+    assert f"amp {first} (as in the run so far)" in log_text(Path("run"))
 
 
 def test_resume_never_keeps_the_old_run(launch):
@@ -163,15 +163,17 @@ def test_resume_never_keeps_the_old_run(launch):
     assert [row[0] for row in rows(Path("run"), "step")] == ["1", "2", "4"]
 
 
-def test_more_steps_do_not_raise_the_rate_again_unless_asked_to(launch):
+def test_more_steps_stretch_the_schedule_unless_it_was_typed(launch):
+    """With a rate of 0 there would be nothing to learn in them."""
     assert launch("run", "--steps=4", "--lr=0.01") == 0
-    assert launch("run", "--steps=8", "--lr=0.01") == 0
+    assert launch("run", "--steps=8") == 0
     rates = dict(rows(Path("run"), "step", "lr"))
-    assert float(rates["4"]) == float(rates["6"]) == float(rates["8"]) == pytest.approx(0.001)
-    assert "The learning rate rises" not in log_text(Path("run"))
-    assert launch("run", "--steps=12", "--lr=0.01", "--decay_steps=12") == 0
-    assert float(dict(rows(Path("run"), "step", "lr"))["10"]) > 0.002
-    assert "The learning rate rises here, from 1.00e-03 to 3.25e-03" in log_text(Path("run"))
+    assert float(rates["4"]) == float(rates["8"]) == 0 and float(rates["6"]) == pytest.approx(0.0025)
+    assert "The learning rate rises here, from 0.00e+00 to 3.75e-03" in log_text(Path("run"))
+    assert launch("typed", "--steps=4", "--lr=0.01", "--decay_steps=4") == 0
+    assert launch("typed", "--steps=8") == 0
+    assert [float(rate) for _, rate in rows(Path("typed"), "step", "lr")][-2:] == [0, 0]
+    assert "The learning rate is 0 from step 4 on, and nothing is learned" in log_text(Path("typed"))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,8 @@ def test_what_is_kept_must_go_with_what_is_given(launch, capsys, begun, continue
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert launch("run", "--steps=12", *continued) == 2
     assert (
-        "--warmup_steps 5 exceeds --decay_steps 4 (the run so far decides what is not given)" in capsys.readouterr().err
+        "--warmup_steps 5 exceeds --decay_steps 4 (flags you leave out keep the values of the existing run)"
+        in capsys.readouterr().err
     )
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
     assert launch("run", "--steps=12", "--warmup_steps=2", "--decay_steps=12") == 0

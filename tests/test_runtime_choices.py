@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import train
-from parts.config import Config
+from parts.config import Config, From
 from parts.corpus import Corpus
 from parts.machine import choose_compile, choose_runtime, cpu_only_hint, device_problem, for_sampling, largest_divisor
+from parts.recipe import decide
 from parts.report import forebodings, launch_command, sample_line
 from parts.setup import Setup
 
@@ -49,7 +50,8 @@ def test_without_an_nvidia_card_there_is_no_hint(monkeypatch, tmp_path):
 
 def test_every_automatic_choice_has_a_value_and_a_reason(config):
     asked = replace(config, device="auto", amp="auto", compile="auto", threads=None, micro_batch=None)
-    chosen, reasons = choose_runtime(asked, None)
+    chosen = choose_runtime(asked, None)
+    reasons = {name: o.reason for name, o in chosen.origins.items() if o.source == From.MACHINE}
     assert set(reasons) == {"device", "amp", "compile", "threads", "micro_batch"} and all(reasons.values())
     assert chosen.device in ("cuda", "mps", "cpu") and chosen.amp in ("off", "bf16", "fp16")
     assert chosen.compile in ("on", "off") and chosen.threads >= 1
@@ -58,18 +60,18 @@ def test_every_automatic_choice_has_a_value_and_a_reason(config):
 def test_flags_overrule_and_earlier_choices_stand(config):
     asked = replace(config, device="cpu", amp="auto", compile="off", threads=None)
     earlier = replace(config, device="cpu", amp="fp16", compile="on", threads=7)
-    chosen, reasons = choose_runtime(asked, earlier)
+    chosen = choose_runtime(asked, earlier)
     assert (chosen.amp, chosen.compile, chosen.threads) == ("fp16", "off", 7)
-    assert reasons["compile"] == "--compile" and reasons["amp"] == "as in the run so far"
+    assert chosen.origins["compile"].source == From.TYPED and chosen.origins["amp"].source == From.RUN
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_run_that_moves_to_a_machine_without_its_device_says_so(config):
     asked = replace(config, device="auto", amp="auto", compile="off", threads=None)
     earlier = replace(config, device="cuda", amp="bf16", compile="on", threads=4)
-    chosen, reasons = choose_runtime(asked, earlier)
+    chosen = choose_runtime(asked, earlier)
     assert chosen.device != "cuda"
-    assert "the run so far used cuda, so results agree to rounding only" in reasons["device"]
+    assert "the run so far used cuda, so results agree to rounding only" in chosen.origins["device"].reason
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_compilation_has_to_pay(config, monkeypatch, tmp_path, flags, answer, re
 
 def test_the_124m_preset_on_a_cpu_is_warned_of(config):
     corpus = Corpus(np.arange(2000, dtype=np.uint16), "made up", 2000)
-    gpt2 = replace(Config(target_loss=0).resolved(), device="cpu", amp="off", compile="off", threads=2)
+    gpt2 = replace(decide(dict(target_loss=0)), device="cpu", amp="off", compile="off", threads=2)
     (warning,) = forebodings(gpt2, corpus, 0.01)
     assert warning.startswith("124M parameters take hours to days on a CPU") and "--preset demo" in warning
     assert forebodings(replace(gpt2, n_layer=4), corpus, 0.01) == []
@@ -125,7 +127,7 @@ def test_machines_may_choose_threads_and_compilation_for_themselves(config):
     corpus = Corpus(np.zeros(100, dtype=np.uint16), "made up", 100)
 
     def agreement(**flags) -> dict:
-        setup = Setup([], replace(config, **flags), {}, corpus, None, None, None, None, None, None)
+        setup = Setup([], replace(config, **flags), corpus, None, None, None, None, None, None)
         return setup.agreement()
 
     assert agreement() == agreement(threads=7, compile="on", micro_batch=1)

@@ -12,8 +12,9 @@ from conftest import log_text, rows
 import train
 from parts.checkpoint import load_checkpoint
 from parts.commandline import parse_config
-from parts.config import PRESETS, Config
+from parts.config import Config
 from parts.corpus import Corpus
+from parts.recipe import decide
 
 SHORT = ["--seq_len=16", "--block_size=16", "--batch_size=4"]
 
@@ -109,15 +110,17 @@ def test_another_seq_len_later_begins_a_new_window_and_best(launch):
     assert after["best_step"] > 6
 
 
-def test_a_preset_has_it_for_its_own_steps_and_slices():
-    assert parse_config([]).mixed_steps == PRESETS["gpt2"]["mixed_steps"] > 0
-    for flag in ("--steps=900", "--seq_len=130", "--val_fraction=0.1", "--preset=demo", "--batch_size=3"):
+def test_it_is_a_part_of_the_steps_where_slices_can_be_cut():
+    for flag in ("--steps=900", "--seq_len=64", "--val_fraction=0.1", "--preset=small", "--batch_size=4"):
+        config = parse_config([flag])
+        assert config.mixed_steps == int(0.8 * config.steps) > 0
+    for flag in ("--seq_len=130", "--batch_size=3"):
         assert parse_config([flag]).mixed_steps == 0
     assert parse_config(["--steps=900", "--mixed_steps=80"]).mixed_steps == 80
     assert parse_config(["--batch_size=2", "--grad_accum=2"]).mixed_steps > 0
 
 
 def test_a_checkpoint_of_before_the_flag_has_none():
-    values = Config().resolved().as_dict()
+    values = decide({}).as_dict()
     del values["mixed_steps"]
     assert Config.from_dict(values).mixed_steps == 0

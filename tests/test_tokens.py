@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 import train
 from parts import corpus
 from parts.checkpoint import Progress, load_checkpoint
-from parts.config import Config
 from parts.corpus import Corpus, load_corpus, loss_floor
+from parts.recipe import decide
 from parts.report import launch_record, plan
 from parts.text import (
     DOCUMENT_END,
@@ -282,10 +282,10 @@ def test_tokens_in_any_order_have_the_text_that_the_library_gives_them(kind, tok
 
 def test_a_folder_says_how_many_files_it_gave(texts, tokenizer):
     def told(*inputs: str) -> tuple[str, int]:
-        config = Config(input_file=tuple(map(Path, inputs)), threads=1, seq_len=2, device="cpu").resolved()
+        config = decide(dict(input_file=tuple(map(Path, inputs)), threads=1, seq_len=2, device="cpu"))
         corpus = load_corpus(config, tokenizer)
-        line = next(line for line in plan(config, corpus, {}, 0.0, Progress()) if line.startswith("Corpus: "))
-        record = launch_record([], config, corpus, {}, None, {})
+        line = next(line for line in plan(config, corpus, 0.0, Progress()) if line.startswith("Corpus: "))
+        record = launch_record([], config, corpus, None, {})
         return line.partition(" tokens")[0].rpartition(", ")[0], record["corpus"]["files"]
 
     assert told("b") == ("Corpus: b (2 files)", 2)
@@ -340,9 +340,9 @@ def test_the_floor_of_a_large_corpus_is_estimated(monkeypatch):
     exact = loss_floor(corpus, 16)
     monkeypatch.setattr("parts.corpus.EXACT_FLOOR", 10_000)
     assert loss_floor(corpus, 16) == pytest.approx(exact, rel=0.01)
-    config = replace(Config().resolved(), device="cpu")
+    config = replace(decide({}), device="cpu")
     corpus = Corpus(corpus, "made up", len(corpus), 3.0)
-    assert any("(an estimate)" in line for line in plan(config, corpus, {}, exact, Progress()))
+    assert any("(an estimate)" in line for line in plan(config, corpus, exact, Progress()))
 
 
 def test_a_file_is_read_once_whatever_its_names(texts):
@@ -357,7 +357,7 @@ def test_globs_in_folder_names(texts):
     for folder in ("x/one", "x/two"):
         Path(folder).mkdir(parents=True)
         Path(folder, "in.txt").write_text(text, encoding="utf-8")
-    config = Config(input_file=(Path("x/*/in.txt"),), threads=1, seq_len=16).resolved()
+    config = decide(dict(input_file=(Path("x/*/in.txt"),), threads=1, seq_len=16))
     assert load_corpus(config, load_tokenizer()).tokens.tolist().count(50_256) == 1
 
 
@@ -418,7 +418,7 @@ def test_bytes_between_documents_are_no_text(texts):
     for number in range(40):
         (many / f"{number}.txt").write_text(f"Line {number}.\n", encoding="utf-8")
     for flags in (dict(val_fraction=0.5), dict(val_file=(many,))):
-        config = Config(input_file=(many,), threads=1, seq_len=4, **flags).resolved()
+        config = decide(dict(input_file=(many,), threads=1, seq_len=4, **flags))
         corpus = load_corpus(config, load_tokenizer())
         size = sum(path.stat().st_size for path in many.glob("*.txt"))
         n_tokens = 40 * 5 - 1 if flags.get("val_file") else len(corpus.val_tokens) + len(corpus.tokens)
@@ -431,7 +431,7 @@ def test_a_large_text_needs_no_number_of_threads(texts, tokenizer, monkeypatch):
     Path("b/two.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr("parts.corpus.SMALL_TEXT", 100)
     monkeypatch.setattr("parts.text.CHUNK", 50)
-    config = Config(input_file=(Path("b/two.txt"),), threads=None, seq_len=16).resolved()
+    config = decide(dict(input_file=(Path("b/two.txt"),), threads=None, seq_len=16))
     assert config.threads is None
     found = load_corpus(config, tokenizer).tokens
     assert isinstance(found, np.memmap), "encoded on all cores, into a file"
@@ -440,7 +440,7 @@ def test_a_large_text_needs_no_number_of_threads(texts, tokenizer, monkeypatch):
 
 def test_bytes_per_token_are_those_of_the_part_that_is_trained_on(texts):
     Path("mix.txt").write_text("Plain English words here. " * 200 + "漢字仮名交り文" * 400, encoding="utf-8")
-    config = Config(input_file=(Path("mix.txt"),), max_tokens=500, seq_len=16).resolved()
+    config = decide(dict(input_file=(Path("mix.txt"),), max_tokens=500, seq_len=16))
     assert load_corpus(config, load_tokenizer()).bytes_per_token == pytest.approx(26 / 5, rel=0.01)
 
 

@@ -11,9 +11,10 @@ from conftest import log_text
 
 import train
 from parts.checkpoint import Progress
-from parts.config import VOCAB_SIZE, Config
+from parts.config import VOCAB_SIZE
 from parts.corpus import Corpus
 from parts.files import RunDir
+from parts.recipe import decide
 
 
 @pytest.fixture
@@ -135,9 +136,9 @@ def test_learning_rate_without_warmup_starts_at_the_peak(config):
 
 
 def test_default_warmup_is_a_small_part_of_the_run():
-    for steps, muon, adamw in ((5, 0, 0), (100, 3, 10), (3_000, 100, 200), (10**6, 200, 200)):
+    for steps, muon, adamw in ((5, 0, 0), (100, 3, 10), (3_000, 100, 300)):
         for optimizer, warmup in (("muon", muon), ("adamw", adamw)):
-            assert Config(steps=steps, optimizer=optimizer).resolved().warmup_steps == warmup
+            assert decide(dict(steps=steps, optimizer=optimizer)).warmup_steps == warmup
 
 
 def test_the_rate_moves_once_per_step_whatever_the_accumulation(config, corpus):

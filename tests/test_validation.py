@@ -18,6 +18,7 @@ import update_readme
 from parts.checkpoint import Progress, load_checkpoint
 from parts.config import VOCAB_SIZE, Config
 from parts.corpus import Corpus, load_corpus
+from parts.recipe import decide
 from parts.report import plan
 from parts.runs import overfitting, read_run
 from parts.text import load_tokenizer
@@ -201,8 +202,8 @@ def test_what_cannot_be_validated_is_refused(here, capsys, flags, message):
 )
 def test_the_steps_of_a_pass(n_tokens, flags, steps):
     corpus = Corpus(np.broadcast_to(np.uint16(0), n_tokens), "made up", n_tokens, 3.3)
-    config = Config(**flags).resolved()
-    text = "\n".join(plan(config, corpus, {}, 0.1, Progress()))
+    config = decide(dict(**flags))
+    text = "\n".join(plan(config, corpus, 0.1, Progress()))
     assert f"a pseudo-epoch of {n_tokens:,} tokens is {steps}" in text
     planned = config.steps * config.batch_size * config.grad_accum * config.seq_len
     assert f"{planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs" in text

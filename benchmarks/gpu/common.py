@@ -87,7 +87,7 @@ def at_most(value: float, limit: float) -> str:
 def trainer_of(options: Options, *flags: str) -> train.Trainer:
     """A trainer on the card, as the command line would make it."""
     config = parse_config([f"--input_file={options.input_file}", f"--device={options.device}", *flags])
-    config, _ = choose_runtime(config, None)
+    config = choose_runtime(config, None)
     configure_torch(config)
     trainer = train.Trainer(config, load_corpus(config, load_tokenizer()), None)
     if config.amp == "fp16":

@@ -37,21 +37,23 @@ from benchmarks.gpu.common import (
 )
 from benchmarks.torture import differences
 from parts.commandline import parse_config
-from parts.config import Config
+from parts.config import From
 from parts.kernels import HeadLoss
 from parts.machine import choose_runtime
+from parts.recipe import decide
 
 
 @check("numerics", "what auto chooses for the default run")
 def choices(options: Options, here: Path) -> str:
-    config, reasons = choose_runtime(parse_config([f"--input_file={options.input_file}"]), None)
-    return "; ".join(f"{name} {getattr(config, name)} ({reason})" for name, reason in reasons.items())
+    config = choose_runtime(parse_config([f"--input_file={options.input_file}"]), None)
+    chosen = {name: origin for name, origin in config.origins.items() if origin.source == From.MACHINE}
+    return "; ".join(f"{name} {getattr(config, name)} ({origin.reason})" for name, origin in chosen.items())
 
 
 @check("numerics", "fp32 logits of GPT-2 124M against the CPU's, largest difference")
 def logits(options: Options, here: Path) -> str:
     torch.set_float32_matmul_precision("highest")
-    model = train.GPT(Config().resolved())
+    model = train.GPT(decide({}))
     tokens = torch.randint(0, 50_257, (2, 512), generator=torch.Generator().manual_seed(0))
     with train.evaluating(model):
         expected = model(tokens)
@@ -206,7 +208,7 @@ def deterministic(options: Options, here: Path) -> str:
 @check("numerics", "greedy text with and without the cache")
 def greedy(options: Options, here: Path) -> str:
     torch.set_float32_matmul_precision("highest")
-    model = train.GPT(Config().resolved()).to(options.device)
+    model = train.GPT(decide({})).to(options.device)
     tokens = torch.randint(0, 50_257, (2, 8), generator=torch.Generator().manual_seed(0))
     (found, _) = train.generate(
         model, tokens.tolist(), 100, context=1024, temperature=0.0, top_k=0, generators=[torch.Generator()] * 2

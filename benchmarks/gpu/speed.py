@@ -12,8 +12,8 @@ import torch
 from benchmarks.gpu.common import ROOT, LeftOut, Options, check, needs_card, run, trainer_of
 from benchmarks.throughput import Options as Shape
 from benchmarks.throughput import nanogpt, ours
-from parts.config import Config
 from parts.files import read_json
+from parts.recipe import decide
 
 
 @check("speed", "the default recipe, from launch to target", seconds=300)
@@ -60,7 +60,7 @@ def throughput(options: Options, shape: Shape, step_of: Callable[[], Callable[[]
     torch.cuda.reset_peak_memory_stats()
     seconds = seconds_of(step_of(), 20)
     tokens_per_sec = shape.batch_size * shape.seq_len / seconds
-    share = 6 * Config().resolved().n_params * tokens_per_sec / rate
+    share = 6 * decide({}).n_params * tokens_per_sec / rate
     return (
         f"{tokens_per_sec:,.0f} tokens a second, {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, "
         f"{100 * share:.0f} % of the {rate / 1e12:.0f} TFLOP/s of large bf16 products"

@@ -1,0 +1,119 @@
+"""Where a value comes from: a default that is typed changes nothing but its origin; the recipe follows the text."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from conftest import log_text
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parts.commandline import parse_config
+from parts.config import PRESETS, Config, Flags, From, Origin
+from parts.machine import choose_runtime
+from parts.recipe import TINY_SHAKESPEARE, Text, decide
+
+TEXTS = [Text(30_000, 8_697), Text(110_000, 33_802), TINY_SHAKESPEARE, Text(3_000_000, 1_363_724)]
+CHANGES = [{}, {"optimizer": "adamw"}, {"seq_len": 64}, {"batch_size": 2}, {"input_file": (Path("a.txt"),)}]
+
+
+def words(name: str, value: object) -> list[str]:
+    """How a flag is given this value on a command line; no words for what cannot be typed."""
+    if value is None or value is False or value == ():
+        return []
+    return [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_a_default_that_is_typed_changes_nothing_but_its_origin(preset, text, changes):
+    asked = {"preset": preset, "device": "cpu"} | changes
+    config = decide(asked, text, machine=choose_runtime)
+    for name in (field.name for field in fields(Flags)):
+        value = getattr(config, name)
+        if not words(name, value):
+            continue
+        typed = decide(asked | {name: value}, text, machine=choose_runtime)
+        assert typed == config, name
+        assert typed.origins | {name: config.origins[name]} == config.origins
+        assert value in ("", "auto") or typed.origins[name] == Origin(From.TYPED)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_so_it_is_on_the_command_line(preset):
+    config = parse_config([f"--preset={preset}"])
+    for name in (field.name for field in fields(Flags)):
+        argv = words(name, getattr(config, name))
+        assert not argv or parse_config([f"--preset={preset}", *argv]) == config, argv
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "steps": st.integers(1, 10**6), "lr": st.floats(1e-6, 1), "seq_len": st.integers(1, 128),
+            "batch_size": st.integers(1, 64), "optimizer": st.sampled_from(["muon", "adamw"]),
+            "warmup_steps": st.integers(0, 10**6), "mixed_steps": st.integers(0, 10**6), "dropout": st.floats(0, 0.9),
+        },
+    ),
+    st.sampled_from(TEXTS),
+)  # fmt: skip
+def test_a_run_that_goes_on_without_flags_has_the_flags_it_had(typed, text):
+    config = replace(decide(typed, text), out_dir=Path("run"))
+    again = decide({}, text, previous=config)
+    assert again == config
+    assert {name for name, origin in again.origins.items() if origin.source == From.RUN} == {*typed, "preset"}
+    assert decide({}, text, previous=again).origins == again.origins
+
+
+def test_what_followed_from_other_flags_follows_them_when_they_change():
+    before = decide(dict(steps=100, lr=1e-3, out_dir=Path("run")))
+    after = decide(dict(steps=200), previous=before)
+    assert (after.decay_steps, after.warmup_steps, after.mixed_steps, after.lr) == (200, 6, 160, 1e-3)
+    typed = decide(dict(steps=100, decay_steps=90))
+    assert decide(dict(steps=200), previous=typed).decay_steps == 90
+    assert decide(dict(optimizer="adamw"), previous=before).lr == 1e-3, "typed once"
+
+
+def test_what_was_decided_is_not_decided_again_by_a_newer_program(monkeypatch):
+    before = decide({}, TEXTS[1])
+    monkeypatch.setattr("parts.recipe.LAW_TOKENS", 1e9)
+    assert decide({}, TEXTS[1], previous=before) == before
+    assert decide({}, TEXTS[1]).steps > before.steps
+    unknown = Config.from_dict(before.as_dict())  # as a checkpoint of an older program
+    assert decide({}, TEXTS[1], previous=unknown) == before
+
+
+def test_another_preset_brings_its_own_flags():
+    before = decide(dict(preset="small", lr=1e-3))
+    assert decide(dict(preset="gpt2"), previous=before).n_layer == 12
+    assert decide(dict(preset="small"), previous=before).lr == 1e-3
+
+
+def test_origins_go_through_a_checkpoint():
+    config = decide(dict(steps=5, device="cpu"), machine=choose_runtime)
+    again = Config.from_dict(config.as_dict(), config.origins_as_dict())
+    assert again == config and again.origins == config.origins
+
+
+def test_longer_texts_take_more_steps_and_fewer_passes():
+    steps = [decide({}, text).steps for text in TEXTS]
+    passes = [count * 4096 / text.n_tokens for count, text in zip(steps, TEXTS, strict=True)]
+    assert steps == sorted(steps) and passes == sorted(passes, reverse=True)
+    halved = decide(dict(batch_size=16), TEXTS[2])
+    assert abs(halved.steps - 2 * steps[2]) <= 1
+
+
+def test_a_run_directory_alone_says_all_that_was_typed(launch, capsys):
+    assert launch("run", "--steps=4", "--lr=0.01", "--dropout=0.1") == 0
+    import train
+
+    assert train.main(["--out_dir=run"]) == 0
+    assert "Already finished: all steps up to 4 are done" in capsys.readouterr().out
+    assert train.main(["--out_dir=run", "--steps=8"]) == 0
+    text = log_text(Path("run"))
+    assert "Changed from here on: --steps 4 -> 8, --decay_steps 4 -> 8" in text
+    (line,) = (line for line in text.splitlines() if "Kept from the run so far: " in line)
+    for words in ("lr 0.01", "dropout 0.1", "n_layer 2", "tokenizer bpe:257"):
+        assert words in line
