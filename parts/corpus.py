@@ -5,16 +5,18 @@ then memory-mapped: memory does not grow with the text. The ids are those of the
 is cut only where the vocabularies' pattern never joins two characters.
 """
 
+import bz2
 import hashlib
 import json
 import logging
+import lzma
 import math
 import os
 import re
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -49,6 +51,7 @@ class Corpus:
     val_bytes_per_token: float = math.nan
     val_sha256: str = ""  # of --val_file
     n_files: int | None = None  # of the text; None where it is one file, named as such
+    yardstick: tuple[str, float] | None = None  # a compressor, and the bits per byte it makes of the held-out text
 
     @property
     def floor_is_an_estimate(self) -> bool:
@@ -82,14 +85,31 @@ def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
     tokens.flags.writeable = False
     vocabulary = getattr(tokenizer, "content", "")
     validation = val_tokens, val_bytes_per_token, val_sha256
-    return Corpus(tokens, sha256, len(whole), n_bytes / len(whole), vocabulary, *validation, n_files)
+    best = None if val_tokens is None else compressed(tokens, val_tokens, tokenizer)
+    return Corpus(tokens, sha256, len(whole), n_bytes / len(whole), vocabulary, *validation, n_files, best)
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {"lzma": lzma.compress, "bz2": bz2.compress}
+BEFORE, HELD_OUT = 2**20, 2**18  # tokens of the text that a compressor sees, and of the text it is measured on
+
+
+def compressed(tokens: np.ndarray, val_tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[str, float]:
+    """The best of Python's compressors, and the bits per byte that the held-out text adds behind the other."""
+    known, new = text_of(tokens[-BEFORE:], tokenizer), text_of(val_tokens[:HELD_OUT], tokenizer)
+    added = {name: len(pack(known + new)) - len(pack(known)) for name, pack in COMPRESSORS.items()}
+    best = min(added, key=lambda name: added[name])
+    return best, 8 * added[best] / max(1, len(new))
+
+
+def text_of(tokens: np.ndarray, tokenizer: Tokenizer) -> bytes:
+    """UTF-8 of these tokens, without the marks between documents."""
+    return tokenizer.decode([token for token in tokens.tolist() if token != tokenizer.eot_token]).encode()
 
 
 def bytes_per_token(tokens: np.ndarray, tokenizer: Tokenizer) -> float:
     """Bytes of text for each of the first million tokens; what stands between documents is no text."""
-    start = tokens[: 10**6].tolist()
-    text = tokenizer.decode([token for token in start if token != tokenizer.eot_token])
-    return len(text.encode()) / max(1, len(start))
+    start = tokens[: 10**6]
+    return len(text_of(start, tokenizer)) / max(1, len(start))
 
 
 def read_tokens(

@@ -18,6 +18,7 @@ from parts.config import Config, From, names
 from parts.corpus import Corpus, smallest_seq_len
 from parts.files import gigabytes
 from parts.machine import cpu_only_hint
+from parts.recipe import Text, usual_steps
 
 STUCK_AFTER = 200  # steps after warm-up by which a healthy run is far below ln V
 
@@ -61,7 +62,7 @@ def plan(config: Config, corpus: Corpus, floor: float, progress: Progress) -> li
         f"{c.block_size} positions, vocabulary {c.vocab_size})",
         f"Corpus: {names(c.input_file)}{files}, {part} tokens ({corpus.bytes_per_token:.3f} bytes each), "
         f"sha256 {corpus.sha256[:16]}",
-        *([] if corpus.val_tokens is None else [f"Validation: {len(corpus.val_tokens):,} tokens, never trained on"]),
+        *validation_lines(corpus),
         f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
         f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps",
         *([slices_line(c)] if c.mixed_steps else []),
@@ -71,6 +72,16 @@ def plan(config: Config, corpus: Corpus, floor: float, progress: Progress) -> li
         f"{c.seq_len}: {floor:.4f}{' (an estimate)' * corpus.floor_is_an_estimate}; {target}",
         *origin_lines(c),
     ]
+
+
+def validation_lines(corpus: Corpus) -> list[str]:
+    """How much text is held out, and how well a compressor predicts it."""
+    if corpus.val_tokens is None:
+        return []
+    line = f"Validation: {len(corpus.val_tokens):,} tokens, never trained on"
+    if corpus.yardstick is not None:
+        line += "; {} makes {:.3f} bits per byte of them".format(*corpus.yardstick)
+    return [line]
 
 
 def origin_lines(config: Config) -> list[str]:
@@ -113,6 +124,11 @@ def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
             f"--mixed_steps {c.mixed_steps} leaves {whole} steps with whole slices, fewer than --target_window "
             f"{c.target_window}: the target cannot be reached"
         )
+    usual = usual_steps(c, Text(0, len(corpus.tokens)))
+    chosen = c.origins["steps"].source if "steps" in c.origins else From.DEFAULT
+    if c.target_loss and chosen in (From.TYPED, From.RUN) and not usual / 2 <= c.steps <= 2 * usual:
+        passes = (count * c.tokens_per_step / len(corpus.tokens) for count in (c.steps, usual))
+        found.append("{:,.3g} passes over this text; about {:,.3g} are usual (--steps {})".format(*passes, usual))
     if c.min_lr == 0 and c.decay_steps < c.steps:
         found.append(
             f"The learning rate is 0 from step {c.decay_steps:,} on, and nothing is learned any more: raise "
@@ -124,8 +140,8 @@ def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
         found.append(hint)
     if c.device == "cpu" and c.n_params > 100e6:
         found.append(
-            f"{c.n_params / 1e6:.0f}M parameters take hours to days on a CPU: --dry_run measures it; --preset small "
-            "has 45M, and --preset demo takes less than a minute"
+            f"{c.n_params / 1e6:.0f}M parameters take hours to days on a CPU, except on a short text: --dry_run "
+            "measures it; --preset write learns to write new text from yours in minutes"
         )
     return found
 

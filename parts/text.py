@@ -66,7 +66,7 @@ def choose_tokenizer(config: Config, checkpoint: dict | None) -> Tokenizer:
     if checkpoint is not None and checkpoint["tokenizer"].get("name") == config.tokenizer and (learned or not read):
         return saved_tokenizer(checkpoint)
     if learned:
-        content = train_vocabulary(config.input_file, int(config.tokenizer[4:]))
+        content = train_vocabulary(config.input_file, int(config.tokenizer[4:]), 1 - config.val_fraction)
     elif Path(config.tokenizer).is_file():
         content = Path(config.tokenizer).read_text(encoding="utf-8", errors="replace")
     else:
@@ -352,8 +352,10 @@ class TextYieldsFewer(ValueError):
         self.n_vocab = n_vocab
 
 
-def train_vocabulary(inputs: Sequence[Path], n_vocab: int) -> str:
+def train_vocabulary(inputs: Sequence[Path], n_vocab: int, part: float = 1.0) -> str:
     """A byte-level BPE of so many tokens, learned from these texts, as the content of a tokenizer.json.
+
+    Only the first `part` of the bytes is looked at: words of a text that is held out would be known otherwise.
 
     Raises FileNotFoundError or ValueError; `TextYieldsFewer` when the texts do.
     """
@@ -374,9 +376,15 @@ def train_vocabulary(inputs: Sequence[Path], n_vocab: int) -> str:
     with tqdm(total=total, unit="B", unit_scale=True, desc="Learning", dynamic_ncols=True, disable=None) as bar:
 
         def texts() -> Iterator[str]:
+            left = round(total * part)
             for path in files:
                 with open(path, "rb") as file:
-                    yield from pieces(file, str(path), lambda data: bar.update(len(data)))
+                    for piece in pieces(file, str(path), lambda data: bar.update(len(data))):
+                        data = piece.encode()
+                        yield data[:left].decode("utf-8", "ignore")
+                        left -= len(data)
+                        if left <= 0:
+                            return
 
         tokenizer.train_from_iterator(texts(), trainer)
     if (found := tokenizer.get_vocab_size()) != n_vocab:

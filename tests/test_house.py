@@ -25,7 +25,7 @@ PARTS = {
     "corpus": {"text", "files", "config"},
     "checkpoint": {"files", "machine", "config"},
     "commandline": {"recipe", "config"},
-    "report": {"checkpoint", "machine", "corpus", "files", "config"},
+    "report": {"checkpoint", "machine", "corpus", "files", "recipe", "config"},
     "steplog": {"report", "checkpoint", "corpus", "files", "config"},
     "setup": {"report", "checkpoint", "corpus", "text", "machine", "files", "commandline", "recipe", "config"},
 }

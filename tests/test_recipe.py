@@ -1,17 +1,23 @@
 """Where a value comes from: a default that is typed changes nothing but its origin; the recipe follows the text."""
 
+import lzma
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import log_text
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train
 from parts.commandline import parse_config
 from parts.config import PRESETS, Config, Flags, From, Origin
+from parts.corpus import Corpus, compressed, text_of
 from parts.machine import choose_runtime
 from parts.recipe import TINY_SHAKESPEARE, Text, decide
+from parts.report import forebodings
+from parts.text import OwnVocabulary, train_vocabulary
 
 TEXTS = [Text(30_000, 8_697), Text(110_000, 33_802), TINY_SHAKESPEARE, Text(3_000_000, 1_363_724)]
 CHANGES = [{}, {"optimizer": "adamw"}, {"seq_len": 64}, {"batch_size": 2}, {"input_file": (Path("a.txt"),)}]
@@ -107,8 +113,6 @@ def test_longer_texts_take_more_steps_and_fewer_passes():
 
 def test_a_run_directory_alone_says_all_that_was_typed(launch, capsys):
     assert launch("run", "--steps=4", "--lr=0.01", "--dropout=0.1") == 0
-    import train
-
     assert train.main(["--out_dir=run"]) == 0
     assert "Already finished: all steps up to 4 are done" in capsys.readouterr().out
     assert train.main(["--out_dir=run", "--steps=8"]) == 0
@@ -117,3 +121,45 @@ def test_a_run_directory_alone_says_all_that_was_typed(launch, capsys):
     (line,) = (line for line in text.splitlines() if "Kept from the run so far: " in line)
     for words in ("lr 0.01", "dropout 0.1", "n_layer 2", "tokenizer bpe:257"):
         assert words in line
+
+
+def warnings_of(steps: int, n_tokens: int, **flags) -> list[str]:
+    config = decide(dict(steps=steps, device="cuda", **flags), Text(3 * n_tokens, n_tokens))
+    corpus = Corpus(np.broadcast_to(np.uint16(0), n_tokens), "made up", n_tokens)
+    return [line for line in forebodings(config, corpus, 0.01) if "passes over this text" in line]
+
+
+def test_steps_far_from_the_usual_are_warned_of():
+    usual = decide({}, TEXTS[0]).steps
+    (many,) = warnings_of(1220, 8_697)
+    passes = f"{usual * 4096 / 8_697:.3g}"
+    assert many == f"575 passes over this text; about {passes} are usual (--steps {usual})"
+    (few,) = warnings_of(20, 338_025)
+    assert few.startswith("0.242 passes over this text; about ")
+    assert warnings_of(usual, 8_697) == warnings_of(int(1.5 * usual), 8_697) == []
+    assert warnings_of(1220, 8_697, target_loss=0.0) == [], "another goal"
+
+
+def test_a_vocabulary_is_not_learned_from_the_text_that_is_held_out(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a cat sat on a mat. " * 100 + "zzyzx " * 150, encoding="utf-8")
+    whole, part = (OwnVocabulary(train_vocabulary([path], 265, share), "it") for share in (1.0, 0.6))
+    assert len(whole.encode_ordinary(" zzyzx")) < len(part.encode_ordinary(" zzyzx")) == len(" zzyzx")
+
+
+def test_what_a_compressor_makes_of_the_held_out_text(tokenizer):
+    words = np.array(tokenizer.encode_ordinary("It is what it is, said the cat. " * 40))
+    random = np.random.default_rng(0).integers(0, 50_000, 300)
+    known, unknown = (compressed(words, held_out, tokenizer) for held_out in (words[:300], random))
+    assert known[0] in ("lzma", "bz2") and known[1] < 1 < 4 < unknown[1]
+    expected = len(lzma.compress(text_of(words, tokenizer) + text_of(random, tokenizer)))
+    expected -= len(lzma.compress(text_of(words, tokenizer)))
+    assert unknown[1] <= 8 * expected / len(text_of(random, tokenizer))
+
+
+def test_the_plan_names_what_was_decided_and_the_yardstick(launch, capsys):
+    assert launch("run", "--val_fraction=0.2", "--seq_len=8", "--batch_size=4", "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert "makes" in said and "bits per byte of them" in said
+    assert "From other flags: lr 0.0035 (with muon); beta2 0.99 (with muon); decay_steps 8 (the last step)" in said
+    assert "mixed_steps 6 (80% of the steps)" in said
