@@ -397,11 +397,23 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, g
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def corpus_loss(model: GPT, tokens: np.ndarray, config: Config, n_slices: int) -> tuple[float, float]:
-    """Mean loss over random slices drawn for this alone, and its standard error, in nats per token."""
-    starts = slice_starts(config.seed, EVALUATION_STREAM, n_slices, len(tokens) - config.seq_len)
-    losses = slice_losses(model, take_slices(tokens, starts, config.seq_len), config)
-    return losses.mean().item(), (losses.std() / math.sqrt(n_slices)).item()
+def corpus_losses(
+    model: GPT,
+    tokens: np.ndarray,
+    config: Config,
+    step: int,
+    first: int,
+    end: int,
+) -> torch.Tensor:
+    """Losses, float64 (end - first,), nats per token, of slices number `first` to `end` - 1 of the
+    random ones that are drawn for the measurement after this step alone."""
+    starts = slice_starts(config.seed, EVALUATION_STREAM + step, end, len(tokens) - config.seq_len)
+    return slice_losses(model, take_slices(tokens, starts[first:], config.seq_len), config)
+
+
+def mean_and_error(losses: torch.Tensor) -> tuple[float, float]:
+    """The mean of independent losses, and its standard error."""
+    return losses.mean().item(), (losses.std() / math.sqrt(len(losses))).item()
 
 
 def validation_loss(model: GPT, tokens: np.ndarray, config: Config) -> float:
@@ -428,6 +440,8 @@ def slice_losses(model: GPT, slices: torch.Tensor, config: Config) -> torch.Tens
 # Trainer
 # ---------------------------------------------------------------------------------------------
 
+LOOK = 128  # slices of the first look at the corpus loss; each further look has twice as many
+EXACT = 0.015  # of the target: a standard error that needs no further look
 MAX_SKIPPED_IN_A_ROW = 20  # fp16 skips a few steps while it looks for its scale; 20 mean it is lost
 
 
@@ -459,18 +473,7 @@ class Trainer:
         if self.scaler.is_enabled() and checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.progress = replace(Progress(**checkpoint["progress"]), skipped_in_a_row=0)
-        self._drop_incomparable(Config.from_dict(checkpoint["config"]))
-
-    def _drop_incomparable(self, before: Config) -> None:
-        """Losses of slices of other lengths do not compare: the window, and the best of such windows, begin anew."""
-        p, config = self.progress, self.config
-        lengths = config.slice_lengths(p.step + 1)
-        if p.step and before.slice_lengths(p.step) != lengths:
-            slices = f"slices of {report.lengths(lengths)} tokens"
-            log.info(f"From step {p.step + 1:,} on, {slices}; window_loss begins anew")
-            p.recent_losses = []
-            if not config.validates:
-                p.forget_best()
+        self.progress.forget_incomparable(Config.from_dict(checkpoint["config"]), self.config)
 
     def state(self) -> dict:
         """What `_restore` takes over, and the flags and facts that tell whether it may."""
@@ -547,7 +550,8 @@ class Trainer:
         return [part.to(self.device) for part in parts]
 
     def accumulate(self, step: int, slices: list[torch.Tensor]) -> torch.Tensor:
-        """Gradients of the mean loss over these slices, and that loss, a scalar on the device.
+        """Gradients of the mean loss over all tokens of these slices. Returned is the mean loss of
+        the whole slices among them, a scalar on the device: 0 without any.
 
         When memory runs out, the micro-batch shrinks to the next smaller divisor of the global batch:
         the same slices, and to rounding the same gradients.
@@ -575,26 +579,36 @@ class Trainer:
             seeds = random_words(self.config.seed, DROPOUT_STREAM + step, self.ranks.count)
             torch.manual_seed(int(seeds[self.ranks.rank]))
         n_tokens = sum(part[:, 1:].numel() for part in slices)
+        n_whole = sum(part[:, 1:].numel() for part in slices if self._are_whole(part))
         mean = torch.zeros((), device=self.device)
         for micro_batch in chain.from_iterable(micro_batches(part, at_once * self.config.seq_len) for part in slices):
             inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]
             with autocast(self.config):
                 loss = self.forward(inputs, targets)
-            loss = loss / (n_tokens / targets.numel())  # the step's is the mean over all its tokens
-            self.scaler.scale(loss).backward()
-            mean += loss.detach()
+            share = loss / (n_tokens / targets.numel())  # learned from is the mean over all tokens
+            self.scaler.scale(share).backward()
+            if self._are_whole(micro_batch):
+                mean += loss.detach() / (n_whole / targets.numel())
         return mean
+
+    def _are_whole(self, slices: torch.Tensor) -> bool:
+        return slices.shape[1] == self.config.seq_len + 1
 
     def update(self) -> tuple[float, float, float]:
         """One optimizer update. Returns loss (before the update), gradient norm (before clipping), rate.
+
+        The loss is that of the step's whole slices, in a mixed step too: so all steps compare.
 
         A step whose loss or gradient is not finite leaves all weights and all of the optimizer alone;
         too many in a row raise TrainingFailed.
         """
         config, p, step = self.config, self.progress, self.progress.step + 1
-        self._drop_incomparable(config)
         p.trained_context = max(p.trained_context, config.seq_len)
-        loss = self.accumulate(step, self.slices(step))
+        slices = self.slices(step)
+        n_whole = sum(len(part) for part in slices if self._are_whole(part))
+        # So that the mean over the ranks is that of all whole slices: a rank may have none.
+        weight = n_whole * self.ranks.count / config.whole_slices(step)
+        loss = self.accumulate(step, slices) * weight
         self.ranks.average([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
@@ -659,13 +673,50 @@ class Trainer:
             )
         return prompt, ["".join(whole_characters(tokenizer, output)) for output in outputs]
 
-    def measure_corpus_loss(self) -> report.Measured:
-        """Corpus loss, its standard error and its slices: a tenth of those trained, but 64 to 1,024."""
-        n_slices = min(1024, max(64, self.progress.tokens // self.config.seq_len // 10))
-        log.info(f"Measuring the corpus loss on {n_slices:,} random slices ...")
-        measured = *corpus_loss(self.model, self.corpus.tokens, self.config, n_slices), n_slices
-        log.info(report.corpus_loss_line(measured, self.corpus))
-        return measured
+    def check_target(self) -> None:
+        """Measure whether the target is reached, once window_loss says so: a few steps in a row
+        are no fair sample of the text, so that their mean alone proves nothing."""
+        p = self.progress
+        if not p.check_is_due(self.config):
+            return
+        self.measure_corpus_loss()
+        if not p.corpus_reached(self.config):
+            p.note_failed_check(self.config)
+            log.info(report.failed_check_line(p, self.config))
+
+    def measure_corpus_loss(
+        self,
+        at_end: bool = False,
+        interruption: Interruption | None = None,
+    ) -> bool:
+        """Measure the mean loss over random slices drawn for this step alone, into the progress.
+
+        There are a tenth as many as were trained, but 64 to 4,096; fewer when the loss clearly is
+        above the target, or exact enough. At the end there are at least a tenth, but 64 to 1,024.
+        Returns False, and notes nothing, when a signal breaks it off.
+        """
+        c, p = self.config, self.progress
+        tenth = max(64, p.tokens // c.seq_len // 10)
+        usual, most = min(1024, tenth), min(4096, tenth)
+        if not c.target_loss or c.one_low_step_is_enough:
+            most = usual
+        n_slices = usual if at_end else min(LOOK, most)
+        losses = torch.zeros(0, dtype=torch.float64)
+        while True:
+            while len(losses) < n_slices:
+                if interruption is not None and interruption.signal:
+                    return False
+                first, end = len(losses), min(len(losses) + LOOK, n_slices)
+                chunk = corpus_losses(self.model, self.corpus.tokens, c, p.step, first, end)
+                losses = torch.cat([losses, chunk])
+            mean, error = mean_and_error(losses)
+            is_above = mean - 2 * error > c.target_loss
+            if n_slices == most or is_above or error <= EXACT * c.target_loss:
+                break
+            n_slices = min(2 * n_slices, most)
+        p.corpus_loss, p.corpus_loss_error, p.corpus_loss_slices = mean, error, n_slices
+        p.corpus_step = p.step
+        return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -793,10 +844,10 @@ class Saver:
         if self.best is best:
             self.best = None
 
-    def _outcome(self, stop: str, measured: report.Measured | None = None, redraw: bool = True) -> list[Task]:
+    def _outcome(self, stop: str, redraw: bool = True) -> list[Task]:
         """config.json, results.json and the plot, as things stand now."""
         trainer = self.trainer
-        results = report.results(trainer.config, trainer.progress, trainer.corpus, self.floor, stop, measured)
+        results = report.results(trainer.config, trainer.progress, trainer.corpus, self.floor, stop)
 
         def write() -> None:
             self.write_config()
@@ -818,9 +869,9 @@ class Saver:
         except Exception as error:
             raise error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}") from error
 
-    def publish(self, stop: str, measured: report.Measured | None = None) -> None:
+    def publish(self, stop: str) -> None:
         """Write how the run stands, and wait until it is written."""
-        self.writer.start(self._outcome(stop, measured))
+        self.writer.start(self._outcome(stop))
         self.writer.finish()
 
     def rescue(self) -> None:
@@ -849,6 +900,7 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
         while not (end := trainer.ranks.largest(RUN_IS_OVER if p.stop_reason(config) else interruption.signal)):
             saver.writer.collect()
             loss, grad_norm, lr = trainer.update()
+            trainer.check_target()
             evaluates = config.validates and (p.step % config.eval_every == 0 or p.stop_reason(config))
             val_loss = trainer.evaluate() if evaluates else None
             if evaluates:
@@ -868,6 +920,12 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
             saver.refresh()
 
         stop = p.stop_reason(config) or signal.Signals(end).name
+        if stop in COMPLETE and not p.corpus_reached(config):
+            log.info("Measuring the corpus loss ...")
+            if trainer.measure_corpus_loss(at_end=True, interruption=interruption):
+                stop = p.stop_reason(config) or stop
+            else:
+                stop = signal.Signals(interruption.signal).name
         if stop in COMPLETE:
             if config.validates and p.val_step != p.step:
                 trainer.evaluate()
@@ -968,7 +1026,7 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
         begin(setup, trainer, saver)
         stop = train(trainer, saver, setup.tokenizer)
         if stop in COMPLETE:
-            saver.publish(stop, trainer.measure_corpus_loss())
+            saver.publish(stop)
         elif saver.saved_step:
             saver.publish("interrupted")
         if missing := run.missing():

@@ -306,20 +306,22 @@ def summary_section(run: Run, _readme: Path) -> str:
         rows.append(["corpus", cell(f"{corpus.get('file')}, {'?' if tokens is None else f'{tokens:,.0f}'} tokens")])
     rows.append(["outcome", outcome(run)])
     if r.get("target_loss") == 0:
-        rows.append(["target (window_loss)", "none"])
+        rows.append(["target", "none"])
     else:
-        add("target (window_loss)", "{:g} over {:.0f} steps", "target_loss", "target_window")
+        add("target", "{:g}", "target_loss")
+    add("window_loss", "{:.6f} (mean of the last {:.0f} steps)", "window_loss", "target_window")
+    corpus_loss = ("corpus_loss", "corpus_loss_standard_error", "corpus_loss_slices")
+    part = " of the training part" * (run.results.get("best_metric") == "val_loss")
+    measured = "{:.6f} ± {:.6f} (mean ± standard error, n = {:,.0f} random slices)"
+    add(f"corpus loss{part}", measured, *corpus_loss)
+    add("perplexity", "{:.4f}", "perplexity")
+    add("bits per byte", "{:.4f}", "bits_per_byte")
     metric = "val_loss" if run.results.get("best_metric") == "val_loss" else "window_loss"
     too_short = metric == "window_loss" and (r.get("best_step") or math.inf) < (r.get("target_window") or 0)
     in_bits = ["best_bits_per_byte"] * ("best_bits_per_byte" in r)
     words = "**{:.6f}** at step {:,.0f}" + ", {:.4f} bits per byte" * len(in_bits)
     add("mean loss of all steps" if too_short else f"best {metric}", words, "best_loss", "best_step", *in_bits)
     add("last step", "loss {:.6f} at step {:,.0f}", "final_loss", "final_step")
-    corpus_loss = ("corpus_loss", "corpus_loss_standard_error", "corpus_loss_slices")
-    part = " of the training part" * (metric == "val_loss")
-    add(f"corpus loss{part}", "{:.6f} ± {:.6f} (mean ± standard error, n = {:,.0f} random slices)", *corpus_loss)
-    add("perplexity", "{:.4f}", "perplexity")
-    add("bits per byte", "{:.4f}", "bits_per_byte")
     add("last val_loss", "{:.6f}, perplexity {:,.2f}", "val_loss", "val_perplexity")
     add("last validation bits per byte", "{:.4f}", "val_bits_per_byte")
     if (start := overfitting(run)) is not None:

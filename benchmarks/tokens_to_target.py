@@ -111,7 +111,8 @@ def run(recipe: dict, seed: int, options: Options, corpus: Corpus, name: str) ->
             reached = p.tokens
         if p.step % max(1, steps // 20) == 0:
             curve.append([p.tokens, round(window_loss, 5)])
-    corpus_loss, error = train.corpus_loss(trainer.model, corpus.tokens, config, 256)
+    losses = train.corpus_losses(trainer.model, corpus.tokens, config, 0, 0, 256)
+    corpus_loss, error = train.mean_and_error(losses)
     return {
         "recipe": name, "flags": recipe, "seed": seed, "fraction": options.fraction, "budget": options.tokens,
         "tokens_to_target": reached, **{f"seconds_to_{m}": milestones.get(m) for m in MILESTONES},

@@ -1,5 +1,6 @@
 """Each flag once: its type, range, default and help; what cannot be together; the presets."""
 
+import math
 import os
 import re
 import sys
@@ -275,6 +276,15 @@ class Config(Computed):
     def slice_lengths(self, step: int) -> tuple[int, ...]:
         """Tokens of the slices that a step trains on, of the shorter and of the whole ones."""
         return (self.seq_len // 4, self.seq_len) if step <= self.mixed_steps else (self.seq_len,)
+
+    def whole_slices(self, step: int) -> int:
+        """How many slices of a step are whole, those of all processes together."""
+        return math.ceil(self.global_batch / 4) if step <= self.mixed_steps else self.global_batch
+
+    @property
+    def one_low_step_is_enough(self) -> bool:
+        """Whether the classic rule holds: the first low step reaches the target, unchecked."""
+        return self.target_window == 1
 
     @property
     def n_params(self) -> int:

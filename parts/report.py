@@ -13,7 +13,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from parts.checkpoint import STATE_BYTES, WEIGHT_BYTES, Progress
+from parts.checkpoint import COMPLETE, STATE_BYTES, WEIGHT_BYTES, Progress
 from parts.config import Config, From, names
 from parts.corpus import Corpus, smallest_seq_len
 from parts.files import gigabytes
@@ -39,14 +39,56 @@ def lengths(tokens: tuple[int, ...]) -> str:
 
 
 def slices_line(config: Config) -> str:
-    """How long the slices of a run with mixed steps are, and from which step on its target can be reached."""
+    """How long the slices of a run with mixed steps are."""
     c = config
     line = f"Slices: {lengths(c.slice_lengths(1))} tokens long"
     if c.mixed_steps < c.steps:
         line += f" up to step {c.mixed_steps:,}, then {lengths(c.slice_lengths(c.steps))}"
-    if c.target_loss and (first := c.mixed_steps + c.target_window) <= c.steps:
-        line += f"; the target counts from step {first:,} on"
     return line
+
+
+def target_rule(config: Config) -> str:
+    """What has to be at or below the target for a run to stop."""
+    if config.one_low_step_is_enough:
+        return "by the classic rule: the first step at or below it, one alone"
+    return f"for the mean of {config.target_window} steps, and then for random slices"
+
+
+def on_random_slices(progress: Progress) -> str:
+    """How exact the measured corpus loss is."""
+    p = progress
+    return f"{p.corpus_loss_slices:,} random slices, standard error {p.corpus_loss_error:.6f}"
+
+
+def reached_line(progress: Progress, config: Config) -> str:
+    """By which loss the target was reached, and what the other one is."""
+    p, window_loss = progress, progress.window_loss(config)
+    if p.step_reached(config):
+        other = f"the loss on random slices is {p.corpus_loss:.6f} ({on_random_slices(p)})"
+        rule = f"(The classic rule: one step alone; {other}.)"
+        return f"Target reached: loss {window_loss:.6f} <= {config.target_loss}. Stopping. {rule}"
+    window = "no full window" if window_loss is None else f"window_loss {window_loss:.6f}"
+    found = f"({on_random_slices(p)}; {window})"
+    return f"Target reached: loss {p.corpus_loss:.6f} <= {config.target_loss}. Stopping. {found}"
+
+
+def failed_check_line(progress: Progress, config: Config) -> str:
+    """That the run goes on although window_loss is at the target."""
+    p = progress
+    return (
+        f"Step {p.step}: window_loss {p.window_loss(config):.6f} is at or below the target "
+        f"{config.target_loss}, but the loss on random slices is {p.corpus_loss:.6f} "
+        f"({on_random_slices(p)}). Going on."
+    )
+
+
+def missed_line(progress: Progress, config: Config) -> str:
+    """That all steps did not suffice."""
+    p = progress
+    return (
+        f"All {p.step} steps done; the loss on random slices is {p.corpus_loss:.6f}, "
+        f"above the target {config.target_loss}."
+    )
 
 
 def plan(config: Config, corpus: Corpus, floor: float, progress: Progress) -> list[str]:
@@ -55,7 +97,7 @@ def plan(config: Config, corpus: Corpus, floor: float, progress: Progress) -> li
     planned = progress.tokens + (c.steps - progress.step) * c.tokens_per_step
     part = f"the first {n_tokens:,} of {corpus.text_tokens:,}" if n_tokens < corpus.text_tokens else f"{n_tokens:,}"
     files = "" if corpus.n_files is None else f" ({corpus.n_files:,} file{'s' * (corpus.n_files > 1)})"
-    target = f"target {c.target_loss:g} as the mean of {c.target_window} steps" if c.target_loss else "no target"
+    target = f"target {c.target_loss:g}, {target_rule(c)}" if c.target_loss else "no target"
     return [
         f"Run directory: {c.out_dir}",
         f"Model: GPT-2, {c.n_params:,} parameters ({c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
@@ -118,11 +160,6 @@ def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
         found.append(
             f"--target_loss {c.target_loss:g} is below the floor {floor:.4f}: no model can reach it at --seq_len "
             f"{c.seq_len}; {way}"
-        )
-    if c.target_loss and c.mixed_steps and (whole := c.steps - c.mixed_steps) < c.target_window:
-        found.append(
-            f"--mixed_steps {c.mixed_steps} leaves {whole} steps with whole slices, fewer than --target_window "
-            f"{c.target_window}: the target cannot be reached"
         )
     usual = usual_steps(c, Text(0, len(corpus.tokens)))
     chosen = c.origins["steps"].source if "steps" in c.origins else From.DEFAULT
@@ -241,13 +278,11 @@ def ending(progress: Progress, config: Config, corpus: Corpus, stop_reason: str)
     """What there is to say about a run that came to its end."""
     p, lines = progress, []
     if stop_reason == "target":
-        lines.append(f"Target reached: loss {p.window_loss(config):.6f} <= {config.target_loss}. Stopping.")
+        lines.append(reached_line(p, config))
     elif stop_reason == "patience":
         lines.append(f"No lower validation loss in {config.patience} measurements. Stopping.")
-    elif config.target_loss and p.window_loss(config) is None:
-        lines.append(f"All {p.step} steps done; the target is a mean of {config.target_window}, so it was not met.")
     elif config.target_loss:
-        lines.append(f"All {p.step} steps done; window_loss is still above the target {config.target_loss}.")
+        lines.append(missed_line(p, config))
     else:
         lines.append(f"All {p.step} steps done.")
     if config.validates:
@@ -256,15 +291,13 @@ def ending(progress: Progress, config: Config, corpus: Corpus, stop_reason: str)
         overfits = p.val_loss > 1.01 * p.best_loss and (p.window_loss(config) or math.inf) < p.best_loss
         now = f"; it is {p.val_loss:.6f} now: from there on the model overfits, learning its text by heart"
         lines.append(f"{lowest}, {bits:.4f} bits per byte{now * overfits}")
-    return lines
+    return [*lines, corpus_loss_line(p, corpus)]
 
 
-Measured = tuple[float, float, int]  # the corpus loss, its standard error, the slices it was measured on
-
-
-def corpus_loss_line(measured: Measured, corpus: Corpus) -> str:
+def corpus_loss_line(progress: Progress, corpus: Corpus) -> str:
     """The corpus loss in words."""
-    mean, standard_error, n_slices = measured
+    p = progress
+    mean, standard_error, n_slices = p.corpus_loss, p.corpus_loss_error, p.corpus_loss_slices
     part = "" if corpus.val_tokens is None else " of the training part, with the last weights"
     return (
         f"Corpus loss {mean:.6f} +- {standard_error:.6f} (mean and standard error of {n_slices} random slices{part}), "
@@ -273,11 +306,16 @@ def corpus_loss_line(measured: Measured, corpus: Corpus) -> str:
 
 
 def results(
-    config: Config, progress: Progress, corpus: Corpus, floor: float, stop_reason: str, measured: Measured | None
+    config: Config,
+    progress: Progress,
+    corpus: Corpus,
+    floor: float,
+    stop_reason: str,
 ) -> dict:
-    """What results.json says."""
+    """What results.json says. The corpus loss is there at the end: checks are less exact."""
     c, p = config, progress
-    mean, standard_error, n_slices = measured or (None, None, None)
+    over = stop_reason in COMPLETE
+    mean = p.corpus_loss if over else None
     return {
         "stop_reason": stop_reason,
         "target_loss": c.target_loss,
@@ -292,8 +330,8 @@ def results(
         "final_step": p.step,
         "window_loss": p.window_loss(c),
         "corpus_loss": mean,
-        "corpus_loss_standard_error": standard_error,
-        "corpus_loss_slices": n_slices,
+        "corpus_loss_standard_error": p.corpus_loss_error if over else None,
+        "corpus_loss_slices": p.corpus_loss_slices if over else None,
         "perplexity": None if mean is None else perplexity(mean),
         "bits_per_byte": bits_per_byte(mean, corpus.bytes_per_token),
         "val_loss": p.val_loss if p.val_step else None,

@@ -226,5 +226,9 @@ def outcome(run: Run) -> str:
     how, step = state(run), latest(run, "step", "final_step")
     if how == "running":
         return "running, before its first row" if step is None else f"running, as of step {step:,.0f}"
-    missed = how == "steps" and (number(run.results, "target_loss") or 0) > 0
+    target = number(run.results, "target_loss") or 0
+    corpus_loss = number(run.results, "corpus_loss")
+    if how == "target" and corpus_loss is not None and corpus_loss > target:
+        return "target reached by window_loss alone"  # by the classic rule, or by an older train.py
+    missed = how == "steps" and target > 0
     return OUTCOMES.get(how, how) + ", target not reached" * missed

@@ -43,7 +43,9 @@ class Setup:
         if self.checkpoint is None:
             return True
         saved, config = self.checkpoint["config"], self.config
-        measure = ("val_fraction", "val_file", "seq_len" if config.validates else "target_window")
+        measure = ["val_fraction", "val_file", "seq_len"]
+        if not config.validates:
+            measure.append("target_window")
         same = all(saved[name] == config.as_dict()[name] for name in measure)
         return self.continues and same and self.checkpoint["val_sha256"] == self.corpus.val_sha256
 

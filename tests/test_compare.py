@@ -442,10 +442,25 @@ def test_how_a_run_stands(out):
     assert outcome(replace(run, results=run.results | {"final_step": 6})) == "running, as of step 8"
     assert outcome(replace(started, config={})) == "unknown", "a CSV alone"
     assert outcome(run) == "all steps done"
-    assert "| target (window_loss) | none |" in update_readme.summary_section(run, Path("README.md"))
+    assert "| target | none |" in update_readme.summary_section(run, Path("README.md"))
     aimed = replace(run, results=run.results | {"target_loss": 0.1})
     assert outcome(aimed) == "all steps done, target not reached"
-    assert "| target (window_loss) | 0.1 over 3 steps |" in update_readme.summary_section(aimed, Path("README.md"))
+    found = run.results
+    summary = update_readme.summary_section(aimed, Path("README.md"))
+    assert "| target | 0.1 |" in summary
+    assert f"| window_loss | {found['window_loss']:.6f} (mean of the last 3 steps) |" in summary
+    assert f"| corpus loss | {found['corpus_loss']:.6f} ± " in summary
+
+
+@pytest.mark.parametrize(
+    ("corpus_loss", "words"),
+    [(0.106, "target reached by window_loss alone"), (0.1, "target reached"), (None, "target reached")],
+)
+def test_a_target_that_random_slices_did_not_confirm_is_not_called_reached(out, corpus_loss, words):
+    """As of a run by the classic rule, or by a train.py that looked at window_loss only."""
+    run = read_run(out / "lr-3e-2")
+    results = {"stop_reason": "target", "target_loss": 0.1, "corpus_loss": corpus_loss}
+    assert outcome(replace(run, results=run.results | results)) == words
 
 
 @pytest.mark.slow

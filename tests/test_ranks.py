@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 FLAGS = [*TINY_FLAGS, "--input_file=input.txt", "--batch_size=4", "--grad_accum=2", "--amp=off", "--log_every=1"]
-FLAGS += ["--val_fraction=0.2", "--eval_every=3", "--lr=0.01"]
+FLAGS += ["--val_fraction=0.2", "--eval_every=3", "--lr=0.01", "--mixed_steps=2"]
 
 
 @pytest.fixture
@@ -86,6 +86,13 @@ def test_the_same_run_on_several_ranks(alone):
     # The run goes on alone, and is told to.
     assert train.main([*FLAGS, "--out_dir=shared", "--steps=10"]) == 0
     assert "Resuming from step 8" in log_text(Path("shared"))
+
+
+def test_a_target_that_the_first_rank_measures_ends_all(here):
+    ended = torchrun(2, "--out_dir=run", "--target_loss=99", "--steps=50")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
+    assert (results["stop_reason"], results["final_step"]) == ("target", 3)
 
 
 def test_checkpoints_move_between_numbers_of_ranks(alone):

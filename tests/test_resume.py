@@ -88,16 +88,17 @@ def test_on_cuda_in_deterministic_mode(launch, prompt_disk, break_off, amp):
 
 
 @pytest.mark.slow
-def test_a_run_killed_between_its_last_checkpoint_and_its_results(launch, monkeypatch):
+@pytest.mark.parametrize("killed_in", [(train.Trainer, "measure_corpus_loss"), (train.Saver, "publish")])
+def test_a_run_killed_between_its_last_step_and_its_results(launch, monkeypatch, killed_in):
     """Its samples must not be drawn twice, whatever step it ended at."""
     flags = ["--steps=7", "--sample_every=4"]
     assert launch("whole", *flags) == 0
 
-    def killed(_trainer):
+    def killed(*_arguments, **_options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "measure_corpus_loss", killed)
+        patch.setattr(*killed_in, killed)
         assert launch("parts", *flags) == 130
     assert launch("parts", *flags) == 0
     assert_same_run(Path("whole"), Path("parts"))

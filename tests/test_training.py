@@ -200,16 +200,22 @@ def test_window_loss_needs_a_full_window(config):
     assert progress.window_loss(config) == 2.0
 
 
-@pytest.mark.parametrize(("losses", "step", "reason"), [
-    ([0.5, 0.25, 0.25], 5, None),
-    ([0.25, 0.0, 0.5], 5, "target"),
-    ([0.0, 0.0], 5, None),
-    ([0.5, 0.5, 0.5], 8, "steps"),
-    ([0.25, 0.25, 0.25], 8, "target"),
+@pytest.mark.parametrize(("window", "losses", "step", "measured", "reason"), [
+    (3, [0.25, 0.0, 0.5], 5, {}, None),
+    (3, [0.25, 0.0, 0.5], 5, {"corpus_step": 4, "corpus_loss": 0.2}, None),
+    (3, [0.25, 0.0, 0.5], 5, {"corpus_step": 5, "corpus_loss": 0.26}, None),
+    (3, [0.25, 0.0, 0.5], 5, {"corpus_step": 5, "corpus_loss": 0.25}, "target"),
+    (3, [0.0, 0.0, 0.0], 8, {}, "steps"),
+    (3, [0.5, 0.5, 0.5], 8, {"corpus_step": 8, "corpus_loss": 0.25}, "target"),
+    (3, [0.5, 0.5, 0.5], 8, {"corpus_step": 8, "corpus_loss": 0.26}, "steps"),
+    (1, [0.25], 5, {}, "target"),
+    (1, [0.26], 5, {}, None),
 ])  # fmt: skip
-def test_stop_reason(config, losses, step, reason):
-    config = replace(config, target_loss=0.25, steps=8)
-    assert Progress(step=step, recent_losses=losses).stop_reason(config) == reason
+def test_stop_reason(config, window, losses, step, measured, reason):
+    """Random slices decide; with a window of one step, that step."""
+    config = replace(config, target_loss=0.25, target_window=window, steps=8)
+    progress = Progress(step=step, recent_losses=losses, **measured)
+    assert progress.stop_reason(config) == reason
 
 
 def test_best_is_the_lowest_window_with_the_weights_after_its_step(config, corpus, tmp_path):
@@ -230,11 +236,13 @@ def test_best_is_the_lowest_window_with_the_weights_after_its_step(config, corpu
 
 def test_corpus_loss_is_the_mean_over_slices_with_its_standard_error(config, corpus):
     model = train.GPT(config)
-    starts = train.slice_starts(config.seed, train.EVALUATION_STREAM, 7, len(corpus.tokens) - config.seq_len)
+    n_starts = len(corpus.tokens) - config.seq_len
+    starts = train.slice_starts(config.seed, train.EVALUATION_STREAM + 5, 7, n_starts)
     slices = train.take_slices(corpus.tokens, starts, config.seq_len)
     with torch.no_grad():
         each = torch.stack([model(s[None, :-1], s[None, 1:]) for s in slices]).double()
-    mean, error = train.corpus_loss(model, corpus.tokens, config, 7)
+    parts = [train.corpus_losses(model, corpus.tokens, config, 5, *ends) for ends in ((0, 4), (4, 7))]
+    mean, error = train.mean_and_error(torch.cat(parts))
     assert mean == pytest.approx(each.mean().item(), abs=1e-5)
     assert error == pytest.approx(each.std().item() / 7**0.5, rel=1e-2)
 
