@@ -74,10 +74,13 @@ with packages_of("train.py", __name__):
         terminating,
     )
     from parts.muon import Muon
+    from parts.samples import AT_CTRL_C
     from parts.setup import Setup, prepare, problems_of_all
     from parts.steplog import step_log
     from parts.tensorboard import shown
     from parts.text import Tokenizer, whole_characters
+    from parts.verdict import how_to_continue, verdict
+    from parts.waiting import waiting
 
 log = logging.getLogger("train")
 
@@ -426,13 +429,14 @@ def validation_loss(model: GPT, tokens: np.ndarray, config: Config) -> float:
 def slice_losses(model: GPT, slices: torch.Tensor, config: Config) -> torch.Tensor:
     """Mean loss of each slice (n, T + 1), float64 (n,), nats per token."""
     losses = []
-    with evaluating(model), autocast(config):
+    with waiting("Measuring the loss", len(slices), "slices") as bar, evaluating(model), autocast(config):
         for chunk in slices.split(config.micro_batch):
             chunk = chunk.to(config.device)
             features, targets = model.features(chunk[:, :-1]).flatten(0, 1), chunk[:, 1:].flatten()
             parts = zip(features.split(HeadLoss.BLOCK), targets.split(HeadLoss.BLOCK), strict=True)
             loss = torch.cat([F.cross_entropy(model.logits(f).float(), t, reduction="none") for f, t in parts])
             losses.append(loss.view(len(chunk), -1).mean(1).cpu())
+            bar.update(len(chunk))
     return torch.cat(losses).double()
 
 
@@ -508,10 +512,11 @@ class Trainer:
         if self.config.compile == "off":
             return
         started, step = time.perf_counter(), self.progress.step + 1
-        log.info("Compiling ...")
+        log.info(report.compiling_line(self.config))
         try:
             steps = sorted({step, max(step, min(self.config.mixed_steps + 1, self.config.steps))})
-            self.forward = compile_proven(self.model, self._trial, steps, self.config)
+            with waiting("Compiling", shown=self.ranks.rank == 0):
+                self.forward = compile_proven(self.model, self._trial, steps, self.config)
             log.info("Compiled in %.0f s", time.perf_counter() - started)
         except Exception as error:  # Inductor, Triton and C++ compilers fail in many ways
             if is_out_of_memory(error):
@@ -700,6 +705,7 @@ class Trainer:
         usual, most = min(1024, tenth), min(4096, tenth)
         if not c.target_loss or c.one_low_step_is_enough:
             most = usual
+        log.info(report.measuring_line(most, c, p))
         n_slices = usual if at_end else min(LOOK, most)
         losses = torch.zeros(0, dtype=torch.float64)
         while True:
@@ -750,12 +756,13 @@ class Saver:
         flags = {"config": config.as_dict(), "origins": config.origins_as_dict()}
         self.run.write_json(self.run.config_json, self.launch | flags)
 
-    def sample(self, tokenizer: Tokenizer) -> None:
+    def sample(self, tokenizer: Tokenizer, remark: str = "") -> None:
         """Append texts of the model as it is now to samples.txt."""
         progress = self.trainer.progress
         if self.trainer.config.num_prompts:
-            prompt, outputs = self.trainer.sample(tokenizer)
-            self.run.append_samples(progress.step, prompt, outputs)
+            with waiting("Sampling"):
+                prompt, outputs = self.trainer.sample(tokenizer)
+            self.run.append_samples(progress.step, prompt, outputs, remark)
             log.info(report.sample_line(progress.step, prompt, outputs[0]))
             progress.sampled_step = progress.step
 
@@ -892,6 +899,11 @@ OUT_OF_MEMORY = "Out of memory: choose a smaller --seq_len or --preset, or fewer
 RUN_IS_OVER = 1000  # what rank 0 tells the others then, instead of the number of a signal
 
 
+def is_sampled(step: int, config: Config) -> bool:
+    """Whether text is sampled after this step: every sample_every steps, and once after half as many."""
+    return step % config.sample_every == 0 or step == config.sample_every // 2
+
+
 def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
     """Run steps until one of the `COMPLETE` reasons, which is returned, or a signal, whose name is."""
     config, p = trainer.config, trainer.progress
@@ -910,7 +922,7 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
                 continue
             if p.step % config.target_window == 0 and not config.validates:
                 saver.consider_window_loss()
-            if p.step % config.sample_every == 0:
+            if is_sampled(p.step, config):
                 saver.sample(tokenizer)
             save_due = save_due or p.step % config.save_every == 0
             if save_due and not p.skipped_in_a_row and not saver.writer.busy:
@@ -921,7 +933,6 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
 
         stop = p.stop_reason(config) or signal.Signals(end).name
         if stop in COMPLETE and not p.corpus_reached(config):
-            log.info("Measuring the corpus loss ...")
             if trainer.measure_corpus_loss(at_end=True, interruption=interruption):
                 stop = p.stop_reason(config) or stop
             else:
@@ -940,10 +951,11 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
         if stop in COMPLETE or p.step != saver.saved_step:
             saver.save()
             saver.writer.finish()
-        if stop == "SIGINT" and p.step != p.sampled_step and config.num_prompts:
+        news = p.step >= steps.first_step and p.step != p.sampled_step
+        if stop == "SIGINT" and news and config.num_prompts:
             log.info("Sampling once more; Ctrl-C leaves it out ...")
             with suppress(KeyboardInterrupt):
-                saver.sample(tokenizer)  # a continued run cuts it off again
+                saver.sample(tokenizer, AT_CTRL_C)
     return stop
 
 
@@ -1016,11 +1028,12 @@ def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
 
 def run_training(setup: Setup, trainer: Trainer) -> int:
     """Train, measure, and leave every file of the run whole. Returns the exit code."""
-    run, again = setup.run, report.how_to_continue(setup.config)
+    run = setup.run
     before = {} if setup.checkpoint is None else read_json(run.config_json)
     launch = report.launch_record(setup.argv, setup.config, setup.corpus, setup.checkpoint, before)
     saver = Saver(run, trainer, launch, trainer.progress.step if setup.continues else 0)
     saver.write_config()
+
     try:
         configure_torch(setup.config)
         begin(setup, trainer, saver)
@@ -1030,15 +1043,16 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
         elif saver.saved_step:
             saver.publish("interrupted")
         if missing := run.missing():
-            log.error(
-                f"At the end, step {trainer.progress.step}, these could not be written: {missing}; {again} goes on "
-                f"from step {saver.saved_step}"
-            )
+            since = f" from step {saver.saved_step}"
+            again = how_to_continue(setup.argv, setup.config, saver.saved_step > 0, since)
+            log.error(f"At the end, step {trainer.progress.step}, these could not be written: {missing}. {again}")
             return 1
         if stop not in COMPLETE:
-            log.info(f"Interrupted by {stop} after step {trainer.progress.step}; {again} continues.")
+            again = how_to_continue(setup.argv, setup.config, saver.saved_step > 0)
+            log.info(f"Interrupted by {stop} after step {trainer.progress.step}. {again}")
             return exit_code(stop)
         log.info("See %s and %s", run.loss_curve, run.samples_txt)
+        log.info(verdict(trainer.config, trainer.progress, saver.floor, stop))
         log.info(report.next_command(setup.config))
         log.info("Training complete.")
         return 0
@@ -1049,8 +1063,9 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
         log.error("Training failed: %s; %s", failure, good)
     except ConnectionError as error:
         saver.writer.finish()
-        again = f"{again} continues from step {saver.saved_step}"
-        log.error("After step %d: %s; %s", trainer.progress.step, error, again)
+        since = f" from step {saver.saved_step}"
+        again = how_to_continue(setup.argv, setup.config, saver.saved_step > 0, since)
+        log.error("After step %d: %s. %s", trainer.progress.step, error, again)
     except (RuntimeError, MemoryError) as error:
         saver.writer.finish()
         if not is_out_of_memory(error):
@@ -1069,12 +1084,16 @@ def rehearse(setup: Setup, trainer: Trainer) -> int:
     config = setup.config
     configure_torch(config)
     announce(setup, trainer.progress, loss_floor(setup.corpus.tokens, config.seq_len))
+    step = trainer.progress.step
     go_to_whole_slices(trainer)
+    log.info(report.rehearsing_line(config))
     try:
-        for _ in range(2):  # the first step of a process takes longer
-            started = time.perf_counter()
-            trainer.ranks.largest(0)
-            trainer.update()
+        with waiting("Measuring two steps", total=2, unit="steps") as bar:
+            for _ in range(2):  # the first step of a process takes longer
+                started = time.perf_counter()
+                trainer.ranks.largest(0)
+                trainer.update()
+                bar.update()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -1082,7 +1101,7 @@ def rehearse(setup: Setup, trainer: Trainer) -> int:
         return 1
     trainer.ranks.largest(RUN_IS_OVER)
     seconds, memory = time.perf_counter() - started, peak_memory(config.device)
-    for line in report.rehearsal(config, seconds, memory, setup.run.free_bytes()):
+    for line in report.rehearsal(config, step, seconds, memory, setup.run.free_bytes()):
         log.info(line)
     return 0
 
@@ -1170,8 +1189,12 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
                     pass
             return 0
         except KeyboardInterrupt as signal_name:
-            again = report.how_to_continue(setup.config)
-            log.error("Broken off without saving; %s continues from the last checkpoint, if any.", again)
+            if setup.config.dry_run:
+                log.error("Broken off; a dry run saves nothing.")
+                return exit_code(str(signal_name))
+            saved = setup.run.last.exists() or setup.run.prev.exists()
+            again = how_to_continue(argv, setup.config, saved, " from the last checkpoint")
+            log.error("Broken off without saving. %s", again)
             return exit_code(str(signal_name))
         except OSError as error:
             log.error("%s; what was written before is intact", error)

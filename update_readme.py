@@ -46,7 +46,6 @@ with packages_of("update_readme.py", __name__):
         write_text,
     )
     from parts.runs import (
-        SAMPLES_BLOCK,
         Run,
         duration,
         has_values,
@@ -57,6 +56,7 @@ with packages_of("update_readme.py", __name__):
         smoothed,
         validation,
     )
+    from parts.samples import BEGINNING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -366,7 +366,7 @@ def metrics_section(run: Run, _readme: Path) -> str:
 
 def samples_section(run: Run, _readme: Path) -> str:
     """The newest block of samples."""
-    blocks = SAMPLES_BLOCK.split(run.samples)
+    blocks = BEGINNING.split(run.samples)
     if len(blocks) < 2:
         return "No samples yet."
     return preformatted("\n".join(shortened(blocks[-1].split("\n"), SAMPLE_LINES)))

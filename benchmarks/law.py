@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.record import write_record
 from parts.corpus import Corpus, load_corpus, loss_floor
+from parts.environment import git_commit
 from parts.files import read_json
 from parts.machine import choose_runtime, configure_torch
 from parts.recipe import decide
-from parts.report import git_commit
 from parts.text import load_tokenizer
 
 MODELS = {  # flags beside the default ones

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from parts.config import Config
+from parts.environment import environment, git_commit
 from parts.files import replacing
 from parts.machine import choose_device
-from parts.report import environment, git_commit
 
 
 def write_record(

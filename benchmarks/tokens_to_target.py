@@ -27,10 +27,10 @@ import train
 from benchmarks.record import write_record
 from parts import muon
 from parts.corpus import Corpus, load_corpus
+from parts.environment import git_commit
 from parts.files import read_json
 from parts.machine import choose_runtime, configure_torch
 from parts.recipe import decide
-from parts.report import git_commit
 from parts.text import load_tokenizer
 
 BASE = dict(

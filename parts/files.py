@@ -15,8 +15,9 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-log = logging.getLogger("train")
+from parts.samples import block_of, drawn_at_ctrl_c
 
+log = logging.getLogger("train")
 
 METRICS = {  # column of the CSV: number format
     "step": "d",
@@ -255,7 +256,7 @@ class RunDir:
                 leftover.unlink(missing_ok=True)
 
     def restore(self, mark: dict[str, dict]) -> None:
-        """Bring metrics and samples to where a checkpoint found them (its `mark`; none: to their beginning)."""
+        """Bring metrics and samples to a checkpoint's `mark`, or their beginning; what Ctrl-C drew behind it stays."""
         offsets, unwritten = mark.get("offsets", {}), mark.get("unwritten", {})
         self.clean()
         for path in (self.metrics_csv, self.samples_txt):
@@ -264,7 +265,9 @@ class RunDir:
             if len(kept) < end or (kept and not kept.endswith(b"\n")):
                 log.warning("%s is not as the run left it: lines before this start are missing", path)
                 kept = kept[: kept.rfind(b"\n") + 1]
-            kept = (kept or self.head(path).encode()) + unwritten.get(path.name, "").encode()
+            waited = unwritten.get(path.name, "").encode()
+            kept = (kept or self.head(path).encode()) + waited
+            kept += drawn_at_ctrl_c(data[end:].removeprefix(waited)) if mark else b""
             if kept != data:
                 with replacing(path) as file:
                     file.write(kept)
@@ -359,10 +362,9 @@ class RunDir:
         cells = ("" if row.get(name) is None else format(row[name], form) for name, form in METRICS.items())
         self.append(self.metrics_csv, ",".join(cells) + "\n")
 
-    def append_samples(self, step: int, prompt: str, outputs: list[str]) -> None:
-        """Add one block: 80 "=", the step, then a PROMPT: / OUTPUT: pair for each output."""
-        pairs = "".join(f"PROMPT:\n{prompt}\nOUTPUT:\n{output}\n\n" for output in outputs)
-        self.append(self.samples_txt, f"{'=' * 80}\nSTEP {step}\n\n{pairs}")
+    def append_samples(self, step: int, prompt: str, outputs: list[str], remark: str = "") -> None:
+        """Add one block."""
+        self.append(self.samples_txt, block_of(step, prompt, outputs, remark))
         if not self.unwritten[self.samples_txt]:
             log.info("Appended samples to: %s", self.samples_txt)
 

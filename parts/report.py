@@ -2,20 +2,15 @@
 
 import math
 import os
-import platform
 import shlex
 import statistics
-import subprocess
 from datetime import datetime, timedelta
 from pathlib import Path
-
-import numpy as np
-import tiktoken
-import torch
 
 from parts.checkpoint import COMPLETE, STATE_BYTES, WEIGHT_BYTES, Progress
 from parts.config import Config, From, names
 from parts.corpus import Corpus, smallest_seq_len
+from parts.environment import environment, git_commit
 from parts.files import gigabytes
 from parts.machine import cpu_only_hint
 from parts.recipe import Text, usual_steps
@@ -231,13 +226,24 @@ def step_line(row: dict[str, float | None], steps: int) -> str:
     return line
 
 
-def eta_line(config: Config, progress: Progress, sec_per_step: float) -> str:
-    """How long the run still takes at most, and until when, by this machine's clock."""
-    remaining = timedelta(seconds=round((config.steps - progress.step) * sec_per_step))
+def bar_text(loss: float, tokens_per_sec: float, seconds_left: float | None) -> str:
+    """What stands beside the bar: the log's own estimate, and none before there is one."""
+    eta = "" if seconds_left is None else f", ETA {timedelta(seconds=round(seconds_left))}"
+    return f"loss {loss:.4f}, {tokens_per_sec:,.0f} tok/s{eta}"
+
+
+def clock_after(duration: timedelta) -> str:
+    """What this machine's clock shows when something that begins now is over."""
+    return f"{datetime.now() + duration:%a %H:%M}"
+
+
+def eta_line(config: Config, seconds_left: float) -> str:
+    """How long the run still takes at most, and until when."""
+    remaining = timedelta(seconds=round(seconds_left))
     causes = [cause for cause, set_ in (("the target is reached", config.target_loss),
                                         ("the validation loss improves no more", config.patience)) if set_]  # fmt: skip
     sooner = f", sooner if {' or '.join(causes)}" if causes else ""
-    return f"ETA {remaining} ({datetime.now() + remaining:%a %H:%M}) to step {config.steps}{sooner}"
+    return f"ETA {remaining} ({clock_after(remaining)}) to step {config.steps}{sooner}"
 
 
 def sample_line(step: int, prompt: str, output: str) -> str:
@@ -259,12 +265,25 @@ def next_command(config: Config) -> str:
     return f"Next: {shlex.join(['python', 'sample.py', '--checkpoint', config.out_dir.as_posix()])}"
 
 
-def rehearsal(config: Config, sec_per_step: float, memory: int | None, free: int) -> list[str]:
-    """What a dry run found out: time, memory and disk, in seconds and bytes."""
+def rehearsing_line(config: Config) -> str:
+    """That a dry run measures, and how long that may take."""
+    long = ""
+    if config.device == "cpu" and config.n_params > 20e6:
+        long = f"; with {config.n_params / 1e6:.0f}M parameters a CPU may take minutes for them"
+    return f"Measuring two steps{long} ..."
+
+
+def rehearsal(config: Config, step: int, sec_per_step: float, memory: int | None, free: int) -> list[str]:
+    """What a dry run found out: time, memory and disk, in seconds and bytes. The run has come to `step` so far."""
     c, where = config, "of the card's memory" if config.device.startswith("cuda") else "of memory"
     state, weights = STATE_BYTES * c.n_params, WEIGHT_BYTES * c.n_params
-    most = timedelta(seconds=round(c.steps * sec_per_step))
-    lines = [f"Time: {sec_per_step:.2f} s for a step, uncompiled; {most} for {c.steps:,} steps at most"]
+    left = max(0, c.steps - step)
+    most = timedelta(seconds=round(left * sec_per_step))
+    steps = f"the {left:,} steps that are left of {c.steps:,}" if step else f"{left:,} steps"
+    lines = [
+        f"Time: {sec_per_step:.2f} s for a step, uncompiled; {most} for {steps} at most: begun now, "
+        f"they end by {clock_after(most)}"
+    ]
     if memory is not None:
         lines.append(f"Memory: {gigabytes(memory)} {where}, and {gigabytes(state + weights)} for the copies of saves")
     lines.append(
@@ -272,6 +291,12 @@ def rehearsal(config: Config, sec_per_step: float, memory: int | None, free: int
         f"{gigabytes(state)} each, best {gigabytes(weights)}); {gigabytes(free)} are free"
     )
     return [*lines, "Dry run: no file of a run was written."]
+
+
+def overfits(config: Config, progress: Progress) -> bool:
+    """Whether the validation loss has risen since its lowest while the training loss went on falling."""
+    p = progress
+    return p.val_loss > 1.01 * p.best_loss and (p.window_loss(config) or math.inf) < p.best_loss
 
 
 def ending(progress: Progress, config: Config, corpus: Corpus, stop_reason: str) -> list[str]:
@@ -288,10 +313,24 @@ def ending(progress: Progress, config: Config, corpus: Corpus, stop_reason: str)
     if config.validates:
         bits = bits_per_byte(p.best_loss, corpus.val_bytes_per_token)
         lowest = f"best.pt has the weights of step {p.best_step}, with the lowest validation loss: {p.best_loss:.6f}"
-        overfits = p.val_loss > 1.01 * p.best_loss and (p.window_loss(config) or math.inf) < p.best_loss
         now = f"; it is {p.val_loss:.6f} now: from there on the model overfits, learning its text by heart"
-        lines.append(f"{lowest}, {bits:.4f} bits per byte{now * overfits}")
+        lines.append(f"{lowest}, {bits:.4f} bits per byte{now * overfits(config, p)}")
     return [*lines, corpus_loss_line(p, corpus)]
+
+
+def compiling_line(config: Config) -> str:
+    """That it compiles, and how long that may take."""
+    long = "one to four minutes" if config.device == "cpu" else "half a minute to two minutes"
+    return f"Compiling; that may take {long} ..."
+
+
+def measuring_line(n_slices: int, config: Config, progress: Progress) -> str:
+    """That the corpus loss is measured, and how long that may take: a pass without gradients takes
+    about a third of a training step's time for its tokens."""
+    trained_sec = progress.elapsed_sec / max(1, progress.tokens)
+    seconds = round(n_slices * config.seq_len * trained_sec / 3)
+    long = f", about {timedelta(seconds=seconds)}" if seconds >= 10 else ""
+    return f"Measuring the corpus loss on at most {n_slices:,} random slices{long} ..."
 
 
 def corpus_loss_line(progress: Progress, corpus: Corpus) -> str:
@@ -348,44 +387,19 @@ def results(
     }
 
 
-def git_commit() -> str | None:
-    """The commit of this script's checkout, with -dirty when tracked files differ; None outside git."""
-    here = Path(__file__).resolve().parent
-    try:
-        describe = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def processor_name() -> str:
-    """The CPU's model name; its architecture where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def environment(config: Config) -> dict[str, dict]:
-    """Versions and hardware, for config.json."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    versions |= {"numpy": np.__version__, "tiktoken": tiktoken.__version__}
-    hardware: dict = {"cpu": processor_name(), "cores": os.cpu_count(), "os": platform.platform(terse=True)}
-    if config.device.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(config.device)
-        hardware |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
-    return {"versions": versions, "hardware": hardware}
-
-
-def launch_command(argv: list[str], config: Config) -> str:
-    """What was typed, torchrun included."""
+def launch_words(argv: list[str], config: Config) -> list[str]:
+    """The words of a command that starts train.py with these flags, torchrun included."""
     start = ["python", "train.py"]
     if config.processes > 1:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", config.processes))
         machines = ["--standalone"] if here == config.processes else [f"--nnodes={config.processes // here}"]
         start = ["torchrun", *machines, f"--nproc_per_node={here}", "train.py"]
-    return shlex.join([*start, *argv])
+    return [*start, *argv]
+
+
+def launch_command(argv: list[str], config: Config) -> str:
+    """What was typed, torchrun included."""
+    return shlex.join(launch_words(argv, config))
 
 
 def launch_record(
@@ -436,11 +450,6 @@ def changes(saved: dict, config: Config) -> str:
     """The same in words; empty when none differs."""
     flags = config.as_dict()
     return ", ".join(f"--{name} {before!r} -> {flags[name]!r}" for name, before in changed(saved, config).items())
-
-
-def how_to_continue(config: Config) -> str:
-    """What continues a run."""
-    return "the same command" + " without --resume never" * (config.resume == "never")
 
 
 def finished(step: int, stop_reason: str) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from parts.samples import BEGINNING
+
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \| [A-Z]+ \| ", re.MULTILINE)
-SAMPLES_BLOCK = re.compile(r"^={80}\n(?=STEP \d+$)", re.MULTILINE)
 FLAG = re.compile(r"(?<!\S)--([a-zA-Z][\w-]*)")  # on a command line
 TYPED = ("typed", "kept from the run so far")  # origins: what is kept was typed at an earlier start
 MEASURE = {"val_fraction", "val_file", "val_sha256", "seq_len"}  # what else a validation loss depends on than weights
@@ -102,7 +103,7 @@ def read_run(out_dir: Path) -> Run:
         read_json(out_dir / "results.json"),
         read_json(out_dir / "config.json"),
         read_text(out_dir / "logs" / "train.log", LOG_LINE, "line with a date and a level"),
-        read_text(samples, SAMPLES_BLOCK, "block of samples (80 '=', then STEP and a number)"),
+        read_text(samples, BEGINNING, "block of samples (80 '=', then STEP and a number)"),
         hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else "gpt2",
     )
 

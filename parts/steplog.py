@@ -1,21 +1,22 @@
 """What is told of the steps of a run: a bar on a terminal, a line and a CSV row every log_every steps, the ETA."""
 
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from parts import report
 from parts.checkpoint import Progress
 from parts.config import Config
 from parts.corpus import Corpus
 from parts.files import RunDir
+from parts.waiting import no_terminal, ticking
 
 log = logging.getLogger("train")
+# Without tqdm's own estimate, which counts the first step and the pauses before this start.
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]"
 
 
 class StepLog:
@@ -33,10 +34,10 @@ class StepLog:
         config, p, now = self.config, self.progress, time.perf_counter()
         p.elapsed_sec = self.elapsed_before + now - self.started
         tokens_per_sec = (p.tokens - self.line_tokens) / (now - self.line_time)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_sec:,.0f} tok/s", refresh=False)
-        self.bar.update()
         if p.step == self.first_step:
             self.first_done = now
+        self.bar.set_postfix_str(report.bar_text(loss, tokens_per_sec, self.seconds_left()), refresh=False)
+        self.bar.update()
         if p.skipped_in_a_row:
             log.warning(f"step {p.step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
         if p.step == 1 or p.step % config.log_every == 0 or p.stop_reason(config) or val_loss is not None:
@@ -50,21 +51,35 @@ class StepLog:
             if not self.hinted and (hint := report.stuck_hint(p, config)):
                 log.warning(hint)
                 self.hinted = True
-        if p.step == self.first_step + 9:
+        if p.step in (self.first_step + 1, self.first_step + 9):
             self.eta()
 
-    def eta(self) -> None:
-        """Tell how long the run still takes, by the steps of this start but its first: a GPU gets ready in it."""
+    def seconds_left(self) -> float | None:
+        """How long the run still takes at most, by the steps of this start but its first, in which a GPU gets ready;
+        None before the second."""
         steps = self.progress.step - self.first_step
-        if steps and not self.progress.stop_reason(self.config):
-            sec_per_step = (time.perf_counter() - self.first_done) / steps
-            log.info(report.eta_line(self.config, self.progress, sec_per_step))
+        if steps < 1:
+            return None
+        sec_per_step = (time.perf_counter() - self.first_done) / steps
+        return (self.config.steps - self.progress.step) * sec_per_step
+
+    def eta(self) -> None:
+        """Tell the same in the log."""
+        seconds = self.seconds_left()
+        if seconds is not None and not self.progress.stop_reason(self.config):
+            log.info(report.eta_line(self.config, seconds))
 
 
 @contextmanager
 def step_log(config: Config, progress: Progress, corpus: Corpus, run: RunDir) -> Iterator[StepLog]:
     """A StepLog whose bar lasts as long as the block; lines of the log stand above the bar."""
-    quiet = True if sys.stderr is None else None  # None: a bar on a terminal only
-    bar = tqdm(total=config.steps, initial=progress.step, unit="step", dynamic_ncols=True, leave=False, disable=quiet)
-    with logging_redirect_tqdm([log]), bar:
+    bar = tqdm(
+        total=config.steps,
+        initial=progress.step,
+        bar_format=BAR,
+        dynamic_ncols=True,
+        leave=False,
+        disable=no_terminal(),
+    )
+    with ticking(bar):
         yield StepLog(config, progress, corpus, run, bar)

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +9,10 @@ from pathlib import Path
 
 from parts.config import Config
 from parts.files import METRICS, RunDir, append_whole, read_json
+from parts.samples import BLOCK
 
 log = logging.getLogger("train")
 EVENTS = "events.out.tfevents.{}.train"  # name of a file; those of other programs end otherwise
-BLOCK = re.compile(r"^={80}\nSTEP (\d+)\n\n(.*?)\n*(?=^={80}\nSTEP \d+\n|\Z)", re.MULTILINE | re.DOTALL)  # of samples
 GROUPS = dict(lr="optimizer", grad_norm="optimizer", tokens="speed", tokens_per_sec="speed", elapsed_sec="speed")
 RESULTS = {"best_loss", "best_step", "corpus_loss", "perplexity", "bits_per_byte", "val_loss", "val_perplexity"}
 

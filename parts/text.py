@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from parts.config import DEMO_CORPUS, VOCAB_SIZE, Config
 from parts.foreign import likely_encoding, other_kind, what_holds_nul
+from parts.waiting import no_terminal, ticking
 
 VOCABULARY_SHA256 = {  # as tiktoken checks them, tiktoken_ext/openai_public.py
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -373,7 +374,8 @@ def train_vocabulary(inputs: Sequence[Path], n_vocab: int, part: float = 1.0) ->
     total = sum(path.stat().st_size for path in files)
     if total == 0:
         raise ValueError(f"{files[0]} is empty: a vocabulary is learned from text; name one with --input_file")
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Learning", dynamic_ncols=True, disable=None) as bar:
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="Learning", dynamic_ncols=True, disable=no_terminal())
+    with ticking(bar):  # the library is still at work when all is read
 
         def texts() -> Iterator[str]:
             left = round(total * part)

@@ -82,9 +82,9 @@ def test_a_run_as_its_user_types_it(tmp_path, text_file):
     assert log_lines[-1].endswith(" | INFO | Training complete.")
 
     samples = (run / "samples/samples.txt").read_text(encoding="utf-8")
-    assert re.findall(r"^={80}\nSTEP (\d+)$", samples, re.MULTILINE) == ["4", "8"]
-    assert samples.count("\nPROMPT:\nLine 1:\n\nOUTPUT:\nLine 1:\n") == 4, (
-        "two prompts, twice, output repeats the prompt"
+    assert re.findall(r"^={80}\nSTEP (\d+)$", samples, re.MULTILINE) == ["2", "4", "8"], "the first after half"
+    assert samples.count("\nPROMPT:\nLine 1:\n\nOUTPUT:\nLine 1:\n") == 6, (
+        "two prompts, three times, output repeats the prompt"
     )
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,12 +156,16 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, text_file, monkeypatch, ca
     said = capsys.readouterr().out
     for line in ("Run directory: run", "Plan: 8 steps", "Time: ", "Disk: 0.07 GB at most in run", "Dry run: no file"):
         assert f" | INFO | {line}" in said
+    assert said.index("| Measuring two steps ...\n") < said.index("| Time: ")
+    assert re.search(r" for 8 steps at most: begun now, they end by [A-Z]\w\w \d\d:\d\d\n", said)
     assert sorted(tmp_path.rglob("*")) == before
     assert train.main(flags) == 0
     files = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert train.main([*flags, "--dry_run", "--tensorboard"]) == 0, "of a run that is over"
     assert train.main([*flags, "--dry_run", "--steps=12"]) == 0, "of a run that goes on"
-    assert "Plan: 12 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Plan: 12 steps" in said
+    assert " for the 4 steps that are left of 12 at most: begun now, " in said
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files
 
 

@@ -10,23 +10,27 @@ PARTS = {
     "start": set(),
     "config": set(),
     "recipe": {"config"},
-    "files": set(),
+    "samples": set(),
+    "files": {"samples"},
     "muon": set(),
     "kernels": set(),
-    "runs": set(),
+    "runs": {"samples"},
+    "waiting": set(),
     "readme": {"files"},
     "comparison": {"runs", "readme"},
     "background": {"files"},
-    "tensorboard": {"files", "config"},
+    "tensorboard": {"files", "samples", "config"},
     "foreign": set(),
-    "text": {"foreign", "config"},
+    "text": {"foreign", "waiting", "config"},
     "machine": {"config"},
     "compiling": {"machine", "config"},
+    "environment": {"config"},
     "corpus": {"text", "files", "config"},
     "checkpoint": {"files", "machine", "config"},
     "commandline": {"recipe", "config"},
-    "report": {"checkpoint", "machine", "corpus", "files", "recipe", "config"},
-    "steplog": {"report", "checkpoint", "corpus", "files", "config"},
+    "report": {"checkpoint", "machine", "corpus", "environment", "files", "recipe", "config"},
+    "verdict": {"report", "checkpoint", "commandline", "config"},
+    "steplog": {"report", "checkpoint", "corpus", "files", "waiting", "config"},
     "setup": {"report", "checkpoint", "corpus", "text", "machine", "files", "commandline", "recipe", "config"},
 }
 SCRIPTS = {"train": set(), "sample": {"train"}, "export_hf": set(), "update_readme": set()}  # beside the parts
@@ -76,6 +80,7 @@ def test_what_reports_runs_imports_no_torch():
 
 def test_report_takes_plain_values():
     """It speaks of config, corpus and progress, never of the objects that run."""
-    text = (ROOT / "parts" / "report.py").read_text(encoding="utf-8")
-    words = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
-    assert not words & {"Trainer", "Setup", "Saver", "RunDir"}
+    for name in ("report", "verdict"):
+        text = (ROOT / "parts" / f"{name}.py").read_text(encoding="utf-8")
+        words = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+        assert not words & {"Trainer", "Setup", "Saver", "RunDir"}

@@ -135,7 +135,7 @@ def test_a_rank_that_dies_ends_the_run_and_a_restart_continues_it(alone):
     Path("dies.py").write_text(DIES_ONCE, encoding="utf-8")
     ended = torchrun(2, "--out_dir=run", "--save_every=2", script=Path("dies.py"), restarts=1)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    told = r"another process of this run is gone \(.+\); the same command continues from step (\d+)"
+    told = r"another process of this run is gone \(.+\)\. To continue from step (\d+): torchrun .+ --out_dir run"
     found = re.search(told, ended.stdout)
     assert found and found[0] in log_text(Path("run")), ended.stdout + ended.stderr
     assert "Traceback" not in ended.stdout and 'File "' not in log_text(Path("run"))
@@ -166,7 +166,8 @@ def test_a_rank_that_fails_alone_ends_the_run_and_is_heard(here, rank):
     ended = torchrun(2, "--out_dir=run", "--save_every=2", rank, script=Path("fails.py"))
     assert ended.returncode == 1 and "RuntimeError: of this process alone" in ended.stderr
     if rank == "1":
-        assert re.search(r"After step 4: another process of this run is gone \(.+\); the same command", ended.stdout)
+        told = r"After step 4: another process of this run is gone \(.+\)\. To continue from step \d+: torchrun "
+        assert re.search(told, ended.stdout)
 
 
 # A loss that is lost at step 6, and a last word for which the first process takes its time.
@@ -205,7 +206,8 @@ def test_one_interrupt_ends_all_ranks_after_saving(here):
     out, err = process.communicate(timeout=120)
     assert process.returncode != 0
     step = torch.load("run/checkpoints/last.pt", weights_only=True)["step"]
-    assert f"Interrupted by SIGINT after step {step}; the same command continues." in out, err
+    again = "torchrun --standalone --nproc_per_node=2 train.py --out_dir run"
+    assert f"Interrupted by SIGINT after step {step}. To continue: {again}\n" in out, err
     assert "train.py" not in re.sub(r".*torch.distributed.*", "", err) or "Traceback" not in out
 
 

@@ -2,19 +2,25 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import typing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import GPT2, assert_same_run, log_text, rows
 
 import train
+import update_readme
 from parts.checkpoint import load_checkpoint
 from parts.config import Config
 from parts.corpus import load_corpus
+from parts.machine import Interruption
+from parts.samples import AT_CTRL_C, BEGINNING, BLOCK, block_of, drawn_at_ctrl_c
 from parts.text import load_tokenizer
 
 OPTIMIZERS = typing.get_args(typing.get_type_hints(Config)["optimizer"])
@@ -102,6 +108,73 @@ def test_a_run_killed_between_its_last_step_and_its_results(launch, monkeypatch,
         assert launch("parts", *flags) == 130
     assert launch("parts", *flags) == 0
     assert_same_run(Path("whole"), Path("parts"))
+
+
+def test_a_sample_drawn_at_ctrl_c_stays_and_nothing_else_differs(launch, prompt_disk, before_step):
+    """Before any other sample, behind some, and when the start after it is killed before it has saved."""
+
+    def ctrl_c() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    assert launch("whole", "--steps=12", "--sample_every=6") == 0
+    before_step({2: ctrl_c, 7: ctrl_c, 9: die})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        codes = [launch("parts", "--steps=12", "--sample_every=6") for _ in range(4)]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert codes == [130, 130, 130, 0]
+    path = Path("parts/samples/samples.txt")
+    assert re.findall("STEP (.+)", path.read_text(encoding="utf-8")) == [
+        "2 (at Ctrl-C)", "3", "6", "7 (at Ctrl-C)", "12"
+    ]  # fmt: skip
+    assert BEGINNING.findall(path.read_text(encoding="utf-8")) == ["=" * 80 + "\n"] * 5
+    ours = r"={80}\nSTEP \d+ \(at Ctrl-C\)\n(?:(?!={80}\n).*\n)*"
+    path.write_bytes(re.sub(ours.encode(), b"", path.read_bytes()))
+    assert_same_run(Path("whole"), Path("parts"))
+
+
+def test_ctrl_c_before_the_first_step_of_a_start_draws_nothing_twice(launch, before_step, monkeypatch):
+    before_step({3: lambda: signal.raise_signal(signal.SIGINT)})
+    enter = Interruption.__enter__
+
+    def at_once(interruption):
+        enter(interruption)
+        interruption.signal = signal.SIGINT
+        return interruption
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert launch("run") == 130
+        with monkeypatch.context() as patch:
+            patch.setattr(Interruption, "__enter__", at_once)
+            assert [launch("run") for _ in range(2)] == [130, 130]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert re.findall("STEP (.+)", Path("run/samples/samples.txt").read_text(encoding="utf-8")) == [
+        "2", "3 (at Ctrl-C)"
+    ]  # fmt: skip
+
+
+def test_every_reader_of_samples_reads_what_ctrl_c_had_drawn():
+    text = block_of(8, "one", ["one two"]) + block_of(12, "one", ["one three"], AT_CTRL_C)
+    assert [step for step, _texts in BLOCK.findall(text)] == ["8", "12"]
+    assert BLOCK.findall(text)[1][1] == "PROMPT:\none\nOUTPUT:\none three"
+    shown = update_readme.samples_section(SimpleNamespace(samples=text), Path("README.md"))
+    assert "STEP 12 (at Ctrl-C)" in shown
+    assert "STEP 8" not in shown
+
+
+def test_only_a_whole_block_drawn_at_ctrl_c_is_kept():
+    ours = block_of(12, "one", ["one two", "one\n\nthree"], AT_CTRL_C).encode()
+    later = block_of(16, "one", ["one two"]).encode()
+    assert drawn_at_ctrl_c(ours) == drawn_at_ctrl_c(ours + later) == ours
+    assert drawn_at_ctrl_c(ours + block_of(13, "one", ["one"], AT_CTRL_C).encode()) == ours
+    for other in (b"", later, later + ours, ours[:-1], ours[:-4], ours[:90], ours[1:]):
+        assert drawn_at_ctrl_c(other) == b""
 
 
 def test_resuming_needs_no_second_copy_of_the_state(launch, config, text_file):
@@ -307,7 +380,12 @@ def test_a_missing_best_is_made_again(launch):
 def test_resume_never_does_not_promise_that_it_continues(launch, break_off, capsys):
     break_off([3])
     assert launch("run", "--resume=never") == 130
-    assert "the same command without --resume never continues" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    (command,) = re.findall(r"Broken off without saving\. To start again: (.+)", said)
+    assert command.startswith("python train.py --n_layer=2 ") and command.endswith(" --out_dir run")
+    break_off([6])
+    assert launch("run", "--resume=never") == 130
+    assert "To continue from the last checkpoint: python train.py --out_dir run\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("killed_after", ["logs", "samples", "config.json", "results.json", "checkpoints"])

@@ -65,7 +65,7 @@ def test_the_first_finishes_the_step_saves_and_says_how_to_continue(start, tmp_p
     assert process.returncode == code, err
     assert err.strip() == ANNOUNCEMENT
     step = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)["step"]
-    assert f"after step {step}; the same command continues." in out
+    assert f"after step {step}. To continue: python train.py --out_dir run\n" in out
     assert out.count(f"Sample at step {step}: ") == (number == signal.SIGINT or step % 4 == 0), "for who is there"
     assert json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "interrupted"
 
@@ -82,7 +82,8 @@ def test_the_second_leaves_at_once(start, tmp_path, number, code):
             out, err = process.communicate(timeout=2.5)
             break
     assert process.returncode == code and err.strip() == ANNOUNCEMENT
-    assert "Broken off without saving; the same command continues from the last checkpoint" in out
+    told = "Broken off without saving. To continue from the last checkpoint: python train.py --out_dir run\n"
+    assert told in out
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 4
 
 
@@ -152,6 +153,6 @@ def test_the_sample_after_the_save_can_be_left_out(launch, before_step, monkeypa
     finally:
         signal.signal(signal.SIGINT, before)
     log = log_text(Path("run"))
-    assert "Interrupted by SIGINT after step 3; " in log and "Broken off" not in log
+    assert "Interrupted by SIGINT after step 3. To continue: " in log and "Broken off" not in log
     assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 3
     assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "interrupted"

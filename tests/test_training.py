@@ -1,6 +1,7 @@
 """A step is one update on the global batch; the numbers it reports are what they say."""
 
 import math
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -299,5 +300,6 @@ def test_the_eta_leaves_out_the_first_step_of_a_start(launch, monkeypatch):
 
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(train.Trainer, "update", timed)
-    assert launch("run", "--steps=30") == 0
-    assert "ETA 0:00:20 (" in log_text(Path("run"))
+    assert launch("run", "--steps=30", "--save_every=1000") == 0
+    told = re.findall(r"step (\d+)/30 [^\n]*\n[^\n]*ETA (\S+) \(", log_text(Path("run")))
+    assert told == [("2", "0:00:28"), ("10", "0:00:20")], "after the second step, and with ten to go by"
