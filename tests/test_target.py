@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_run, log_text
+from conftest import assert_same_run, log_text, rows
 
 import train
 from parts.checkpoint import Progress, load_checkpoint
@@ -133,6 +133,8 @@ def test_resumed_after_a_failed_check_it_is_the_same_run(
     assert_same_run(Path("whole"), Path("parts"))
     progress = load_checkpoint(Path("parts/checkpoints/last.pt"))["progress"]
     assert (progress["checked_step"], progress["corpus_step"]) == (8, 12)
+    windows = dict(rows(Path("whole"), "step", "window_loss"))
+    assert progress["checked_window"] == pytest.approx(float(windows["8"]))
 
 
 def test_another_target_forgets_the_checks_of_the_one_before(launch, random_slices):
