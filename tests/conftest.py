@@ -143,7 +143,7 @@ def unequal(expected: object, found: object, path: str = "") -> list[str]:
 def without_timing(path: Path) -> dict:
     """All of a checkpoint that must not depend on when and where it was written."""
     checkpoint = torch.load(path, weights_only=True)
-    for name in ("config", "offsets", "unwritten"):
+    for name in ("config", "origins", "offsets", "unwritten"):
         checkpoint.pop(name, None)
     if "progress" in checkpoint:
         del checkpoint["progress"]["elapsed_sec"]

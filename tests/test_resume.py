@@ -377,7 +377,7 @@ def test_a_missing_best_is_made_again(launch):
     assert "best.pt is missing" in log_text(Path("run"))
 
 
-def test_resume_never_does_not_promise_that_it_continues(launch, break_off, capsys):
+def test_resume_never_does_not_promise_that_it_continues(launch, break_off, prompt_disk, capsys):
     break_off([3])
     assert launch("run", "--resume=never") == 130
     said = capsys.readouterr().out

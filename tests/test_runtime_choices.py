@@ -76,20 +76,20 @@ def test_a_run_that_moves_to_a_machine_without_its_device_says_so(config):
 
 def test_on_a_cpu_compilation_is_for_who_asks(config):
     """However long the run: the record says 1.034 times as fast, and two to three minutes of compiling."""
-    long = replace(Config(), device="cpu", compile="auto", n_embd=768, steps=10**6).resolved()
+    long = decide(dict(device="cpu", compile="auto", n_embd=768, steps=10**6))
     answer, reason = choose_compile(long)
     assert answer == "off"
     assert "takes minutes and gains about 3 %" in reason
     assert "--compile on" in reason
-    chosen, reasons = choose_runtime(replace(long, compile="on"), None)
-    assert (chosen.compile, reasons["compile"]) == ("on", "--compile")
+    asked = decide(dict(device="cpu", compile="on", n_embd=768, steps=10**6), machine=choose_runtime)
+    assert (asked.compile, asked.origins["compile"].source) == ("on", From.TYPED)
 
 
 def test_the_124m_preset_on_a_cpu_is_warned_of(config):
     corpus = Corpus(np.arange(2000, dtype=np.uint16), "made up", 2000)
     gpt2 = replace(decide(dict(target_loss=0)), device="cpu", amp="off", compile="off", threads=2)
     (warning,) = forebodings(gpt2, corpus, 0.01)
-    assert warning.startswith("124M parameters take hours to days on a CPU") and "--preset demo" in warning
+    assert warning.startswith("124M parameters take hours to days on a CPU") and "--preset write" in warning
     assert forebodings(replace(gpt2, n_layer=4), corpus, 0.01) == []
 
 

@@ -238,15 +238,15 @@ def test_a_signal_breaks_off_the_last_measurement_and_saves(
     before_step,
 ):
     asked = random_slices({})
-    assert launch("whole", "--sample_every=100") == 0
+    assert launch("whole", "--sample_every=100", "--num_prompts=0") == 0
     del asked[:]
     before_step({8: lambda: signal.raise_signal(signal.SIGINT)})
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert launch("parts", "--sample_every=100") == 130
+        assert launch("parts", "--sample_every=100", "--num_prompts=0") == 130
     finally:
         signal.signal(signal.SIGINT, before)
     assert asked == [] and results("parts")["stop_reason"] == "interrupted"
     assert load_checkpoint(Path("parts/checkpoints/last.pt"))["step"] == 8
-    assert launch("parts", "--sample_every=100") == 0
+    assert launch("parts", "--sample_every=100", "--num_prompts=0") == 0
     assert_same_run(Path("whole"), Path("parts"))

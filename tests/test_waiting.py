@@ -121,7 +121,7 @@ def test_every_wait_of_a_run_ticks_and_the_log_has_a_line_of_each(launch, monkey
         assert what in shown, shown
     assert "Sampling ..." not in log and "Measuring the loss" not in log
     assert log.count("Compiling; that may take one to four minutes ...\n") == 1
-    assert log.count("Measuring the corpus loss on 64 random slices ...\n") == 1
+    assert log.count("Measuring the corpus loss on at most 64 random slices ...\n") == 1
     assert launch("dry", "--dry_run") == 0
     assert "Measuring two steps:" in terminal.getvalue()
     assert capsys.readouterr().out.count("Measuring two steps ...\n") == 1
@@ -162,7 +162,7 @@ def test_how_long_is_said_where_it_is_long(config):
     quick = Progress(tokens=10**6, elapsed_sec=100.0)
     slow = Progress(tokens=10**6, elapsed_sec=10_000.0)
     config = replace(config, seq_len=128)
-    assert report.measuring_line(1024, config, quick) == "Measuring the corpus loss on 1,024 random slices ..."
+    assert report.measuring_line(1024, config, quick) == "Measuring the corpus loss on at most 1,024 random slices ..."
     assert ", about 0:07:17 ..." in report.measuring_line(1024, config, slow)
     assert report.rehearsing_line(config) == "Measuring two steps ..."
     large = replace(config, n_embd=768, n_layer=12, n_head=12, block_size=1024)
