@@ -67,6 +67,8 @@ def flags(script: str, kind: str) -> str:
                 continue
             words = re.sub(r"\s+", " ", ast.literal_eval(text.value)).replace("|", "\\|")
             default = "must be given" if field.value is None else f"`{plain(ast.unparse(field.value))}`"
+            if said := re.search(r"by_default\('([^']*)'\)", ast.unparse(field.annotation)):
+                default = said[1]
             rows.append([f"`--{field.target.id}`", default, words])
     return markdown_table(["flag", "default", "what it is"], rows, align="---")
 
@@ -78,9 +80,9 @@ def plain(default: str) -> str:
 
 
 def presets() -> str:
-    """Shape and size of each."""
+    """Shape and size of each, but of the one that follows from the text."""
     rows = []
-    for name in PRESETS:
+    for name in (name for name in PRESETS if name != "write"):
         config = cards.config_of(name)
         shape = (config.n_layer, config.n_head, config.n_embd, config.block_size, config.batch_size, config.seq_len)
         rows.append([f"`{name}`", f"{config.n_params:,}", *map(str, shape)])
@@ -110,7 +112,7 @@ def need(card: cards.Card, config: cards.Config) -> tuple[str, str]:
 def card_memory() -> str:
     """The sum behind the table of cards, for each preset."""
     rows = []
-    for name in (name for name in PRESETS if name != "demo"):
+    for name in (name for name in PRESETS if name not in ("demo", "write")):
         parts = cards.memory(cards.config_of(name))
         cells = [f"{n_bytes / 1e9:.2f}" for n_bytes in (*parts.values(), cards.BESIDES)]
         rows.append([f"`{name}`", *cells, f"{cards.total(cards.config_of(name)) / 1e9:.1f}"])
