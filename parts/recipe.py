@@ -33,17 +33,20 @@ TINY_SHAKESPEARE = Text(1_115_394, 338_025)  # stands for the text where none is
 
 LAW_TARGET = 0.1  # loss, nats per token
 LAW_EXPONENT = 0.75
-LAW_TOKENS = 5.45e6  # for 338,025 tokens of text
+LAW_TOKENS = 5.55e6  # for 338,025 tokens of text
+LAW_TOKENS_OF_DEMO = 8.9e6  # so narrow a model needs more
 
 
-def tokens_to_learn(n_tokens: int) -> float:
+def tokens_to_learn(preset: str, n_tokens: int) -> float:
     """Tokens of training after which a text of `n_tokens` is known by heart (a loss of `LAW_TARGET`)."""
-    return LAW_TOKENS * (n_tokens / TINY_SHAKESPEARE.n_tokens) ** LAW_EXPONENT
+    tokens = LAW_TOKENS_OF_DEMO if preset == "demo" else LAW_TOKENS
+    return tokens * (n_tokens / TINY_SHAKESPEARE.n_tokens) ** LAW_EXPONENT
 
 
 def usual_steps(v: Any, text: Text) -> int:
     """Steps that the law says, for the batch in use."""
-    return max(1, math.ceil(tokens_to_learn(text.n_tokens) / (v.batch_size * v.grad_accum * v.seq_len)))
+    per_step = v.batch_size * v.grad_accum * v.seq_len
+    return max(1, math.ceil(tokens_to_learn(v.preset, text.n_tokens) / per_step))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -86,7 +89,7 @@ def prompt(v: Any, text: Text) -> tuple[object, Origin]:
 
 def steps(v: Any, text: Text) -> tuple[object, Origin]:
     """As many as the law says."""
-    needed = tokens_to_learn(text.n_tokens) / 1e6
+    needed = tokens_to_learn(v.preset, text.n_tokens) / 1e6
     reason = f"to learn {text.n_tokens:,} tokens of text usually takes at most {needed:.3g} M tokens of training"
     return usual_steps(v, text), Origin(From.TEXT, reason)
 
@@ -119,7 +122,56 @@ RULES: dict[str, Rule] = {  # a rule sees the flags without one, and those above
     "sample_every": lambda v, text: follows(max(1, v.steps // 10), "1/10 of the steps"),
     "eval_every": lambda v, text: follows(max(1, v.steps // 20), "1/20 of the steps"),
 }
-PRESET_RULES: dict[str, dict[str, Rule]] = {}
+
+
+# ---------------------------------------------------------------------------------------------
+# The preset write: the lowest validation loss in minutes, on 20 KB to 10 MB of text
+# ---------------------------------------------------------------------------------------------
+
+
+def growing(v: Any, text: Text, at_30_kb: float, exponent: float, multiple: int, unit: str) -> tuple[int, Origin]:
+    """A whole multiple that grows with the bytes of the text, as a power of them."""
+    n_bytes = min(max(text.n_bytes, 20_000), 10_000_000)
+    value = round(at_30_kb * (n_bytes / 30_000) ** exponent / multiple) * multiple
+    return max(multiple, value), Origin(From.TEXT, f"{unit} for {text.n_bytes:,} bytes of text")
+
+
+def write_tokenizer(v: Any, text: Text) -> tuple[object, Origin]:
+    """A vocabulary of the text's own, larger for more text."""
+    n_vocab, origin = growing(v, text, 1000, 0.25, 100, "a vocabulary")
+    return f"bpe:{min(n_vocab, text.n_vocab)}", origin
+
+
+def write_steps(v: Any, text: Text) -> tuple[object, Origin]:
+    """Fewer passes over more text."""
+    passes = 10 * (min(max(text.n_bytes, 20_000), 10_000_000) / 30_000) ** -0.2
+    steps = math.ceil(passes * text.n_tokens / (v.batch_size * v.grad_accum * v.seq_len))
+    return max(1, steps), Origin(From.TEXT, f"{passes:.1f} passes over {text.n_tokens:,} tokens")
+
+
+def write_batch(v: Any, text: Text) -> tuple[object, Origin]:
+    """Larger steps for more text: 4, 8 or 16 slices."""
+    size = 4 if text.n_bytes < 100_000 else 8 if text.n_bytes < 1_000_000 else 16
+    return size, Origin(From.TEXT, f"for {text.n_bytes:,} bytes of text")
+
+
+def validates(v: Any) -> bool:
+    """Whether text is held out."""
+    return bool(v.val_fraction or v.val_file)
+
+
+WRITE: dict[str, Rule] = {
+    "tokenizer": write_tokenizer,
+    "n_embd": lambda v, text: growing(v, text, 128, 0.15, 64, "a width"),
+    "n_head": lambda v, text: follows(max(1, v.n_embd // 32), "32 channels each"),
+    "block_size": lambda v, text: follows(v.seq_len, "seq_len"),
+    "batch_size": write_batch,
+    "val_fraction": lambda v, text: follows(
+        0.0 if v.val_file else 0.1, "the end of the text, unless there is a val_file"
+    ),
+    "patience": lambda v, text: follows(5 if validates(v) else 0, "with a validation split"),
+}
+PRESET_RULES: dict[str, dict[str, Rule]] = {"write": WRITE | RULES | {"steps": write_steps}}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -151,7 +203,7 @@ def decide(
     """
     preset = typed.get("preset") or (previous.preset if previous else Flags.preset)
     kept = previous if previous and previous.preset == preset else None
-    rules = {**RULES, **PRESET_RULES.get(preset, {})}
+    rules = PRESET_RULES.get(preset, RULES)
     v = SimpleNamespace(preset=preset, processes=processes, vocab_size=vocab_size)
     origins = {"preset": Origin(From.TYPED if "preset" in typed else From.RUN if kept else From.DEFAULT)}
     names = [field.name for field in fields(Flags) if field.name not in rules]
