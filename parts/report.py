@@ -127,10 +127,10 @@ def origin_lines(config: Config) -> list[str]:
     values = config.as_dict()
     silent = {"device", "out_dir", "prompt"} | ({"eval_every"} if not config.validates else set())
     for name, (source, reason) in config.origins.items():
-        if source in HEADINGS and name not in silent:
-            value = values[name]
-            shown = " ".join(value) if isinstance(value, list) else value
-            told[source].append(f"{name} {shown}" + (f" ({reason})" if reason else ""))
+        value = values[name]
+        if source in HEADINGS and name not in silent and value not in (None, ""):
+            why = "" if source == From.RUN or not reason else f" ({reason})"
+            told[source].append(f"{name} {' '.join(value) if isinstance(value, list) else value}{why}")
     reason = config.origins["device"].reason if "device" in config.origins else ""
     device = f"Device: {config.device} ({reason or '--device'})"
     return [*(f"{HEADINGS[source]}: {'; '.join(words)}" for source, words in told.items() if words), device]
