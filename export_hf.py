@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
-from parts.recipe import decide
 from parts.start import packages_of
 
 with packages_of("export_hf.py", __name__):
@@ -40,6 +39,7 @@ with packages_of("export_hf.py", __name__):
     from parts.config import Config, out_of_range
     from parts.files import existing_part, read_if_there, read_json
     from parts.readme import in_markdown
+    from parts.recipe import decide
     from parts.text import DOCUMENT_END, OwnVocabulary, read_text, saved_tokenizer, vocabulary_folder
 
 FIRST_WORDS = "Once upon a time"
@@ -298,7 +298,7 @@ def import_hf(folder: Path, out: Path) -> None:
         shape = {name: values[name] for name in SHAPE} | {"block_size": values["n_positions"], "seq_len": context}
         if any(type(size) is not int for size in shape.values()):
             raise TypeError("sizes that are no whole numbers in config.json")
-        config = decide(dict(**shape, device="cpu"))
+        config = decide(shape | {"device": "cpu"}, vocab_size=values["vocab_size"])
         problems = out_of_range(config) or config.contradictions()
         weights = load_file(folder / "model.safetensors")
     except (KeyError, TypeError, SafetensorError) as error:

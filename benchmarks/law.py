@@ -68,7 +68,8 @@ def run(job: str, options: Options, whole: Corpus) -> dict:
         loss = trainer.update()[0]
         due = step >= 0.6 * config.steps and step % max(1, config.steps // 40) == 0
         if step == config.steps or (due and loss < 0.3):
-            mean, error = train.corpus_loss(trainer.model, corpus.tokens, config, SLICES)
+            losses = train.corpus_losses(trainer.model, corpus.tokens, config, step, 0, SLICES)
+            mean, error = train.mean_and_error(losses)
             curve.append([trainer.progress.tokens, round(mean, 5), round(error, 5)])
     reached = next((tokens for tokens, mean, _ in curve if mean <= config.target_loss), None)
     return {

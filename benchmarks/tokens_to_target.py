@@ -36,6 +36,7 @@ from parts.text import load_tokenizer
 BASE = dict(
     n_layer=4, n_head=4, n_embd=256, block_size=1024, seq_len=128, batch_size=16, init_std=0.02, target_window=20,
     optimizer="muon", lr=1.2e-2, warmup_steps=20, weight_decay=0.1, beta1=0.9, beta2=0.95,
+    schedule="linear",
 )  # fmt: skip
 RECIPES = {  # mixed_steps as a part of the steps
     "base": {},
@@ -90,9 +91,10 @@ def run(recipe: dict, seed: int, options: Options, corpus: Corpus, name: str) ->
     flags = BASE | recipe
     own, iterations = flags.pop("muon", {}), flags.pop("iterations", len(muon.POLAR_EXPRESS))
     steps = options.tokens // (flags["batch_size"] * flags["seq_len"])
+    flags.setdefault("min_lr", flags["lr"] / 10)
     flags["mixed_steps"] = int(flags.get("mixed_steps", 0) * steps)
     flags |= dict(seed=seed, steps=steps, device="cpu", amp="bf16", compile="off", threads=options.threads)
-    config = choose_runtime(decide(dict(**flags, vocab_size=int(corpus.tokens.max()) + 1)), None)
+    config = decide(flags, vocab_size=int(corpus.tokens.max()) + 1, machine=choose_runtime)
     configure_torch(config)
     train.Muon, muon.POLAR_EXPRESS = variant(own), muon.POLAR_EXPRESS[:iterations]
     trainer = train.Trainer(config, corpus, None)

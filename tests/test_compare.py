@@ -134,8 +134,8 @@ def test_a_flag_that_changed_shows_its_values_one_after_the_other(trained, tmp_p
     header, *rows = compare([run, at_once]).table()
     assert header[5:] == ["dropout", "steps", "lr"], "min_lr follows"
     assert {row[0]: row[5:] for row in rows} == {
-        "changed": ["0, then 0.1, then 0", "8, then 12, then 16", "0.006, then 0.3"],
-        "once": ["0", "16", "0.3"],
+        "changed": ["0, then 0.1", "8, then 12, then 16", "0.006, then 0.3"],
+        "once": ["0.1", "16", "0.3"],
     }
 
 

@@ -155,8 +155,8 @@ def test_the_one_before_steps_in_aloud(run, damage):
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """A bit is either of no meaning at all (padding, dates), or the file is refused."""
     torch.manual_seed(0)
-    shape = dict(n_layer=1, n_head=1, n_embd=4, block_size=8, seq_len=8, vocab_size=8)
-    config = decide(dict(**shape))
+    shape = dict(n_layer=1, n_head=1, n_embd=4, block_size=8, seq_len=8)
+    config = decide(shape, vocab_size=8)
     content = {
         "model": train.GPT(config).state_dict(),
         "progress": {"step": 7, "recent_losses": [1.5, 2.5]},

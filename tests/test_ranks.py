@@ -81,8 +81,8 @@ def test_the_same_run_on_several_ranks(alone):
     assert result.stdout.count("Training complete.") == 1, "one process speaks for all"
     assert result.stdout.count("step 5/8 | ") == 1
     cores = os.cpu_count()
-    assert f"Threads: {max(1, cores // processes)} ({cores} cores shared by {processes} processes)" in result.stdout
-    assert f"Micro_batch: {8 // processes} " in result.stdout
+    assert f"threads {max(1, cores // processes)} ({cores} cores shared by {processes} processes)" in result.stdout
+    assert f"micro_batch {8 // processes} " in result.stdout
     # The run goes on alone, and is told to.
     assert train.main([*FLAGS, "--out_dir=shared", "--steps=10"]) == 0
     assert "Resuming from step 8" in log_text(Path("shared"))

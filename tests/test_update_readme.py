@@ -144,6 +144,7 @@ def test_a_run_that_went_on_from_a_checkpoint_starts_there_again(finished_run, t
     monkeypatch.chdir(tmp_path)
     source = finished_run / "checkpoints/last.pt"
     flags = [*TINY_FLAGS, f"--input_file={finished_run.parents[1] / 'input.txt'}", "--out_dir=run"]
+    flags += ["--decay_steps=14", "--warmup_steps=0"]
     assert train.main([*flags, f"--resume={source}", "--steps=10"]) == 0
     assert train.main([*flags, "--steps=12"]) == 0
     command = shown_commands(Path("run"))[-1]

@@ -37,7 +37,6 @@ from benchmarks.gpu.common import (
 )
 from benchmarks.torture import differences
 from parts.commandline import parse_config
-from parts.config import From
 from parts.kernels import HeadLoss
 from parts.machine import choose_runtime
 from parts.recipe import decide
@@ -46,8 +45,8 @@ from parts.recipe import decide
 @check("numerics", "what auto chooses for the default run")
 def choices(options: Options, here: Path) -> str:
     config = choose_runtime(parse_config([f"--input_file={options.input_file}"]), None)
-    chosen = {name: origin for name, origin in config.origins.items() if origin.source == From.MACHINE}
-    return "; ".join(f"{name} {getattr(config, name)} ({origin.reason})" for name, origin in chosen.items())
+    chosen = {name: config.origins[name] for name in ("device", "amp", "compile", "threads", "micro_batch")}
+    return "; ".join(f"{name} {getattr(config, name)} ({o.reason or o.source})" for name, o in chosen.items())
 
 
 @check("numerics", "fp32 logits of GPT-2 124M against the CPU's, largest difference")
