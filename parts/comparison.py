@@ -229,7 +229,7 @@ class Comparison:
             unmeasured if loss is None else loss[1],
             "" if tokens is None else f"{tokens:,.0f}",
             "" if elapsed is None else duration(elapsed),
-            outcome(run),
+            outcome_with_window(run),
         ]
 
     def markdown(self) -> str:
@@ -246,6 +246,12 @@ class Comparison:
             columns.append([text.rjust(width) if numeric else text.ljust(width) for text in texts])
         lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
         return "\n".join([*lines, *([""] * bool(self.notes)), *self.notes])
+
+
+def outcome_with_window(run: Run) -> str:
+    """What came of a run; of one that reached its target also the window_loss, beside the loss on random slices."""
+    window_loss = number(run.results, "window_loss") if state(run) == "target" else None
+    return outcome(run) + ("" if window_loss is None else f" (window_loss {window_loss:.4f})")
 
 
 def shown(run: Run, flag: str) -> str:

@@ -463,6 +463,15 @@ def test_a_target_that_random_slices_did_not_confirm_is_not_called_reached(out, 
     assert outcome(replace(run, results=run.results | results)) == words
 
 
+def test_a_reached_target_is_told_with_both_losses(out):
+    run = read_run(out / "lr-3e-2")
+    results = {"stop_reason": "target", "target_loss": 0.1, "corpus_loss": 0.098, "window_loss": 0.0951}
+    reached = replace(run, results=run.results | results)
+    header, *rows = compare([reached, read_run(out / "lr-1e-3")]).table()
+    (row,) = (row for row in rows if row[0] == "lr-3e-2")
+    assert row[1].startswith("0.0980") and row[header.index("outcome")] == "target reached (window_loss 0.0951)"
+
+
 @pytest.mark.slow
 def test_it_needs_no_pytorch(out):
     """The script as its user starts it, where PyTorch cannot be imported."""
