@@ -128,31 +128,41 @@ RULES: dict[str, Rule] = {  # a rule sees the flags without one, and those above
 # The preset write: the lowest validation loss in minutes, on 20 KB to 10 MB of text
 # ---------------------------------------------------------------------------------------------
 
+WRITE_RANGE = (20_000, 10_000_000)  # bytes of text; what follows from them was tried from 30 KB to 3 MB
 
-def growing(v: Any, text: Text, at_30_kb: float, exponent: float, multiple: int, unit: str) -> tuple[int, Origin]:
-    """A whole multiple that grows with the bytes of the text, as a power of them."""
-    n_bytes = min(max(text.n_bytes, 20_000), 10_000_000)
-    value = round(at_30_kb * (n_bytes / 30_000) ** exponent / multiple) * multiple
-    return max(multiple, value), Origin(From.TEXT, f"{unit} for {text.n_bytes:,} bytes of text")
+
+def size_of(text: Text) -> float:
+    """Bytes of the text, within the range, as a multiple of 30 KB."""
+    low, high = WRITE_RANGE
+    return min(max(text.n_bytes, low), high) / 30_000
+
+
+def from_bytes(value: object, text: Text) -> tuple[object, Origin]:
+    """A value that follows from the bytes of the text."""
+    return value, Origin(From.TEXT, f"for {text.n_bytes:,} bytes")
 
 
 def write_tokenizer(v: Any, text: Text) -> tuple[object, Origin]:
-    """A vocabulary of the text's own, larger for more text."""
-    n_vocab, origin = growing(v, text, 1000, 0.25, 100, "a vocabulary")
-    return f"bpe:{min(n_vocab, text.n_vocab)}", origin
+    """A vocabulary of the text's own, larger for more text: 600 tokens at 30 KB, 4,000 from 3.4 MB on."""
+    n_vocab = min(4000, round(600 * size_of(text) ** 0.4 / 50) * 50)
+    return from_bytes(f"bpe:{min(n_vocab, text.n_vocab)}", text)
+
+
+def write_width(v: Any, text: Text) -> tuple[object, Origin]:
+    """A wider model for more text."""
+    return from_bytes(128 if size_of(text) < 3 else 192 if size_of(text) < 30 else 256, text)
+
+
+def write_batch(v: Any, text: Text) -> tuple[object, Origin]:
+    """Larger steps for more text."""
+    return from_bytes(4 if size_of(text) < 3 else 8 if size_of(text) < 30 else 16, text)
 
 
 def write_steps(v: Any, text: Text) -> tuple[object, Origin]:
     """Fewer passes over more text."""
-    passes = 10 * (min(max(text.n_bytes, 20_000), 10_000_000) / 30_000) ** -0.2
+    passes = 10 * size_of(text) ** -0.15
     steps = math.ceil(passes * text.n_tokens / (v.batch_size * v.grad_accum * v.seq_len))
     return max(1, steps), Origin(From.TEXT, f"{passes:.1f} passes over {text.n_tokens:,} tokens")
-
-
-def write_batch(v: Any, text: Text) -> tuple[object, Origin]:
-    """Larger steps for more text: 4, 8 or 16 slices."""
-    size = 4 if text.n_bytes < 100_000 else 8 if text.n_bytes < 1_000_000 else 16
-    return size, Origin(From.TEXT, f"for {text.n_bytes:,} bytes of text")
 
 
 def validates(v: Any) -> bool:
@@ -162,16 +172,17 @@ def validates(v: Any) -> bool:
 
 WRITE: dict[str, Rule] = {
     "tokenizer": write_tokenizer,
-    "n_embd": lambda v, text: growing(v, text, 128, 0.15, 64, "a width"),
+    "n_embd": write_width,
     "n_head": lambda v, text: follows(max(1, v.n_embd // 32), "32 channels each"),
     "block_size": lambda v, text: follows(v.seq_len, "seq_len"),
     "batch_size": write_batch,
+    "lr": lambda v, text: from_bytes(3e-3 if size_of(text) < 3 else 4e-3, text),
     "val_fraction": lambda v, text: follows(
         0.0 if v.val_file else 0.1, "the end of the text, unless there is a val_file"
     ),
     "patience": lambda v, text: follows(5 if validates(v) else 0, "with a validation split"),
 }
-PRESET_RULES: dict[str, dict[str, Rule]] = {"write": WRITE | RULES | {"steps": write_steps}}
+PRESET_RULES: dict[str, dict[str, Rule]] = {"write": {**WRITE, **RULES, "lr": WRITE["lr"], "steps": write_steps}}
 
 
 # ---------------------------------------------------------------------------------------------
