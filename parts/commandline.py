@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from parts.config import PRESETS, Config, Flags, From, brief, out_of_range
+from parts.config import PRESETS, Config, Flags, brief, out_of_range
 from parts.recipe import TINY_SHAKESPEARE, Text, decide
 
 T = TypeVar("T")
@@ -210,8 +210,7 @@ def read_typed(argv: list[str], silent: bool = False, about: str | None = None) 
     defaults = Flags()
     if preset in PRESETS:
         config = decide({"preset": preset})
-        known = {f.name: getattr(config, f.name) for f in fields(Flags) if config.origins[f.name].source != From.TEXT}
-        defaults = Flags(**known)
+        defaults = Flags(**{f.name: getattr(config, f.name) for f in fields(Flags)})
     flags = read_flags(Flags, argv, "train.py", about, defaults, silent)
     found = {name: getattr(flags, name) for name in typed(argv)}
     if problems := out_of_range(replace(Flags(), **found)):

@@ -50,7 +50,8 @@ class RunFlags:
     """Where the run lies, and what it starts from."""
 
     preset: Literal["write", "demo", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
-    """named set of defaults, which any other flag overrides. write: new text from your text, in minutes"""
+    """named set of defaults, which any other flag overrides. write: new text from your text, in minutes; its defaults
+    follow from the text, and are shown for one of 1 MB"""
     out_dir: Path | None = None
     """run directory; by default out/PRESET, and out/PRESET-NAME for a text that is not the preset's own"""
     resume: str = "auto"
