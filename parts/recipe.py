@@ -143,7 +143,10 @@ def from_bytes(value: object, text: Text) -> tuple[object, Origin]:
 
 
 def write_tokenizer(v: Any, text: Text) -> tuple[object, Origin]:
-    """A vocabulary of the text's own, larger for more text: 600 tokens at 30 KB, 4,000 from 3.4 MB on."""
+    """GPT-2's for a short text, which cannot teach as many words: 2.27 bits per byte instead of 2.70 on 30 KB of prose.
+    Else one of the text's own, larger for more text, since it is several times as fast."""
+    if size_of(text) < 5:
+        return from_bytes("gpt2", text)
     n_vocab = min(4000, round(600 * size_of(text) ** 0.4 / 50) * 50)
     return from_bytes(f"bpe:{min(n_vocab, text.n_vocab)}", text)
 
