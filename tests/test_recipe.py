@@ -1,6 +1,7 @@
 """Where a value comes from: a default that is typed changes nothing but its origin; the recipe follows the text."""
 
 import lzma
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -163,3 +164,28 @@ def test_the_plan_names_what_was_decided_and_the_yardstick(launch, capsys):
     assert "makes" in said and "bits per byte of them" in said
     assert "From other flags: lr 0.0035 (with muon); beta2 0.99 (with muon); decay_steps 8 (the last step)" in said
     assert "mixed_steps 6 (80% of the steps)" in said
+
+
+def test_what_write_takes_follows_from_the_bytes_of_the_text():
+    sizes = (10_000, 30_000, 300_000, 3_000_000, 30_000_000)
+    found = [decide(dict(preset="write"), Text(n, n // 3)) for n in sizes]
+    assert [c.tokenizer for c in found] == ["gpt2", "gpt2", "bpe:1500", "bpe:3800", "bpe:4000"]
+    assert [c.n_embd for c in found] == [128, 128, 192, 256, 256]
+    passes = [c.steps * c.tokens_per_step / (n // 3) for c, n in zip(found, sizes, strict=True)]
+    assert passes == sorted(passes, reverse=True) and 4 < passes[-1] < passes[0] < 12
+    for flags in ({}, {"val_file": (Path("v.txt"),)}, {"val_fraction": 0.0}, {"n_embd": 96}, {"seq_len": 64}):
+        config = decide(dict(preset="write", device="cpu") | flags, TEXTS[2], machine=choose_runtime)
+        assert config.contradictions() == [], flags
+        assert bool(config.patience) == config.validates == (flags != {"val_fraction": 0.0})
+
+
+def test_write_takes_the_vocabulary_that_the_text_can_fill(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("the same line again and again\n" * 6000, encoding="utf-8")
+    flags = ["--preset=write", "--input_file=text.txt", "--num_prompts=0", "--n_layer=1"]
+    assert train.main([*flags, "--steps=2"]) == 0
+    log = log_text(Path("out/write-text"))
+    n_vocab = int(re.search(r"tokenizer bpe:(\d+) \(for 180,000 bytes\)", log)[1])
+    assert 257 < n_vocab < 600 and f"vocabulary {n_vocab})" in log
+    assert train.main(["--out_dir=out/write-text", "--steps=4"]) == 0
+    assert train.main(["--preset=write", "--input_file=text.txt", "--tokenizer=bpe:900", "--out_dir=x"]) == 2
