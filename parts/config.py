@@ -182,7 +182,7 @@ class ReportingFlags:
     """steps between log lines and CSV rows"""
     save_every: Annotated[int, Between(1, 10**9)] = 100
     """steps between checkpoints"""
-    sample_every: Annotated[int | None, Between(1, 10**9), by_default("1/10 of the steps")] = None
+    sample_every: Annotated[int | None, Between(1, 10**9), by_default("1/10 of the steps, at least 10")] = None
     """steps between text samples; the first one after half of them"""
     prompt: str = ""
     """start of sampled text; \\n, \\t, \\\\ and \\uXXXX are decoded; empty: the text's first words, or a sentence of

@@ -119,7 +119,7 @@ RULES: dict[str, Rule] = {  # a rule sees the flags without one, and those above
     "decay_steps": lambda v, text: follows(v.steps, "the last step"),
     "warmup_steps": warmup_steps,
     "mixed_steps": mixed_steps,
-    "sample_every": lambda v, text: follows(max(1, v.steps // 10), "1/10 of the steps"),
+    "sample_every": lambda v, text: follows(max(10, v.steps // 10), "1/10 of the steps, at least 10"),
     "eval_every": lambda v, text: follows(max(1, v.steps // 20), "1/20 of the steps"),
 }
 
