@@ -404,7 +404,9 @@ def brief(value: object) -> str:
 
 
 PRESETS: dict[str, dict] = {  # what is not constant stands in parts/recipe.py
-    "write": dict(n_layer=4, seq_len=128, dropout=0.1, target_loss=0.0, temperature=0.8),
+    "write": dict(  # samples end before the trained context does: beyond it they take as long as the training
+        n_layer=4, seq_len=128, dropout=0.1, target_loss=0.0, temperature=0.8, num_prompts=1, max_new_tokens=100,
+    ),
     "demo": dict(
         input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128, batch_size=4,
         lr=4e-3, init_std=0.07, save_every=200, num_prompts=1, temperature=0.0, max_new_tokens=69,
