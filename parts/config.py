@@ -371,13 +371,22 @@ class Config(Computed):
         """The inverse of `as_dict` and `origins_as_dict`. Keys that are no flags are ignored, missing ones default."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         known.setdefault("mixed_steps", 0)  # younger than the oldest checkpoints
+        known.setdefault("schedule", "linear")
         for name in ("cache_dir", "out_dir", "init_from"):
             if known.get(name) is not None:
                 known[name] = Path(known[name])
         for name in known.keys() & {"input_file", "val_file"}:
             known[name] = tuple(map(Path, known[name]))
-        known["origins"] = {name: Origin(From(o["from"]), o["why"]) for name, o in (origins or {}).items()}
+        known["origins"] = {name: origin_of(o) for name, o in origins.items()} if isinstance(origins, dict) else {}
         return cls(**known)
+
+
+def origin_of(value: object) -> Origin:
+    """An origin as a file has it; one that this program does not know counts as kept."""
+    try:
+        return Origin(From(value["from"]), str(value["why"]))  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):
+        return Origin(From.RUN)
 
 
 def decided(config: Config, name: str, value: object, origin: Origin) -> Config:

@@ -5,18 +5,17 @@ then memory-mapped: memory does not grow with the text. The ids are those of the
 is cut only where the vocabularies' pattern never joins two characters.
 """
 
-import bz2
 import hashlib
+import importlib
 import json
 import logging
-import lzma
 import math
 import os
 import re
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
         if part is not None and len(part) < config.seq_len + 1:
             raise ValueError(
                 f"{name} has {len(part):,} tokens, but a slice needs --seq_len + 1 = {config.seq_len + 1:,}: use a "
-                "longer text, a larger part of it, or a smaller --seq_len"
+                "longer text, a larger part of it (--max_tokens, --val_fraction), or a smaller --seq_len"
             )
     tokens.flags.writeable = False
     vocabulary = getattr(tokenizer, "content", "")
@@ -89,14 +88,20 @@ def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
     return Corpus(tokens, sha256, len(whole), n_bytes / len(whole), vocabulary, *validation, n_files, best)
 
 
-COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {"lzma": lzma.compress, "bz2": bz2.compress}
+COMPRESSORS = ("lzma", "bz2")  # modules that a Python may have been built without
 BEFORE, HELD_OUT = 2**20, 2**18  # tokens of the text that a compressor sees, and of the text it is measured on
 
 
-def compressed(tokens: np.ndarray, val_tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[str, float]:
+def compressed(tokens: np.ndarray, val_tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[str, float] | None:
     """The best of Python's compressors, and the bits per byte that the held-out text adds behind the other."""
     known, new = text_of(tokens[-BEFORE:], tokenizer), text_of(val_tokens[:HELD_OUT], tokenizer)
-    added = {name: len(pack(known + new)) - len(pack(known)) for name, pack in COMPRESSORS.items()}
+    added = {}
+    for name in COMPRESSORS:
+        with suppress(ImportError):
+            pack = importlib.import_module(name).compress
+            added[name] = len(pack(known + new)) - len(pack(known))
+    if not added:
+        return None
     best = min(added, key=lambda name: added[name])
     return best, 8 * added[best] / max(1, len(new))
 

@@ -142,7 +142,9 @@ def choose_runtime(config: Config, previous: Config | None) -> Config:
         nonlocal config
         if getattr(config, name) not in ("auto", None):
             return
-        value, origin = getattr(previous, name, None), Origin(From.RUN, "as in the run so far")
+        before = previous.origins.get(name, Origin(From.RUN)) if previous is not None else Origin(From.MACHINE)
+        source = From.RUN if before.source in (From.TYPED, From.RUN) else From.MACHINE
+        value, origin = getattr(previous, name, None), Origin(source, "as in the run so far")
         if value is None or not usable(value):
             value, reason = choose()
             if previous is not None:

@@ -46,7 +46,7 @@ def tokens_to_learn(preset: str, n_tokens: int) -> float:
 def usual_steps(v: Any, text: Text) -> int:
     """Steps that the law says, for the batch in use."""
     per_step = v.batch_size * v.grad_accum * v.seq_len
-    return max(1, math.ceil(tokens_to_learn(v.preset, text.n_tokens) / per_step))
+    return min(10**9, max(1, math.ceil(tokens_to_learn(v.preset, text.n_tokens) / per_step)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def from_bytes(value: object, text: Text) -> tuple[object, Origin]:
 def write_tokenizer(v: Any, text: Text) -> tuple[object, Origin]:
     """GPT-2's for a short text, which cannot teach as many words: 2.27 bits per byte instead of 2.70 on 30 KB of prose.
     Else one of the text's own, larger for more text, since it is several times as fast."""
-    if size_of(text) < 5:
+    if size_of(text) < 5 or DEMO_CORPUS in v.input_file:
         return from_bytes("gpt2", text)
     n_vocab = min(4000, round(600 * size_of(text) ** 0.4 / 50) * 50)
     return from_bytes(f"bpe:{min(n_vocab, text.n_vocab)}", text)
@@ -165,7 +165,20 @@ def write_steps(v: Any, text: Text) -> tuple[object, Origin]:
     """Fewer passes over more text."""
     passes = 10 * size_of(text) ** -0.15
     steps = math.ceil(passes * text.n_tokens / (v.batch_size * v.grad_accum * v.seq_len))
-    return max(1, steps), Origin(From.TEXT, f"{passes:.1f} passes over {text.n_tokens:,} tokens")
+    return min(10**9, max(1, steps)), Origin(From.TEXT, f"{passes:.1f} passes over {text.n_tokens:,} tokens")
+
+
+def write_heads(v: Any, text: Text) -> tuple[object, Origin]:
+    """Heads of about 32 channels."""
+    most = max(1, v.n_embd // 32)
+    return follows(next(n for n in range(most, 0, -1) if v.n_embd % n == 0), "32 channels each, or more")
+
+
+def write_rate(v: Any, text: Text) -> tuple[object, Origin]:
+    """A lower rate for smaller steps; it was tried with Muon alone."""
+    if v.optimizer != "muon":
+        return follows(OPTIMIZERS[v.optimizer][0], f"with {v.optimizer}")
+    return from_bytes(3e-3 if size_of(text) < 3 else 4e-3, text)
 
 
 def validates(v: Any) -> bool:
@@ -176,29 +189,30 @@ def validates(v: Any) -> bool:
 WRITE: dict[str, Rule] = {
     "tokenizer": write_tokenizer,
     "n_embd": write_width,
-    "n_head": lambda v, text: follows(max(1, v.n_embd // 32), "32 channels each"),
+    "n_head": write_heads,
     "block_size": lambda v, text: follows(v.seq_len, "seq_len"),
     "batch_size": write_batch,
-    "lr": lambda v, text: from_bytes(3e-3 if size_of(text) < 3 else 4e-3, text),
     "val_fraction": lambda v, text: follows(
         0.0 if v.val_file else 0.1, "the end of the text, unless there is a val_file"
     ),
     "patience": lambda v, text: follows(5 if validates(v) else 0, "with a validation split"),
 }
-PRESET_RULES: dict[str, dict[str, Rule]] = {"write": {**WRITE, **RULES, "lr": WRITE["lr"], "steps": write_steps}}
+PRESET_RULES: dict[str, dict[str, Rule]] = {"write": {**WRITE, **RULES, "lr": write_rate, "steps": write_steps}}
 
 
 # ---------------------------------------------------------------------------------------------
 # The one place
 # ---------------------------------------------------------------------------------------------
 
+# What follows from other flags follows them in a run that goes on, too; all else stays as it was decided at its start.
+FOLLOW_ON_THE_WAY = {"decay_steps", "warmup_steps", "mixed_steps", "sample_every", "eval_every"}
 BY_MACHINE = {"device", "amp", "compile", "threads", "micro_batch"}  # parts/machine.py chooses, and keeps what it can
 OF_ONE_START = {"preset", "out_dir", "resume", "dry_run", "tensorboard"}
 
 
 def is_open(name: str, value: object) -> bool:
     """Whether this asks for a decision, and is none."""
-    return value is None or value == "auto" or (name == "prompt" and value == "")
+    return value is None or (name in BY_MACHINE and value == "auto") or (name == "prompt" and value == "")
 
 
 def decide(
@@ -226,7 +240,7 @@ def decide(
             continue
         value, origin = typed.get(name), Origin(From.TYPED)
         if is_open(name, value):
-            value, origin = untyped(name, v, text, rules, kept)
+            value, origin = untyped(name, v, text, rules, None if name in typed else kept)
         setattr(v, name, value)
         origins[name] = origin
     if previous is not None:  # it lies where it lies, and its weights began as they began
@@ -242,8 +256,8 @@ def untyped(name: str, v: Any, text: Text, rules: dict[str, Rule], kept: Config 
         if before.source == From.TYPED:
             before = Origin(From.RUN)
         # Decided again where what it follows from has changed; else it stays, whatever the rule says by now.
-        followed = before.source in (From.TEXT, From.FLAGS) and name in rules
-        if not followed or rules[name](kept, text)[0] == rules[name](v, text)[0]:
+        follows = before.source == From.FLAGS and name in FOLLOW_ON_THE_WAY
+        if not follows or rules[name](kept, text)[0] == rules[name](v, text)[0]:
             return getattr(kept, name), before
     if name in PRESETS[v.preset]:
         return PRESETS[v.preset][name], Origin(From.PRESET)

@@ -13,7 +13,7 @@ from parts.corpus import Corpus, smallest_seq_len
 from parts.environment import environment, git_commit
 from parts.files import gigabytes
 from parts.machine import cpu_only_hint
-from parts.recipe import Text, usual_steps
+from parts.recipe import LAW_TARGET, Text, usual_steps
 
 STUCK_AFTER = 200  # steps after warm-up by which a healthy run is far below ln V
 
@@ -156,11 +156,7 @@ def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
             f"--target_loss {c.target_loss:g} is below the floor {floor:.4f}: no model can reach it at --seq_len "
             f"{c.seq_len}; {way}"
         )
-    usual = usual_steps(c, Text(0, len(corpus.tokens)))
-    chosen = c.origins["steps"].source if "steps" in c.origins else From.DEFAULT
-    if c.target_loss and chosen in (From.TYPED, From.RUN) and not usual / 2 <= c.steps <= 2 * usual:
-        passes = (count * c.tokens_per_step / len(corpus.tokens) for count in (c.steps, usual))
-        found.append("{:,.3g} passes over this text; about {:,.3g} are usual (--steps {})".format(*passes, usual))
+    found += unusual_steps(c, corpus, floor)
     if c.min_lr == 0 and c.decay_steps < c.steps:
         found.append(
             f"The learning rate is 0 from step {c.decay_steps:,} on, and nothing is learned any more: raise "
@@ -176,6 +172,17 @@ def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
             "measures it; --preset write learns to write new text from yours in minutes"
         )
     return found
+
+
+def unusual_steps(config: Config, corpus: Corpus, floor: float) -> list[str]:
+    """That the steps are far from those of the law, where it holds and they were typed."""
+    c, usual = config, usual_steps(config, Text(0, len(corpus.tokens)))
+    typed = "steps" in c.origins and c.origins["steps"].source in (From.TYPED, From.RUN)
+    holds = max(floor, LAW_TARGET / 2) < c.target_loss <= 2 * LAW_TARGET
+    if not typed or not holds or usual / 2 <= c.steps <= 2 * usual:
+        return []
+    planned, expected = (count * c.tokens_per_step / len(corpus.tokens) for count in (c.steps, usual))
+    return [f"{planned:,.3g} passes over this text; about {expected:,.3g} are usual (--steps {usual})"]
 
 
 def stuck_hint(progress: Progress, config: Config) -> str | None:
@@ -457,6 +464,6 @@ def finished(step: int, stop_reason: str) -> str:
     how = {
         "target": f"the target was reached at step {step}. Lower --target_loss",
         "patience": f"no lower validation loss up to step {step}. Raise --patience",
-        "steps": f"all steps up to {step} are done. Raise --steps (and --decay_steps, or the rate stays at --min_lr)",
+        "steps": f"all steps up to {step} are done. Raise --steps (and --decay_steps, if it was typed)",
     }[stop_reason]
     return f"Already finished: {how} to go on, or choose another --out_dir (or --resume never) for a new run."

@@ -46,11 +46,13 @@ class Run:
 
     @property
     def typed(self) -> set[str]:
-        """The flags that were typed, at any start; of runs that kept no origins, by their commands."""
-        if isinstance(origins := self.config.get("origins"), dict):
-            return {name for name, origin in origins.items() if origin.get("from") in TYPED}
-        commands = [str(launch.get("command")) for launch in self.launches or [self.config]]
-        return {word.replace("-", "_") for command in commands for word in FLAG.findall(command)}
+        """The flags that were typed, at any start: by the commands, and where there are none by the origins."""
+        commands = [one["command"] for one in self.launches or [self.config] if isinstance(one.get("command"), str)]
+        if commands:
+            return {word.replace("-", "_") for command in commands for word in FLAG.findall(command)}
+        origins = self.config.get("origins")
+        found = origins.items() if isinstance(origins, dict) else ()
+        return {name for name, origin in found if isinstance(origin, dict) and origin.get("from") in TYPED}
 
     @property
     def launches(self) -> list[dict]:

@@ -17,6 +17,8 @@ from parts.machine import Ranks, choose_runtime
 from parts.recipe import Text, decide
 from parts.text import TextYieldsFewer, Tokenizer, choose_tokenizer, size_of
 
+BYTES_PER_TOKEN = 4  # of a text that is cut by --max_tokens, roughly
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -57,7 +59,10 @@ class Setup:
         step, published = self.checkpoint["step"], read_json(self.run.results_json)
         if published.get("stop_reason") not in COMPLETE or published.get("final_step") != step:
             return None
-        reason = Progress(**self.checkpoint["progress"]).stop_reason(self.config)
+        progress, before = self.checkpoint["progress"], self.checkpoint["config"]
+        if "corpus_step" not in progress and published["stop_reason"] == "target":  # by the rule of older programs
+            return report.finished(step, "target") if self.config.target_loss >= before["target_loss"] else None
+        reason = Progress(**progress).stop_reason(self.config)
         return reason and report.finished(step, reason)
 
     def agreement(self) -> dict:
@@ -113,7 +118,10 @@ def choose_text(
     Raises OSError or ValueError.
     """
     choose = partial(decide, typed, previous=previous, processes=processes, machine=choose_runtime)
-    n_bytes = size_of(decide(typed, previous=previous).input_file)
+    first = decide(typed, previous=previous)
+    n_bytes = size_of(first.input_file)
+    if first.max_tokens:
+        n_bytes = min(n_bytes, BYTES_PER_TOKEN * first.max_tokens)
     text = Text(n_bytes, n_tokens=n_bytes)
     config = choose(text)
     check(config, previous)

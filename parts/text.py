@@ -67,7 +67,7 @@ def choose_tokenizer(config: Config, checkpoint: dict | None) -> Tokenizer:
     if checkpoint is not None and checkpoint["tokenizer"].get("name") == config.tokenizer and (learned or not read):
         return saved_tokenizer(checkpoint)
     if learned:
-        content = train_vocabulary(config.input_file, int(config.tokenizer[4:]), 1 - config.val_fraction)
+        content = train_vocabulary(config.input_file, int(config.tokenizer[4:]), part_to_learn_from(config))
     elif Path(config.tokenizer).is_file():
         content = Path(config.tokenizer).read_text(encoding="utf-8", errors="replace")
     else:
@@ -341,6 +341,14 @@ class OwnVocabulary:
             bytes(self.bytes_of[letter] for letter in word) if self.bytes_of.keys() >= set(word) else word.encode()
             for word in words
         )
+
+
+def part_to_learn_from(config: Config) -> float:
+    """Which part of the bytes surely is in the text that is trained on: a token has at least one byte."""
+    part = 1 - config.val_fraction
+    if config.val_fraction and config.max_tokens:
+        part *= min(1.0, config.max_tokens / size_of(config.input_file))
+    return part
 
 
 class TextYieldsFewer(ValueError):

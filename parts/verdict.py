@@ -1,7 +1,7 @@
 """What came of a run, and the command that goes on with it. Functions of plain values."""
 
 from parts.checkpoint import Progress
-from parts.commandline import to_type
+from parts.commandline import flag_words, to_type
 from parts.config import Config, From, Origin
 from parts.report import launch_words, overfits
 
@@ -9,9 +9,14 @@ from parts.report import launch_words, overfits
 def how_to_continue(argv: list[str], config: Config, saved: bool, since: str = "") -> str:
     """The command that goes on with a run, on one line; of one without a checkpoint, the command that was typed."""
     if saved:
-        words = launch_words(["--out_dir", config.out_dir.as_posix()], config)
+        words = launch_words(continuing(config), config)
         return f"To continue{since}: {to_type(words)}"
     return f"To start again: {to_type(launch_words(without_never(argv), config))}"
+
+
+def continuing(config: Config) -> list[str]:
+    """The flags that a run needs to go on: its directory, and what holds for one start only."""
+    return [*flag_words("out_dir", [config.out_dir.as_posix()]), *(["--tensorboard"] if config.tensorboard else [])]
 
 
 def without_never(argv: list[str]) -> list[str]:
@@ -26,7 +31,7 @@ def without_never(argv: list[str]) -> list[str]:
 def with_more_steps(config: Config, progress: Progress) -> str:
     """What to try next: half as many steps more, and a learning rate above its end in them."""
     steps = progress.step + max(1, progress.step // 2)
-    words = ["--out_dir", config.out_dir.as_posix(), "--steps", str(steps)]
+    words = [*continuing(config), "--steps", str(steps)]
     origin = config.origins.get("decay_steps", Origin(From.RUN))
     if origin.source in (From.TYPED, From.RUN):  # else the decay stretches with the steps
         words += ["--decay_steps", str(steps)]

@@ -7,18 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import log_text
 from hypothesis import given
 from hypothesis import strategies as st
 
 import train
 from parts.commandline import parse_config
-from parts.config import PRESETS, Config, Flags, From, Origin
+from parts.config import DEMO_CORPUS, PRESETS, Config, Flags, From, Origin
 from parts.corpus import Corpus, compressed, text_of
 from parts.machine import choose_runtime
 from parts.recipe import TINY_SHAKESPEARE, Text, decide
 from parts.report import forebodings
-from parts.text import OwnVocabulary, train_vocabulary
+from parts.text import OwnVocabulary, choose_tokenizer, train_vocabulary
 
 TEXTS = [Text(30_000, 8_697), Text(110_000, 33_802), TINY_SHAKESPEARE, Text(3_000_000, 1_363_724)]
 CHANGES = [{}, {"optimizer": "adamw"}, {"seq_len": 64}, {"batch_size": 2}, {"input_file": (Path("a.txt"),)}]
@@ -81,6 +82,12 @@ def test_what_followed_from_other_flags_follows_them_when_they_change():
     typed = decide(dict(steps=100, decay_steps=90))
     assert decide(dict(steps=200), previous=typed).decay_steps == 90
     assert decide(dict(optimizer="adamw"), previous=before).lr == 1e-3, "typed once"
+    longer = decide({}, TEXTS[1])
+    for flags in (dict(batch_size=64), dict(seq_len=64), dict(batch_size=8, grad_accum=2)):
+        assert decide(flags, TEXTS[1], previous=longer).steps == longer.steps, "steps that were done stay done"
+    written = decide(dict(preset="write"), TEXTS[2])
+    shorter = decide(dict(seq_len=64, val_file=(Path("v.txt"),)), TEXTS[2], previous=written)
+    assert (shorter.block_size, shorter.val_fraction) == (written.block_size, written.val_fraction)
 
 
 def test_what_was_decided_is_not_decided_again_by_a_newer_program(monkeypatch):
@@ -189,3 +196,60 @@ def test_write_takes_the_vocabulary_that_the_text_can_fill(tmp_path, monkeypatch
     assert 257 < n_vocab < 600 and f"vocabulary {n_vocab})" in log
     assert train.main(["--out_dir=out/write-text", "--steps=4"]) == 0
     assert train.main(["--preset=write", "--input_file=text.txt", "--tokenizer=bpe:900", "--out_dir=x"]) == 2
+
+
+def test_auto_and_nothing_are_words_where_they_decide_nothing():
+    assert decide(dict(prompt="auto")).prompt == decide(dict(tokenizer="auto")).tokenizer == "auto"
+    spoken = decide(dict(prompt="hi"))
+    assert decide({}, previous=spoken).prompt == "hi" and decide(dict(prompt=""), previous=spoken).prompt == ""
+
+
+@pytest.mark.parametrize("flags", [{"n_embd": 200}, {"n_embd": 100}, {"optimizer": "adamw"}, {"seq_len": 32}])
+def test_what_write_decides_goes_together(flags):
+    config = decide(dict(preset="write") | flags, TEXTS[2])
+    assert config.contradictions() == []
+    assert config.lr == (1e-3 if config.optimizer == "adamw" else 4e-3)
+    assert decide(dict(preset="write", input_file=(DEMO_CORPUS,))).contradictions() == []
+
+
+@pytest.mark.parametrize("origins", [{"lr": {}}, {"lr": 5}, [1], "x", {"lr": {"from": "magic", "why": ""}}, None])
+def test_origins_that_are_none_count_as_kept(origins):
+    config = decide(dict(steps=5))
+    again = Config.from_dict(config.as_dict(), origins)
+    assert again == config and all(origin.source == From.RUN for origin in again.origins.values())
+
+
+def test_with_max_tokens_too_the_vocabulary_is_of_what_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("leak.txt").write_text("a b c d e f g h. " * 100 + "zzyzx qwert " * 3000, encoding="utf-8")
+    config = decide(dict(input_file=(Path("leak.txt"),), max_tokens=3000, val_fraction=0.4, tokenizer="bpe:260"))
+    vocabulary = choose_tokenizer(config, None)
+    assert "zz" not in "".join(vocabulary.decode([token]) for token in range(257, 260))
+
+
+def test_a_short_part_of_a_long_text_is_a_short_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("".join(f"{n * 7919 % 1000} words of it\n" for n in range(9000)), encoding="utf-8")
+    assert train.main(["--preset=write", "--input_file=text.txt", "--max_tokens=5000", "--dry_run"]) == 0
+    assert "batch_size 4 (for 20,000 bytes)" in capsys.readouterr().out
+
+
+def test_a_run_that_an_older_program_ended_at_its_target_is_over(launch, capsys):
+    assert launch("run", "--target_loss=50", "--target_window=2", "--mixed_steps=0") == 0
+    path = Path("run/checkpoints/last.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    younger = (
+        "corpus_loss",
+        "corpus_loss_error",
+        "corpus_loss_slices",
+        "corpus_step",
+        "checked_window",
+        "checked_step",
+    )
+    old = {name: value for name, value in checkpoint["progress"].items() if name not in younger}
+    del checkpoint["origins"]
+    torch.save(checkpoint | {"progress": old}, path)
+    assert train.main(["--out_dir=run"]) == 0
+    assert "Already finished: the target was reached at step 2" in capsys.readouterr().out
+    assert train.main(["--out_dir=run", "--target_loss=1e-9"]) == 0
+    assert "Resuming from step 2" in log_text(Path("run"))

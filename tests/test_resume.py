@@ -319,7 +319,7 @@ def test_flags_that_an_older_checkpoint_does_not_know_are_named(launch):
     del checkpoint["config"]["schedule"]
     torch.save(checkpoint, last)
     assert launch("run", "--decay_steps=8") == 0
-    assert "--schedule 'unknown' -> 'cosine'" in log_text(Path("run"))
+    assert "--schedule 'unknown' -> 'linear'" in log_text(Path("run"))
 
 
 def test_a_shortened_csv_is_cut_at_a_line_and_said(launch):

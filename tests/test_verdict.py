@@ -1,6 +1,7 @@
 """A run ends with what came of it, in a sentence, and with a command that can be pasted."""
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from conftest import log_text
 
 from parts.checkpoint import Progress
+from parts.commandline import read_typed
 from parts.config import From, Origin, decided
 from parts.verdict import how_to_continue, verdict, without_never
 
@@ -81,4 +83,7 @@ def test_the_command_that_goes_on_can_be_pasted(config):
     assert how_to_continue(typed, config, True) == "To continue: python train.py --out_dir 'out/my run'"
     again = how_to_continue(typed, config, False, " from step 3")
     assert again == "To start again: python train.py --preset demo --prompt 'one\\ntwo'"
+    dashed = replace(config, out_dir=Path("-x"), tensorboard=True)
+    command = how_to_continue(typed, dashed, True).removeprefix("To continue: python train.py ")
+    assert read_typed(shlex.split(command)) == {"out_dir": Path("-x"), "tensorboard": True}
     assert without_never(["--resume", "out/y/last.pt", "--seed", "1"]) == ["--resume", "out/y/last.pt", "--seed", "1"]
