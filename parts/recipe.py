@@ -197,12 +197,7 @@ WRITE: dict[str, Rule] = {
     ),
     "patience": lambda v, text: follows(5 if validates(v) else 0, "with a validation split"),
 }
-WRITE_INSTEAD: dict[str, Rule] = {
-    "lr": write_rate,
-    "steps": write_steps,
-    "mixed_steps": lambda v, text: follows(0, "new text needs the text before it"),
-}
-PRESET_RULES: dict[str, dict[str, Rule]] = {"write": {**WRITE, **RULES, **WRITE_INSTEAD}}
+PRESET_RULES: dict[str, dict[str, Rule]] = {"write": {**WRITE, **RULES, "lr": write_rate, "steps": write_steps}}
 
 
 # ---------------------------------------------------------------------------------------------
