@@ -143,7 +143,7 @@ def choose_runtime(config: Config, previous: Config | None) -> Config:
         if getattr(config, name) not in ("auto", None):
             return
         before = previous.origins.get(name, Origin(From.RUN)) if previous is not None else Origin(From.MACHINE)
-        source = From.RUN if before.source in (From.TYPED, From.RUN) else From.MACHINE
+        source = From.RUN if before.source == From.TYPED else before.source
         value, origin = getattr(previous, name, None), Origin(source, "as in the run so far")
         if value is None or not usable(value):
             value, reason = choose()

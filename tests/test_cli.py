@@ -21,7 +21,7 @@ from parts.config import Config
 from parts.recipe import decide
 from parts.runs import read_run
 
-RAISE = "Raise --steps (and --decay_steps, or the rate stays at --min_lr)"
+RAISE = "Raise --steps (and --decay_steps, if it was typed)"
 STEP_LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \| INFO \| step (\d+)/(\d+) \| loss (\d+\.\d{6}) \| lr (\d\.\d\de[+-]\d\d)"
     r" \| tok/s (\d+\.\d)( \|.*)?"

@@ -65,7 +65,7 @@ def test_the_next_smaller_divisor_is_taken_recorded_and_kept(launch, tmp_path, t
     assert torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["micro_batch"] == fitting
     result = limited(330)  # a little more: what the heap holds already differs from start to start
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"; micro_batch {fitting}" in result.stdout
+    assert f"From the memory: micro_batch {fitting} (as in the run so far)" in result.stdout
     assert "Out of memory" not in result.stdout, "resuming takes no more memory than the run did"
     expected, found = rows(Path("whole"), "loss"), rows(Path("run"), "loss")
     assert [float(x[0]) for x in found] == pytest.approx([float(x[0]) for x in expected], abs=1e-4)
