@@ -749,6 +749,7 @@ class Saver:
 
     def write_config(self) -> None:
         """Write config.json, and the vocabulary if it is not GPT-2's. Raises OSError."""
+        self.run.check_owner()
         if vocabulary := self.trainer.corpus.vocabulary:
             with replacing(self.run.tokenizer_json) as file:
                 file.write(vocabulary.encode())
