@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
             import_hf(source, options.out)
         else:
             raise ValueError("give either --checkpoint, to export, or --from_hf, to import")
-    except SystemExit as answered:  # by tyro
+    except SystemExit as answered:  # after --help
         return int(answered.code or 0)
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():

@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         run(read_flags(Options, sys.argv[1:] if argv is None else argv, "sample.py", __doc__))
-    except SystemExit as answered:  # by tyro
+    except SystemExit as answered:  # after --help
         return int(answered.code or 0)
     except BrokenPipeError:  # whoever read the text has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1165,7 +1165,7 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
                 setup.run.check_room(STATE_BYTES * n_params, WEIGHT_BYTES * n_params, fresh)
                 if not setup.config.dry_run:
                     held.enter_context(setup.run.locked())
-    except SystemExit as answered:  # by tyro: --help is 0, a flag it cannot read is 2
+    except SystemExit as answered:  # after --help
         return int(answered.code or 0)
     except (ValueError, OSError) as error:
         problem = str(error) or type(error).__name__

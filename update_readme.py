@@ -569,7 +569,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = read_flags(Arguments, sys.argv[1:] if argv is None else argv, "update_readme.py", __doc__)
         return update(arguments)
-    except SystemExit as answered:  # by tyro
+    except SystemExit as answered:  # after --help
         return int(answered.code or 0)
     except (ValueError, OSError) as error:
         print(f"update_readme.py: error: {error}", file=sys.stderr)

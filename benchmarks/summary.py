@@ -6,22 +6,25 @@ and those of flags from the scripts.
 A table stands between <!--RECORD:NAME:START--> and <!--RECORD:NAME:END-->.
 """
 
-import ast
 import json
 import os
 import re
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import export_hf
+import sample
+import update_readme
 from benchmarks import cards
-from parts.config import PRESETS
+from parts.commandline import default_words, help_of
+from parts.config import PRESETS, Flags
 from parts.readme import markdown_table, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,31 +55,20 @@ def source(name: str) -> str:
     )
 
 
-def flags(script: str, kind: str) -> str:
-    """Every flag of a script with its default and its help, as the fields of its dataclass have them; its bases are
-    groups."""
-    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    groups = [base.id for base in reversed(classes[kind].bases) if isinstance(base, ast.Name)]
+def flags(kind: type) -> str:
+    """Every flag of a script with its default and its help; the bases of its dataclass are groups."""
+    types, explained = get_type_hints(kind, include_extras=True), help_of(kind)
+    groups = [base for base in reversed(kind.__mro__[1:]) if is_dataclass(base)]
     rows = []
-    for name in [*groups, kind]:
-        if groups and name != kind:
-            rows.append([f"**{name.removesuffix('Flags').lower()}**", "", ast.get_docstring(classes[name]) or ""])
-        for field, text in pairwise(classes[name].body):
-            if not isinstance(field, ast.AnnAssign) or "Suppress" in ast.unparse(field.annotation):
-                continue
-            words = re.sub(r"\s+", " ", ast.literal_eval(text.value)).replace("|", "\\|")
-            default = "must be given" if field.value is None else f"`{plain(ast.unparse(field.value))}`"
-            if said := re.search(r"by_default\('([^']*)'\)", ast.unparse(field.annotation)):
-                default = said[1]
-            rows.append([f"`--{field.target.id}`", default, words])
+    for group in groups or [kind]:
+        if groups:
+            rows.append([f"**{group.__name__.removesuffix('Flags').lower()}**", "", group.__doc__ or ""])
+        for field in fields(group):
+            default = default_words(types[field.name], field.default)
+            if field.default is MISSING:
+                default = "must be given"
+            rows.append([f"`--{field.name}`", default, explained[field.name].replace("|", "\\|")])
     return markdown_table(["flag", "default", "what it is"], rows, align="---")
-
-
-def plain(default: str) -> str:
-    """A default as it would be typed."""
-    path = re.search(r"Path\('([^']*)'\)", default)
-    return path[1] if path else default.replace("None", "").strip("'") or " "
 
 
 def presets() -> str:
@@ -271,10 +263,10 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"CARDS": on_cards},
     "docs/flags.md": {
         "PRESETS": presets,
-        "FLAGS": lambda: flags("parts/config.py", "Flags"),
-        "SAMPLE": lambda: flags("sample.py", "Options"),
-        "EXPORT": lambda: flags("export_hf.py", "Options"),
-        "REPORT": lambda: flags("update_readme.py", "Arguments"),
+        "FLAGS": lambda: flags(Flags),
+        "SAMPLE": lambda: flags(sample.Options),
+        "EXPORT": lambda: flags(export_hf.Options),
+        "REPORT": lambda: flags(update_readme.Arguments),
     },
     "docs/texts-and-devices.md": {"CARD_MEMORY": card_memory, "CARD_TIME": card_time, "CARD_CHECK": card_check},
     "docs/speed.md": {

