@@ -8,6 +8,7 @@ import re
 import shlex
 from dataclasses import MISSING, fields, is_dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
@@ -169,6 +170,7 @@ def default_words(annotation: Any, value: object) -> str:
     return "" if value is None or value is False else str(value)
 
 
+@cache
 def help_of(kind: type) -> dict[str, str]:
     """The help of each flag: the string below its field, on one line."""
     found = {}
