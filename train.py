@@ -33,6 +33,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 
 from parts.start import packages_of
 
@@ -746,6 +747,7 @@ class Saver:
         self.snapshot, self.best_snapshots = Snapshot(), (Snapshot(), Snapshot())  # one best may be under way
         self.best: dict | None = None  # what best.pt is to hold, while it is not on disk
         self.best_under_way: Snapshot | None = None
+        self.best_before: Path | None = None  # where the next one moves what is there
 
     def write_config(self) -> None:
         """Write config.json, and the vocabulary if it is not GPT-2's. Raises OSError."""
@@ -844,7 +846,9 @@ class Saver:
         return Task(name, write, done)
 
     def _write_best(self, best: dict, description: dict) -> None:
-        write_checkpoint(self.run.best, description | {name: best[name] for name in ("step", "loss", "model")})
+        values = description | {name: best[name] for name in ("step", "loss", "model")}
+        write_checkpoint(self.run.best, values, previous=self.best_before)
+        self.best_before = None
 
     def _report_best(self, best: dict | None) -> None:
         if best is not None:
@@ -1024,6 +1028,9 @@ def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
     if progress.best_step and not run.best.exists():
         log.warning("%s is missing: the best from here on will be written there", run.best)
         progress.forget_best()
+    elif not progress.best_step and run.best.exists():
+        saver.best_before = kept = run.first_free("checkpoints/best-{}.pt")
+        log.info("%s does not compare with the losses from here on: kept as %s", run.best, kept)
     trainer.compile()
 
 

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -234,12 +235,15 @@ class RunDir:
         if (owner := read_if_there(self.owner)) not in ("", self.me):
             raise FileExistsError(f"{self.root} was taken over by another train.py (pid {owner})")
 
+    def first_free(self, form: str) -> Path:
+        """The first path of this form in the directory, {} being 1, 2, ..., where nothing is."""
+        paths = (self.root / form.format(number) for number in count(1))
+        return next(path for path in paths if not path.exists())
+
     def move_aside(self) -> Path:
         """Move the files of an earlier run into the first free earlier-1, earlier-2, …; delete none of them."""
         self.clean()
-        number = 1
-        while (target := self.root / f"earlier-{number}").exists():
-            number += 1
+        target = self.first_free("earlier-{}")
         target.mkdir()
         if self.events.is_dir():  # an open TensorBoard gets stuck where its file is gone; `shown` empties it
             shutil.copytree(self.events, target / self.events.name)

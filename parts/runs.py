@@ -16,7 +16,7 @@ from parts.samples import BEGINNING
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \| [A-Z]+ \| ", re.MULTILINE)
 FLAG = re.compile(r"(?<!\S)--([a-zA-Z][\w-]*)")  # on a command line
 TYPED = ("typed", "kept from the run so far")  # origins: what is kept was typed at an earlier start
-MEASURE = {"val_fraction", "val_file", "val_sha256", "seq_len"}  # what else a validation loss depends on than weights
+MEASURE = {"val_fraction", "val_sha256", "seq_len"}  # what changes how validation is measured
 OUTCOMES = {  # reasons to stop, of results.json
     "target": "target reached",
     "patience": "stopped, since the validation loss fell no further",

@@ -45,10 +45,10 @@ class Setup:
         if self.checkpoint is None:
             return True
         saved, config = self.checkpoint["config"], self.config
-        measure = ["val_fraction", "val_file", "seq_len"]
+        measure = ["val_fraction", "seq_len"]
         if not config.validates:
             measure.append("target_window")
-        same = all(saved[name] == config.as_dict()[name] for name in measure)
+        same = all(saved.get(name) == getattr(config, name) for name in measure)
         return self.continues and same and self.checkpoint["val_sha256"] == self.corpus.val_sha256
 
     @property

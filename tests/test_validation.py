@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT2, TINY_FLAGS
+from conftest import GPT2, TINY_FLAGS, log_text
 
 import train
 import update_readme
@@ -20,7 +20,7 @@ from parts.config import VOCAB_SIZE, Config
 from parts.corpus import Corpus, load_corpus
 from parts.recipe import decide
 from parts.report import plan
-from parts.runs import overfitting, read_run
+from parts.runs import overfitting, read_run, validation
 from parts.text import load_tokenizer
 
 FLAGS = [*TINY_FLAGS, "--val_fraction=0.2", "--eval_every=3", "--input_file=input.txt", "--amp=off"]
@@ -214,9 +214,31 @@ def test_another_content_of_the_validation_text_is_another_measure(here):
     Path("other.txt").write_text("Some other text to look at, and then again some more of it. " * 5, encoding="utf-8")
     flags = [flag for flag in FLAGS if "val_fraction" not in flag] + ["--val_file=other.txt", "--out_dir=run"]
     assert train.main(flags) == 0
-    Path("other.txt").write_text("0123456789 " * 60, encoding="utf-8")
-    assert train.main([*flags, "--steps=12"]) == 0
-    assert results("run")["best_step"] > 8, "the best so far was of another text"
+    before = Path("run/checkpoints/best.pt").read_bytes()
+    for steps, held_out in ((12, "0123456789 " * 60), (16, "9876543210 " * 60)):
+        Path("other.txt").write_text(held_out, encoding="utf-8")
+        assert train.main([*flags, f"--steps={steps}"]) == 0
+        assert results("run")["best_step"] > steps - 4, "the best so far was of another text"
+    assert Path("run/checkpoints/best-1.pt").read_bytes() == before, "and is kept"
+    assert load_checkpoint(Path("run/checkpoints/best-2.pt"))["step"] <= 12
+    log = log_text(Path("run"))
+    kept = [Path(f"run/checkpoints/{name}.pt") for name in ("best", "best-1", "best-2")]
+    assert all(f"{kept[0]} does not compare with the losses from here on: kept as {one}" in log for one in kept[1:])
+
+
+def test_the_same_validation_text_under_another_name_is_the_same_measure(here):
+    Path("other.txt").write_text("Some other text to look at, and then again some more of it. " * 5, encoding="utf-8")
+    flags = [flag for flag in FLAGS if "val_fraction" not in flag] + ["--out_dir=run"]
+    assert train.main([*flags, "--val_file=other.txt", "--patience=2"]) == 0
+    best, before = Path("run/checkpoints/best.pt").read_bytes(), results("run")
+    Path("other.txt").rename("moved.txt")
+    worse = ["--steps=30", "--lr=9", "--min_lr=9", "--patience=2"]
+    assert train.main([*flags, f"--val_file={Path('moved.txt').resolve()}", *worse]) == 0
+    found = results("run")
+    assert found["stop_reason"] == "patience" and found["val_loss"] > before["best_loss"], "or nothing is shown"
+    assert [found[name] for name in ("best_loss", "best_step")] == [before[name] for name in ("best_loss", "best_step")]
+    assert Path("run/checkpoints/best.pt").read_bytes() == best and not list(Path("run").glob("*/best-*"))
+    assert validation(read_run(Path("run")))["step"].iloc[0] == 3, "nor did the measure change for who reads the run"
 
 
 def test_a_run_that_ends_as_it_is_resumed_is_measured_too(here, prompt_disk):
