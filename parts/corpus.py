@@ -5,6 +5,7 @@ then memory-mapped: memory does not grow with the text. The ids are those of the
 is cut only where the vocabularies' pattern never joins two characters.
 """
 
+import glob
 import hashlib
 import importlib
 import json
@@ -18,7 +19,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +28,14 @@ from tqdm import tqdm
 
 from parts.config import DEMO_CORPUS, Config, names
 from parts.files import replacing
-from parts.text import Tokenizer, encode, find_files, identity, pieces, read_text
+from parts.text import Tokenizer, encode, equal, find_files, identity, in_words, pieces, read_text
+from parts.waiting import waiting
 
 log = logging.getLogger("train")
 
 
 SMALL_TEXT = 2**24  # bytes of a file that is read and tokenised in memory, within a second or two
 EXACT_FLOOR = 2**22  # tokens of a corpus whose floor is computed from all of it
-GLOB = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class Corpus:
     val_tokens: np.ndarray | None = None  # (M,), held out
     val_bytes_per_token: float = math.nan
     val_sha256: str = ""  # of --val_file
-    n_files: int | None = None  # of the text; None where it is one file, named as such
+    val_remark: str = ""  # see `Documents`
+    n_files: int = 1  # of the text
+    remark: str = ""
     yardstick: tuple[str, float] | None = None  # a compressor, and the bits per byte it makes of the held-out text
 
     @property
@@ -58,34 +61,69 @@ class Corpus:
         return len(self.tokens) > EXACT_FLOOR
 
 
+@dataclass(frozen=True)
+class Documents:
+    """The ids of one or several texts."""
+
+    tokens: np.ndarray  # (N,) uint16 or uint32, an end-of-document between two texts
+    sha256: str  # of the text; of several texts, of the lines of their hashes
+    n_bytes: int
+    each: list[tuple[str, Path]]  # SHA-256 of the bytes, and the file
+    remark: str = ""  # what folders and globs gave, and left out
+
+
 def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
     """Read and tokenise the text; special-token text such as <|endoftext|> is plain text here.
 
-    Raises OSError or ValueError (see `read_text`), also when the text is shorter than a slice.
+    Raises OSError or ValueError (see `read_text`), also when the text is shorter than a slice, or
+    when a document is both trained on and held out.
     """
-    whole, sha256, text_bytes, n_files = read_tokens(config.input_file, config, tokenizer, "--input_file")
-    tokens = whole[: config.max_tokens] if config.max_tokens else whole
-    val_tokens, val_bytes_per_token, val_sha256 = None, math.nan, ""
+    text = read_documents("--input_file", config, tokenizer)
+    whole, n_bytes, known = text.tokens, float(text.n_bytes), ""
+    part = whole[: config.max_tokens] if config.max_tokens else whole
+    tokens, val_tokens, validation = part, None, (math.nan, "", "")
     if config.val_file:
-        val_tokens, val_sha256, val_bytes, _ = read_tokens(config.val_file, config, tokenizer, "--val_file")
-        val_bytes_per_token = val_bytes / max(1, len(val_tokens))
+        held_out = read_documents("--val_file", config, tokenizer)
+        val_tokens, known = held_out.tokens, equal(text.each, held_out.each)
+        size = held_out.n_bytes / max(1, len(val_tokens))
+        validation = size, held_out.sha256, held_out.remark
     elif config.val_fraction:
-        n_train = len(tokens) - max(1, round(len(tokens) * config.val_fraction))
-        tokens, val_tokens = tokens[:n_train], tokens[n_train:]
-        val_bytes_per_token = bytes_per_token(val_tokens, tokenizer)
-    n_bytes = bytes_per_token(tokens, tokenizer) * len(whole) if len(tokens) < len(whole) else text_bytes
+        n_train = len(part) - max(1, round(len(part) * config.val_fraction))
+        tokens, val_tokens = part[:n_train], part[n_train:]
+        validation = bytes_per_token(val_tokens, tokenizer), "", ""
+        if equal(text.each, text.each):
+            known = equal(*split(text, n_train, len(part), tokenizer.eot_token))
+    if known:
+        raise ValueError(
+            f"the same text is trained on and held out: {known}; leave one of the two out, or hold "
+            "out other texts with --val_file"
+        )
+    if len(tokens) < len(whole):
+        n_bytes = bytes_per_token(tokens, tokenizer) * len(whole)
     splits = {names(config.input_file): tokens, "the validation split": val_tokens}
-    for name, part in splits.items():
-        if part is not None and len(part) < config.seq_len + 1:
+    for name, kept in splits.items():
+        if kept is not None and len(kept) < config.seq_len + 1:
             raise ValueError(
-                f"{name} has {len(part):,} tokens, but a slice needs --seq_len + 1 = {config.seq_len + 1:,}: use a "
-                "longer text, a larger part of it (--max_tokens, --val_fraction), or a smaller --seq_len"
+                f"{name} has {len(kept):,} tokens, but a slice needs --seq_len + 1 = "
+                f"{config.seq_len + 1:,}: use a longer text, a larger part of it (--max_tokens, "
+                "--val_fraction), or a smaller --seq_len"
             )
     tokens.flags.writeable = False
-    vocabulary = getattr(tokenizer, "content", "")
-    validation = val_tokens, val_bytes_per_token, val_sha256
+    own = getattr(tokenizer, "content", "")
+    facts = text.sha256, len(whole), n_bytes / len(whole), own
     best = None if val_tokens is None else compressed(tokens, val_tokens, tokenizer)
-    return Corpus(tokens, sha256, len(whole), n_bytes / len(whole), vocabulary, *validation, n_files, best)
+    return Corpus(tokens, *facts, val_tokens, *validation, len(text.each), text.remark, best)
+
+
+def split(text: Documents, n_train: int, n_part: int, end: int) -> tuple[list, list]:
+    """Of `text.each` what is among the first `n_train` tokens, and what is behind them and up to
+    token `n_part`; a document that is cut in two is in both."""
+
+    def begun(place: int) -> int:
+        """How many documents begin before this token."""
+        return len(text.each) - int(np.count_nonzero(text.tokens[place - 1 :] == end))
+
+    return text.each[: begun(n_train)], text.each[begun(n_train + 2) - 1 : begun(n_part)]
 
 
 COMPRESSORS = ("lzma", "bz2")  # modules that a Python may have been built without
@@ -117,25 +155,30 @@ def bytes_per_token(tokens: np.ndarray, tokenizer: Tokenizer) -> float:
     return len(text_of(start, tokenizer)) / max(1, len(start))
 
 
-def read_tokens(
-    inputs: tuple[Path, ...], config: Config, tokenizer: Tokenizer, flag: str
-) -> tuple[np.ndarray, str, int, int | None]:
-    """Token ids of a text, its SHA-256, its bytes and its files: in memory for one small file, else by way of a file.
+def read_documents(flag: str, config: Config, tokenizer: Tokenizer) -> Documents:
+    """The texts of a flag: in memory for one small file, else by way of a file of token ids.
 
-    The files are counted where folders, globs or several names stand for them, else None.
+    Raises OSError or ValueError.
     """
+    inputs = config.input_file if flag == "--input_file" else config.val_file
     path = inputs[0]
-    named = path == DEMO_CORPUS or path.is_file() or not GLOB.search(str(path))
-    one_file = len(inputs) == 1 and named and not path.is_dir()
+    named = path.is_file() or not (path.is_dir() or glob.has_magic(str(path)))
+    one_file = len(inputs) == 1 and named
     if one_file and not (path.is_file() and path.stat().st_size > SMALL_TEXT):
         text, sha256 = read_text(path, flag)
         if config.tokenizer == "gpt2" and not re.search(r"\s{100000}", text):
-            return np.array(tokenizer.encode_ordinary(text), dtype=np.uint16), sha256, len(text.encode()), None
+            ids = np.array(tokenizer.encode_ordinary(text), dtype=np.uint16)
+            return Documents(ids, sha256, len(text.encode()), [(sha256, path)])
     if DEMO_CORPUS in inputs:
         raise ValueError(f"{flag} {DEMO_CORPUS} goes without other texts")
     threads = config.threads or os.cpu_count() or 1
-    found = load(inputs, tokenizer, identity(tokenizer), config.cache_dir, threads, flag)
-    return found.tokens, found.sha256, found.n_bytes, None if one_file else found.n_files
+    left_out: dict[str, set[Path]] = {}
+    files = find_files(inputs, flag, left_out)
+    found = load(files, tokenizer, identity(tokenizer), config.cache_dir, threads, flag)
+    remark = [f"{len(files):,} file{'s' * (len(files) > 1)}", *in_words(left_out)]
+    if same := equal(found.each, found.each):
+        remark.append(f"the same text twice: {same}")
+    return found if one_file else replace(found, remark="; ".join(remark))
 
 
 def loss_floor(tokens: np.ndarray, seq_len: int) -> float:
@@ -191,16 +234,6 @@ FIRST_LINE = re.compile(re.sub(r"{:0(\d+)d}", r"(\\d{\1})", MAGIC).encode())
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
-@dataclass(frozen=True)
-class TokenFile:
-    """The ids of one or several texts, on disk."""
-
-    tokens: np.memmap  # (N,) uint16 or uint32, read-only
-    sha256: str  # of the text; of several texts, of the lines of their hashes
-    n_bytes: int  # of the texts
-    n_files: int
-
-
 def load(
     inputs: Sequence[Path],
     tokenizer: Tokenizer,
@@ -208,7 +241,7 @@ def load(
     folder: Path,
     threads: int,
     flag: str = "--input_file",
-) -> TokenFile:
+) -> Documents:
     """The ids of these texts under the tokenizer of that `identity`, from the file in `folder` if it is whole and
     younger than they are, else encoded anew.
 
@@ -244,8 +277,15 @@ def load(
 
 
 def sources(files: list[Path]) -> list[list]:
-    """What tells whether a file has changed: name, size, time of the last change."""
-    return [[path.resolve().as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    """What tells whether a text has changed: name, size and SHA-256 of each file, read for this."""
+    with waiting("Checking the text"):
+        return [[path.resolve().as_posix(), path.stat().st_size, sha256_of(path)] for path in files]
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's bytes. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def encoded(files: list[Path], tokenizer: Tokenizer, threads: int, hashes: list) -> Generator[np.ndarray, None, None]:
@@ -303,7 +343,7 @@ def build(path: Path, files: list[Path], tokenizer: Tokenizer, identity: str, th
         file.write(MAGIC.format(space, zlib.crc32(header)).encode() + header)
 
 
-def read(path: Path, files: list[Path], identity: str) -> TokenFile:
+def read(path: Path, files: list[Path], identity: str) -> Documents:
     """Map the file. Raises ValueError when it is damaged, of another version, or older than the texts."""
     with open(path, "rb") as file:
         first = FIRST_LINE.fullmatch(file.readline(len(MAGIC.format(0, 0)) + 1))
@@ -326,4 +366,6 @@ def read(path: Path, files: list[Path], identity: str) -> TokenFile:
             checksum = zlib.crc32(data, checksum)
     if checksum != facts["crc32"]:
         raise ValueError("its checksum is wrong")
-    return TokenFile(np.memmap(path, dtype, "r", space, (count,)), facts["sha256"], facts["n_bytes"], len(files))
+    tokens = np.memmap(path, dtype, "r", space, (count,))
+    each = [(one[2], file) for one, file in zip(facts["sources"], files, strict=True)]
+    return Documents(tokens, facts["sha256"], facts["n_bytes"], each)

@@ -91,7 +91,7 @@ def plan(config: Config, corpus: Corpus, floor: float, progress: Progress) -> li
     c, n_tokens = config, len(corpus.tokens)
     planned = progress.tokens + (c.steps - progress.step) * c.tokens_per_step
     part = f"the first {n_tokens:,} of {corpus.text_tokens:,}" if n_tokens < corpus.text_tokens else f"{n_tokens:,}"
-    files = "" if corpus.n_files is None else f" ({corpus.n_files:,} file{'s' * (corpus.n_files > 1)})"
+    files = corpus.remark and f" ({corpus.remark})"
     target = f"target {c.target_loss:g}, {target_rule(c)}" if c.target_loss else "no target"
     return [
         f"Run directory: {c.out_dir}",
@@ -115,7 +115,8 @@ def validation_lines(corpus: Corpus) -> list[str]:
     """How much text is held out, and how well a compressor predicts it."""
     if corpus.val_tokens is None:
         return []
-    line = f"Validation: {len(corpus.val_tokens):,} tokens, never trained on"
+    files = corpus.val_remark and f" ({corpus.val_remark})"
+    line = f"Validation: {len(corpus.val_tokens):,} tokens{files}, never trained on"
     if corpus.yardstick is not None:
         line += "; {} makes {:.3f} bits per byte of them".format(*corpus.yardstick)
     return [line]
@@ -433,7 +434,7 @@ def launch_record(
         **environment(config),
         "corpus": {
             "file": names(config.input_file),
-            "files": corpus.n_files or 1,
+            "files": corpus.n_files,
             "sha256": corpus.sha256,
             "tokens": len(corpus.tokens),
             **({"val_sha256": corpus.val_sha256} if corpus.val_sha256 else {}),

@@ -7,6 +7,7 @@ References:
 """
 
 import codecs
+import fnmatch
 import glob
 import hashlib
 import importlib.util
@@ -16,6 +17,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -26,6 +28,7 @@ from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 from tqdm import tqdm
 
 from parts.config import DEMO_CORPUS, VOCAB_SIZE, Config
+from parts.files import RunDir
 from parts.foreign import likely_encoding, other_kind, what_holds_nul
 from parts.waiting import no_terminal, ticking
 
@@ -155,29 +158,108 @@ def read_text(path: Path, flag: str = "--input_file") -> tuple[str, str]:
 
 DOCUMENT_END = "<|endoftext|>"
 CHUNK = 2**18  # bytes read at a time: small enough for many to be under way, large enough for long words to be rare
+LeftOut = dict[str, set[Path]]  # by reason
+CACHED = re.compile(r".*-[0-9a-f]{12}\.(tokens|json|lock)")  # names in --cache_dir
 
 
-def find_files(inputs: Sequence[Path], flag: str = "--input_file") -> list[Path]:
-    """Files, the .txt files of folders and below, and the matches of globs, in the order given and sorted in each.
+def find_files(
+    inputs: Sequence[Path],
+    flag: str = "--input_file",
+    left_out: LeftOut | None = None,
+) -> list[Path]:
+    """Files as named, the .txt files of folders and below, and the matches of globs: in the order
+    given, sorted in each, each file once. What folders and globs leave out goes into `left_out`.
 
     Raises FileNotFoundError for what names no file.
     """
     found: dict[Path, Path] = {}
+    left_out = {} if left_out is None else left_out
     for path in inputs:
+        files, problem = [path] if path.is_file() else [], "does not exist"
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*.txt") if p.is_file())
-            remedy = "holds no .txt file, nor do the folders in it; name others with a glob, such as "
-            remedy += f"'{path.as_posix()}/**/*.md'"
-        elif glob.has_magic(str(path)) and not path.exists():
-            files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-            remedy = "matches no file"
-        else:
-            files, remedy = [path] if path.is_file() else [], "does not exist"
+            files = files_below(path, [], left_out)
+            problem = "holds no .txt file, nor do the folders in it; name others with a glob, "
+            problem += f"such as '{path.as_posix()}/**/*.md'"
+        elif not files and glob.has_magic(str(path)):
+            root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+            files = files_below(root, path.relative_to(root).parts, left_out)
+            problem = "matches no file"
         if not files:
-            raise FileNotFoundError(f"{flag} {path} {remedy}")
+            raise FileNotFoundError("; ".join([f"{flag} {path} {problem}", *in_words(left_out)]))
         for file in files:
             found.setdefault(file.resolve(), file)  # one file may have several names
     return list(found.values())
+
+
+def files_below(root: Path, pattern: Sequence[str], left_out: LeftOut) -> list[Path]:
+    """The files in a folder and below, sorted, that fit the parts of a glob; without any, the .txt
+    files. Links to folders are followed; hidden files and those of train.py are left out."""
+    files, seen, run = [], set(), RunDir(root)
+    written = [*run.files, run.owner, Path(run.lock.lock_file)] if run.is_ours() else []
+    takes_hidden = any(part.startswith(".") for part in pattern)
+
+    def is_ours(path: Path) -> bool:
+        known = path in written or CACHED.fullmatch(path.name)
+        return bool(known) or (path.is_dir() and RunDir(path).is_ours())
+
+    def is_left_out(path: Path, reason: str = "") -> bool:
+        if path.name.startswith(".") and not takes_hidden:
+            reason = "hidden"
+        elif is_ours(path):
+            reason = "written by train.py"
+        elif not path.exists():
+            reason = "broken links"
+        elif not pattern and path.is_file() and path.suffix.lower() != ".txt":
+            reason = "not .txt"
+        if reason:
+            left_out.setdefault(reason, set()).add(path)
+        return bool(reason)
+
+    def unreadable(error: OSError) -> None:
+        is_left_out(Path(error.filename), "unreadable")
+
+    for name, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
+        folder, real = Path(name), os.path.realpath(name)
+        parts = folder.relative_to(root).parts
+        if real in seen or (parts and is_left_out(folder)):
+            folders.clear()
+            continue
+        seen.add(real)
+        fitting = [folder / one for one in names if fits([*parts, one], pattern or ["**"])]
+        files += [file for file in fitting if not is_left_out(file)]
+        folders.sort()
+        if pattern and "**" not in pattern and len(parts) + 1 == len(pattern):
+            folders.clear()
+    return sorted(files)
+
+
+def fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path fits a glob, both given in parts."""
+    if not parts or not pattern:
+        return not parts and set(pattern) <= {"**"}
+    first, rest = pattern[0], pattern[1:]
+    if first == "**":
+        return fits(parts, rest) or fits(parts[1:], pattern)
+    return fnmatch.fnmatch(parts[0], first) and fits(parts[1:], rest)
+
+
+def in_words(left_out: LeftOut) -> list[str]:
+    """How many were left out for each reason, and the first of them; nothing where nothing was."""
+    parts = [f"{why} {len(paths):,} ({some(sorted(paths))})" for why, paths in left_out.items()]
+    return ["left out: " + ", ".join(parts)] if parts else []
+
+
+def equal(texts: list[tuple[str, Path]], others: list[tuple[str, Path]]) -> str:
+    """Which of the others have the bytes of another file of the texts, in words."""
+    first = dict(reversed(texts))
+    first.pop(hashlib.sha256().hexdigest(), None)  # empty files
+    pairs = [(first.get(sha256), file) for sha256, file in others]
+    return some([f"{one} = {file}" for one, file in pairs if one and one is not file])
+
+
+def some(things: Sequence[object]) -> str:
+    """The first three in words, and that there are more."""
+    return ", ".join([*map(str, things[:3]), *["..."] * (len(things) > 3)])
 
 
 def size_of(inputs: Sequence[Path]) -> int:

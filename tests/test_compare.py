@@ -28,6 +28,7 @@ pytestmark = pytest.mark.xdist_group("compare")  # one worker trains the runs
 COMPARE = "<!--AUTO:COMPARE:START-->\n<!--AUTO:COMPARE:END-->\n"
 TEXTS = {
     "text.txt": "The quick brown fox jumps over the lazy dog. " * 40,
+    "known.txt": "The quick brown fox jumps over the lazy dog. " * 20,
     "other.txt": "She sells sea shells by the sea shore, and that is sure. " * 40,
     "held_out.txt": "Peter Piper picked a peck of pickled peppers. " * 20,
 }
@@ -272,7 +273,7 @@ def test_validation_losses_order_the_runs_where_all_have_one(out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [
-    (["--val_file=text.txt"], ["--val_file=held_out.txt"]),
+    (["--val_file=known.txt"], ["--val_file=held_out.txt"]),
     (["--val_file=held_out.txt", "--seq_len=16"], ["--val_file=held_out.txt", "--seq_len=4", "--lr=1", "--min_lr=1"]),
 ])  # fmt: skip
 def test_of_a_run_continued_with_another_validation_only_what_was_measured_since_counts(

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_FLAGS
+from conftest import ROOT, TINY_FLAGS, log_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -288,7 +289,8 @@ def test_a_folder_says_how_many_files_it_gave(texts, tokenizer):
         record = launch_record([], config, corpus, None, {})
         return line.partition(" tokens")[0].rpartition(", ")[0], record["corpus"]["files"]
 
-    assert told("b") == ("Corpus: b (2 files)", 2)
+    other = "left out: not .txt 1 (b/other.md)"
+    assert told("b") == (f"Corpus: b (2 files; {other.replace('/', os.sep)})", 2)
     assert told("b/a") == ("Corpus: b/a (1 file)", 1)
     assert told("b/*.*", "b/two.txt") == ("Corpus: b/*.*, b/two.txt (2 files)", 2)
     assert told("b/two.txt") == ("Corpus: b/two.txt", 1)
@@ -350,6 +352,116 @@ def test_a_file_is_read_once_whatever_its_names(texts):
     os.symlink("two.txt", "b/three.txt")
     found = find_files([Path("b"), Path("b/**/*.txt"), Path("b/loop/two.txt")])
     assert sorted(path.resolve().name for path in found) == ["one.txt", "two.txt"]
+
+
+@pytest.fixture
+def mixed(texts):
+    """A folder in which not all is text to train on."""
+    for name in ("OLD.TXT", "a.txt", "._a.txt", ".x/b.txt", "sub/c.txt", "sub/d.md"):
+        Path("m", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("m", name).write_text(f"This is {name}.", encoding="utf-8")
+    os.symlink(Path("b").resolve(), "m/link")
+    os.symlink("nowhere", "m/lost.txt")
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected", "left_out"),
+    [
+        (["m"], "OLD.TXT a.txt link/a/one.txt link/two.txt sub/c.txt",
+         {"hidden": "._a.txt .x", "broken links": "lost.txt", "not .txt": "link/other.md sub/d.md"}),
+        (["m/**/*.txt"], "a.txt link/a/one.txt link/two.txt sub/c.txt",
+         {"hidden": "._a.txt .x", "broken links": "lost.txt"}),
+        (["m/*/?.*"], "sub/c.txt sub/d.md", {"hidden": ".x"}),
+        (["m/*.txt"], "a.txt", {"hidden": "._a.txt", "broken links": "lost.txt"}),
+        (["m/**/.*.txt", "m/.x"], "._a.txt .x/b.txt", {}),
+        (["m/._a.txt", "m/sub/**"], "._a.txt sub/c.txt sub/d.md", {}),
+    ],
+)  # fmt: skip
+def test_folders_and_globs_follow_one_rule(mixed, inputs, expected, left_out):
+    found: dict[str, set[Path]] = {}
+    files = find_files(list(map(Path, inputs)), left_out=found)
+    assert [path.relative_to("m").as_posix() for path in files] == expected.split()
+    said = {why: " ".join(sorted(p.relative_to("m").as_posix() for p in paths)) for why, paths in found.items()}
+    assert said == left_out
+
+
+def test_what_is_left_out_or_equal_is_said(mixed, tokenizer):
+    Path("m/sub/again.txt").write_bytes(Path("m/a.txt").read_bytes())
+    flags = dict(input_file=(Path("m"),), val_file=(Path("b"),), threads=1, seq_len=2, device="cpu")
+    Path("m/link").unlink()
+    config = decide(flags)
+    lines = [line.replace(os.sep, "/") for line in plan(config, load_corpus(config, tokenizer), 0.0, Progress())]
+    assert (
+        "Corpus: m (4 files; left out: hidden 2 (m/._a.txt, m/.x), broken links 1 (m/lost.txt), not .txt 1 "
+        "(m/sub/d.md); the same text twice: m/a.txt = m/sub/again.txt), "
+    ) in "\n".join(lines)
+    assert any(
+        re.match(r"Validation: \d+ tokens \(2 files; left out: not \.txt 1 \(b/other\.md\)\)", one) for one in lines
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "flags", "refused"),
+    [
+        ("abz", {"val_fraction": 0.3}, "m/1a.txt = m/3z.txt"),
+        ("abz", {"val_fraction": 0.3, "max_tokens": 15}, None),
+        ("azb", {"val_fraction": 0.3}, None),
+        ("abz", {"val_file": "copy.txt"}, "a.txt = copy.txt"),
+        ("abz", {"val_file": "copy.txt", "max_tokens": 9}, "a.txt = copy.txt"),
+        ("a", {"val_file": "m/1a.txt"}, "1a.txt = m/1a.txt"),
+    ],
+)
+def test_a_text_is_not_trained_on_and_held_out(texts, tokenizer, names, flags, refused):
+    """Texts of 10 tokens under names in this order; a and z are equal."""
+    Path("m").mkdir()
+    for number, name in enumerate(names, 1):
+        Path("m", f"{number}{name}.txt").write_text(("b" if name == "b" else "a") + " one" * 9, encoding="utf-8")
+    Path("copy.txt").write_text("a" + " one" * 9, encoding="utf-8")
+    flags = flags | ({"val_file": (Path(flags["val_file"]),)} if "val_file" in flags else {})
+    config = decide(dict(input_file=(Path("m"),), threads=1, seq_len=2, **flags))
+    if refused is None:
+        assert len(load_corpus(config, tokenizer).tokens) > 5
+        return
+    with pytest.raises(ValueError, match="the same text is trained on and held out") as refusal:
+        load_corpus(config, tokenizer)
+    assert refused in str(refusal.value).replace(os.sep, "/") and "\n" not in str(refusal.value)
+
+
+def test_a_run_does_not_read_itself(launch, text_file, capsys):
+    """Its directory lies among the texts, or is their folder, and what it wrote fits the glob."""
+    Path("books").mkdir()
+    os.replace(text_file, "books/a.txt")
+    for steps in (2, 3):
+        assert launch("books/out", "--input_file=books", f"--steps={steps}") == 0
+    log = capsys.readouterr().out
+    assert "Resuming from step 2" in log and f"(1 file; left out: written by train.py 1 ({Path('books/out')}))" in log
+    shutil.copytree("books/out", "books", dirs_exist_ok=True)
+    for inputs in ("books", "books/*", "books/**/*"):
+        assert find_files([Path(inputs)]) == [Path("books/a.txt")]
+    with pytest.raises(FileNotFoundError, match="matches no file; left out: written by train"):
+        find_files([Path("data/**/*")])
+    assert find_files([Path("books/samples")]) == [Path("books/samples/samples.txt")], "which is named"
+
+
+@pytest.mark.parametrize("flag", ["--input_file", "--val_file"])
+def test_a_text_of_the_same_name_size_and_time_is_another_text(launch, text_file, capsys, flag):
+    """As a restored backup, or a copy that keeps times."""
+    other = Path("other.txt")
+    other.write_text("Another text, long enough for some slices of it. " * 9, encoding="utf-8")
+    path, name = (text_file, "run") if flag == "--input_file" else (other, "held-out")
+    flags = ["--val_file=other.txt"] if flag == "--val_file" else []
+    assert launch(name, *flags, "--steps=2") == 0
+    before, data = path.stat(), path.read_bytes()
+    path.write_bytes(data[:-4] + b"new.")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    code = launch(name, *flags, "--steps=3")
+    if flag == "--input_file":
+        assert code == 2 and "was trained on another text" in capsys.readouterr().err
+        return
+    assert code == 0 and "best.pt does not compare" in log_text(Path(name))
+    corpus = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))["corpus"]
+    assert corpus["val_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_globs_in_folder_names(texts):
@@ -417,8 +529,9 @@ def test_bytes_between_documents_are_no_text(texts):
     many.mkdir()
     for number in range(40):
         (many / f"{number}.txt").write_text(f"Line {number}.\n", encoding="utf-8")
-    for flags in (dict(val_fraction=0.5), dict(val_file=(many,))):
-        config = decide(dict(input_file=(many,), threads=1, seq_len=4, **flags))
+    Path("b/two.txt").write_text("Another text to train on.", encoding="utf-8")
+    for flags in (dict(val_fraction=0.5, input_file=(many,)), dict(val_file=(many,), input_file=(Path("b/two.txt"),))):
+        config = decide(dict(threads=1, seq_len=4, **flags))
         corpus = load_corpus(config, load_tokenizer())
         size = sum(path.stat().st_size for path in many.glob("*.txt"))
         n_tokens = 40 * 5 - 1 if flags.get("val_file") else len(corpus.val_tokens) + len(corpus.tokens)
