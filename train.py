@@ -445,7 +445,8 @@ def slice_losses(model: GPT, slices: torch.Tensor, config: Config) -> torch.Tens
 # Trainer
 # ---------------------------------------------------------------------------------------------
 
-LOOK = 128  # slices of the first look at the corpus loss; each further look has twice as many
+FIRST_LOOK = 16  # slices of the first look at the corpus loss; each further look has twice as many
+LOOK = 128  # slices without which no check is passed, if there are as many
 EXACT = 0.015  # of the target: a standard error that needs no further look
 MAX_SKIPPED_IN_A_ROW = 20  # fp16 skips a few steps while it looks for its scale; 20 mean it is lost
 
@@ -707,7 +708,7 @@ class Trainer:
         if not c.target_loss or c.one_low_step_is_enough:
             most = usual
         log.info(report.measuring_line(most, c, p))
-        n_slices = usual if at_end else min(LOOK, most)
+        n_slices = usual if at_end else min(FIRST_LOOK, most)
         losses = torch.zeros(0, dtype=torch.float64)
         while True:
             while len(losses) < n_slices:
@@ -717,8 +718,9 @@ class Trainer:
                 chunk = corpus_losses(self.model, self.corpus.tokens, c, p.step, first, end)
                 losses = torch.cat([losses, chunk])
             mean, error = mean_and_error(losses)
-            is_above = mean - 2 * error > c.target_loss
-            if n_slices == most or is_above or error <= EXACT * c.target_loss:
+            is_above = mean - (2 if n_slices >= LOOK else 3) * error > c.target_loss  # few tell little of their spread
+            is_exact = n_slices >= LOOK and error <= EXACT * c.target_loss
+            if n_slices == most or is_above or is_exact:
                 break
             n_slices = min(2 * n_slices, most)
         p.corpus_loss, p.corpus_loss_error, p.corpus_loss_slices = mean, error, n_slices

@@ -47,15 +47,16 @@ def results(run: str) -> dict:
 def test_a_low_window_alone_goes_on_and_says_so_and_a_later_one_stops(launch, random_slices):
     asked = random_slices({6: 50.0})
     assert launch("run", *AIM) == 0
-    assert [step for step, _ in asked] == [3, 6], "once a window, and the last not again at the end"
+    assert list(dict.fromkeys(step for step, _ in asked)) == [3, 6], "once a window, and the last not again at the end"
     found, text = results("run"), log_text(Path("run"))
     assert (found["stop_reason"], found["final_step"]) == ("target", 6)
     assert found["corpus_loss"] == pytest.approx(50) and found["window_loss"] < 10
     assert found["corpus_loss_slices"] == 64 and found["corpus_loss_standard_error"] > 0
-    error = f"standard error {found['corpus_loss_standard_error']:.6f}"
     assert text.count("Going on.") == 1 and "INFO | Step 3: window_loss " in text
-    found_instead = f"but the loss on random slices is 150.000000 (64 random slices, {error})"
+    error = "standard error 0.002582"
+    found_instead = f"but the loss on random slices is 150.000000 (16 random slices, {error})"
     assert f" is at or below the target 99.0, {found_instead}. Going on.\n" in text
+    error = f"standard error {found['corpus_loss_standard_error']:.6f}"
     stands = f"(64 random slices, {error}; window_loss {found['window_loss']:.6f})"
     assert f"Target reached: loss 50.000000 <= 99.0. Stopping. {stands}\n" in text
 
@@ -185,7 +186,8 @@ def test_the_slices_are_new_ones_each_time_and_the_same_for_a_step(config, corpu
 
 
 @pytest.mark.parametrize(("loss", "spread", "trained", "at_end", "target", "slices"), [
-    (0.15, 0.04, 10**6, False, 0.1, 128),  # clearly above: the least
+    (0.15, 0.04, 10**6, False, 0.1, 16),  # clearly above: the least
+    (0.126, 0.04, 900, False, 0.1, 32),  # at 16 by 2.5 standard errors only
     (0.106, 0.04, 10**6, False, 0.1, 256),  # a little above: 0.04 / 16 is the error
     (0.09, 0.001, 10**6, False, 0.1, 128),  # exact at once
     (0.1, 0.04, 10**6, False, 0.1, 1024),  # 0.04 / 32 < 0.0015
@@ -216,7 +218,22 @@ def test_how_many_slices_it_takes(
     p = trainer.progress
     assert sum(count for _, count in asked) == p.corpus_loss_slices == slices
     assert p.corpus_loss == pytest.approx(loss)
-    assert p.corpus_loss_error == pytest.approx(spread / slices**0.5, rel=0.02)
+    assert p.corpus_loss_error == pytest.approx(spread / (slices - 1) ** 0.5, rel=0.02)
+
+
+def test_an_early_end_has_the_verdict_of_all_slices(config, corpus, monkeypatch):
+    """With a real model, whose loss is ln V: far above the target, and below it."""
+    found = {}
+    for target, first_look in [(3.0, 16), (3.0, 4096), (11.0, 16), (11.0, 128)]:
+        monkeypatch.setattr(train, "FIRST_LOOK", first_look)
+        trainer = train.Trainer(replace(config, target_loss=target), corpus, None)
+        trainer.progress.step, trainer.progress.tokens = 5, 5000 * config.seq_len
+        trainer.progress.recent_losses = [target] * config.target_window
+        trainer.check_target()
+        p = trainer.progress
+        found[target, first_look] = p.corpus_reached(trainer.config), p.corpus_loss_slices
+    assert found[3.0, 4096] == (False, 500) and found[3.0, 16] == (False, 16)
+    assert found[11.0, 16] == found[11.0, 128] == (True, 128)
 
 
 def test_a_window_of_one_step_is_the_classic_rule_and_is_called_so(launch, random_slices):
