@@ -39,6 +39,7 @@ with packages_of("update_readme.py", __name__):
         check_writable,
         filled,
         markdown_table,
+        new_readme,
         preformatted,
         read_readme,
         shortened,
@@ -486,7 +487,8 @@ class Arguments:
     out_dir: tuple[Path, ...]
     """run directory to report; several, or globs, to compare"""
     readme: Path | None = None
-    """Markdown file whose sections are filled; by default README.md for one run, no file for several"""
+    """Markdown file whose sections are filled, made with all of them if it is not there; by default README.md for one
+    run, no file for several"""
     check: bool = False
     """change nothing; print what would change and exit 1 if anything would"""
 
@@ -494,12 +496,13 @@ class Arguments:
 def fill(
     readme: Path, contents: Mapping[str, Callable[[], str]], source: str, check: bool, draw: Callable[[], Path | None]
 ) -> int:
-    """Fill these sections of the README and draw what it shows, or compare it. Returns the exit code.
+    """Fill these sections of the README, which is made if it is not there, and draw what it shows; or compare it.
+    Returns the exit code.
 
     Raises ValueError or OSError for bad input.
     """
-    before = read_readme(readme)
-    after = filled(before, contents, readme)
+    before = read_readme(readme) if readme.exists() else ""
+    after = filled(before if readme.exists() else new_readme(source, contents), contents, readme)
     if check:
         diff = difflib.unified_diff(
             before.splitlines(), after.splitlines(), str(readme), f"{readme} from {source}", lineterm=""
@@ -514,7 +517,8 @@ def fill(
               "will not show on GitHub", file=sys.stderr)  # fmt: skip
     if before != after:
         write_text(readme, after)
-    print(f"{readme}: {'updated' if before != after else 'already up to date'} from {source}")
+    done = "made" if not before else "updated" if before != after else "already up to date"
+    print(f"{readme}: {done} from {source}")
     return 0
 
 

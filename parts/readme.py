@@ -8,7 +8,7 @@ import html
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from parts.files import replacing
@@ -132,10 +132,16 @@ def filled(text: str, contents: Mapping[str, Callable[[], str]], readme: Path) -
     return "".join(pieces + lines[done:])
 
 
+def new_readme(title: str, names: Iterable[str]) -> str:
+    """The text of a README with these sections, all empty."""
+    sections = (f"## {n.capitalize()}\n\n<!--AUTO:{n}:START-->\n<!--AUTO:{n}:END-->\n" for n in names)
+    return "\n".join([f"# {escaped(visible(title))}\n", *sections])
+
+
 def read_readme(readme: Path) -> str:
-    """The README's text with its line ends. Raises FileNotFoundError, or ValueError when it is not UTF-8."""
+    """The README's text with its line ends. Raises FileExistsError, or ValueError when it is not UTF-8."""
     if not readme.is_file():
-        raise FileNotFoundError(f"--readme {readme}: no such file")
+        raise FileExistsError(f"--readme {readme} is a folder: name a Markdown file")
     try:
         return readme.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -146,7 +152,9 @@ def check_writable(readme: Path) -> None:
     """Raises PermissionError for a README that may not be written, by its own mode or its folder's. The first would not
     stop `write_text`, which replaces the file; but so a user protects one, root as well."""
     real = readme.resolve()
-    if not (real.stat().st_mode & 0o222 and os.access(real, os.W_OK)):
+    if not real.parent.is_dir():
+        raise FileNotFoundError(f"--readme {readme}: there is no folder {real.parent}: make it, or name another file")
+    if real.exists() and not (real.stat().st_mode & 0o222 and os.access(real, os.W_OK)):
         raise PermissionError(f"--readme {readme} is write-protected: make it writable, or name another file")
     if not os.access(real.parent, os.W_OK):
         raise PermissionError(
@@ -155,8 +163,9 @@ def check_writable(readme: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole, its permissions kept."""
+    """Write a file as a whole; the permissions of one that is there are kept."""
     path = path.resolve()
     with replacing(path, shared=True) as file:
         file.write(text.encode())
-        shutil.copymode(path, file.name)
+        if path.exists():
+            shutil.copymode(path, file.name)

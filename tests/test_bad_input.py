@@ -419,7 +419,7 @@ DEEP = b"[" * 100_000
     ("README.md", ("see " + START + END).encode(), "README.md:1: a marker must be exactly"),
     ("README.md", (START.strip() + END).encode(), "README.md:1: a marker must be exactly"),
     ("README.md", ("```\n" + START + END + "```\n").encode(), "no sections"),
-    ("README.md", None, "README.md: no such file"),
+    ("README.md", None, "README.md is a folder"),
 ])  # fmt: skip
 def test_reports(bad_report, path, content, expected):
     assert expected in bad_report(path, content).replace("\\", "/")
@@ -433,7 +433,7 @@ def test_what_cannot_be_reported_is_not_called_stale(bad_report, path):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--out_dir=missing"], ["--readme=missing.md"], ["--out_dir=README.md"], ["--readme=run"], ["--out_dir=."]],
+    [["--out_dir=missing"], ["--readme=missing/new.md"], ["--out_dir=README.md"], ["--readme=run"], ["--out_dir=."]],
 )
 def test_report_flags(bad_report, flags):
     assert flags[0].partition("=")[2] in bad_report("unrelated.txt", b"", *flags)

@@ -64,6 +64,17 @@ def section(text: str, name: str) -> str:
 
 
 @pytest.mark.slow
+def test_a_file_that_is_not_there_is_made_with_all_sections(run, tmp_path, capsys):
+    readme = tmp_path / "new.md"
+    assert update(run, readme, "--check") == 1 and not readme.exists()
+    assert "+<!--AUTO:PLOT:START-->" in capsys.readouterr().out
+    assert update(run, readme) == 0 and f"{readme}: made from {run}" in capsys.readouterr().out
+    text = readme.read_text(encoding="utf-8")
+    assert re.findall(r"AUTO:(\w+):START", text) == list(update_readme.SECTIONS)
+    assert "\n# " not in text and all(section(text, name).strip() for name in update_readme.SECTIONS)
+    assert update(run, readme, "--check") == 0, "it is what a second start would write"
+
+
 def test_the_command_with_every_flag_gives_the_same_run(finished_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     readme = tmp_path / "README.md"
