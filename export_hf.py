@@ -68,16 +68,18 @@ class Options:
     license: str = NO_LICENSE
     """for the model card, as the Hub spells it, such as mit or cc0-1.0; the rights in the text decide which"""
 
+    replace: bool = False
+    """write over an earlier export, also over a card that was edited since; with --from_hf over an earlier import"""
 
 # ---------------------------------------------------------------------------------------------
 # To Hugging Face
 # ---------------------------------------------------------------------------------------------
 
 
-def export(path: Path, out: Path, license: str) -> None:
-    """Write the folder, which appears when it is whole. Raises OSError or ValueError."""
-    if out.exists():
-        raise FileExistsError(f"--out {out} is there already: remove it or choose another folder")
+def export(path: Path, out: Path, license: str, over: bool = False) -> None:
+    """Write the folder, which appears when it is whole, also `over` an earlier export. Raises OSError or ValueError."""
+    if out.exists() and not over:
+        raise FileExistsError(f"--out {out} is there already: give --replace, or choose another folder")
     if not re.fullmatch(r"[a-z][a-z0-9.-]*", license):
         raise ValueError(f"--license {license!r} is none of the Hub's, such as mit, cc0-1.0, other: see {HUB_LICENSES}")
     if not (existing := existing_part(out.parent)).is_dir():
@@ -107,6 +109,9 @@ def export(path: Path, out: Path, license: str) -> None:
         "README.md": model_card(checkpoint, config, measured, license),
     }
     with writing(out), tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name}.") as name:
+    present = {file.name for file in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if foreign := present - {"model.safetensors", *texts}:
+        raise FileExistsError(f"--out {out}: {min(foreign)} is of no export: move it away, or choose another folder")
         folder = Path(name) / out.name
         folder.mkdir()
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -115,6 +120,8 @@ def export(path: Path, out: Path, license: str) -> None:
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which is born for its owner alone
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder, out)
+        if out.exists():
+            os.replace(out, Path(name) / "before")  # which goes with the temporary folder
 
 
 @contextmanager
@@ -275,10 +282,13 @@ print(tokenizer.decode(model.generate(**ids, max_length={context})[0]))
 # ---------------------------------------------------------------------------------------------
 
 
-def import_hf(folder: Path, out: Path) -> None:
-    """Write a checkpoint of weights alone. Raises OSError or ValueError for what is no such GPT-2."""
-    if out.exists():
-        raise FileExistsError(f"--out {out} is there already: remove it or choose another file")
+def import_hf(folder: Path, out: Path, over: bool = False) -> None:
+    """Write a checkpoint of weights alone, also `over` an earlier one. Raises OSError or ValueError for what is no such
+    GPT-2."""
+    if out.exists() and not over:
+        raise FileExistsError(f"--out {out} is there already: give --replace, or choose another file")
+    if out.exists() and load_checkpoint(out, "--out")["corpus_sha256"]:
+        raise FileExistsError(f"--out {out} is the checkpoint of a run: choose another file")
     if not folder.is_dir():
         raise FileNotFoundError(f"--from_hf {folder}: no such folder; {how_to_download(folder)}")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -356,10 +366,10 @@ def main(argv: list[str] | None = None) -> int:
         options = read_flags(Options, sys.argv[1:] if argv is None else argv, "export_hf.py", __doc__)
         if options.checkpoint is not None and options.from_hf is None:
             source = checkpoint_in(options.checkpoint, "--checkpoint")
-            export(source, options.out, options.license)
+            export(source, options.out, options.license, options.replace)
         elif options.from_hf is not None and options.checkpoint is None:
             source = options.from_hf
-            import_hf(source, options.out)
+            import_hf(source, options.out, options.replace)
         else:
             raise ValueError("give either --checkpoint, to export, or --from_hf, to import")
     except SystemExit as answered:  # after --help

@@ -255,6 +255,34 @@ def test_what_is_wrong_is_said_in_one_line(folder, monkeypatch, capsys, flags, m
     assert set(folder.rglob("*")) == before
 
 
+@whatever_the_vocabulary
+def test_an_earlier_export_or_import_is_replaced_when_asked_and_nothing_else_is(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    here, there = f"--checkpoint={folder / 'run'}", f"--from_hf={folder / 'hf'}"
+    for _ in range(2):
+        assert export_hf.main([here, "--out=hf", "--replace"]) == 0
+        assert export_hf.main([there, "--out=back.pt", "--replace"]) == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["back.pt", "hf"]
+        Path("hf/README.md").write_text("edited", encoding="utf-8")
+    assert export_hf.main([here, "--out=hf"]) == 2 and "--out hf is there already: give --replace" in err(capsys)
+    Path("hf/notes.txt").write_text("mine", encoding="utf-8")
+    shutil.copy(folder / "run/checkpoints/best.pt", "best.pt")
+    for flags, problem in (
+        ([here, "--out=hf"], "--out hf: notes.txt is of no export"),
+        ([here, "--out=back.pt"], "--out back.pt: back.pt is of no export"),
+        ([there, "--out=hf/notes.txt"], "notes.txt is damaged or no checkpoint"),
+        ([there, "--out=best.pt"], "--out best.pt is the checkpoint of a run"),
+    ):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert export_hf.main([*flags, "--replace"]) == 2 and problem in err(capsys).replace("\\", "/")
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def err(capsys) -> str:
+    """What has come to stderr since the last time."""
+    return capsys.readouterr().err
+
+
 def rewritten(folder: Path, target: Path, config: dict, weights: dict) -> Path:
     """The exported folder with other values in its config.json and other weights."""
     shutil.copytree(folder / "hf", target)
