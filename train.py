@@ -416,15 +416,17 @@ def corpus_losses(
 
 
 def mean_and_error(losses: torch.Tensor) -> tuple[float, float]:
-    """The mean of independent losses, and its standard error."""
-    return losses.mean().item(), (losses.std() / math.sqrt(len(losses))).item()
+    """The mean of independent losses, and its standard error; that of a single one is unknown, and 0."""
+    error = losses.std() / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    return losses.mean().item(), float(error)
 
 
-def validation_loss(model: GPT, tokens: np.ndarray, config: Config) -> float:
-    """Mean loss, nats per token, over the same slices every time: evenly spread, `VAL_TOKENS` at most."""
+def validation_loss(model: GPT, tokens: np.ndarray, config: Config) -> tuple[float, float]:
+    """Mean loss, nats per token, over the same slices every time, and its standard error: the slices are evenly
+    spread, `VAL_TOKENS` at most."""
     n_slices = max(1, min(VAL_TOKENS, len(tokens) - 1) // config.seq_len)
     starts = np.linspace(0, len(tokens) - 1 - config.seq_len, n_slices).astype(np.int64)
-    return slice_losses(model, take_slices(tokens, starts, config.seq_len), config).mean().item()
+    return mean_and_error(slice_losses(model, take_slices(tokens, starts, config.seq_len), config))
 
 
 def slice_losses(model: GPT, slices: torch.Tensor, config: Config) -> torch.Tensor:
@@ -656,7 +658,8 @@ class Trainer:
         """Measure the validation loss of the present weights."""
         p, tokens = self.progress, self.corpus.val_tokens
         assert tokens is not None, "there is no validation split"
-        p.val_loss, p.val_step = validation_loss(self.model, tokens, self.config), p.step
+        p.val_loss, p.val_error = validation_loss(self.model, tokens, self.config)
+        p.val_step = p.step
         if not math.isfinite(p.val_loss):
             raise TrainingFailed(f"the validation loss of step {p.step} is not finite: go on with a lower --lr")
         return p.val_loss
@@ -775,7 +778,7 @@ class Saver:
         """Keep the weights if the validation loss just measured is the lowest so far."""
         p = self.trainer.progress
         if p.val_loss < p.best_loss:
-            p.measured_in_vain = 0
+            p.measured_in_vain, p.best_error = 0, p.val_error
             self.keep_weights(p.val_loss)
         else:
             p.measured_in_vain += 1

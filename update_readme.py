@@ -257,7 +257,7 @@ def comparison_figure(comparison: Comparison) -> "Figure | None":
     axis.set_ylabel(f"{', '.join(seen)}, {comparison.unit}")
     names = [name if len(name) <= 44 else f"{name[:20]} ... {name[-19:]}" for name in map(visible, drawn)]
     legend = figure.legend(handles, names, loc="outside right upper", alignment="left", fontsize=9, frameon=False)
-    legend.set_title(f"the lowest {comparison.label} first")
+    legend.set_title(f"by {comparison.label}, the best first")
     for text in legend.get_texts():
         text.set(parse_math=False, fontfamily=fonts())  # as in a title
     return figure
@@ -320,8 +320,10 @@ def summary_section(run: Run, _readme: Path) -> str:
     metric = "val_loss" if run.results.get("best_metric") == "val_loss" else "window_loss"
     too_short = metric == "window_loss" and (r.get("best_step") or math.inf) < (r.get("target_window") or 0)
     in_bits = ["best_bits_per_byte"] * ("best_bits_per_byte" in r)
-    words = "**{:.6f}** at step {:,.0f}" + ", {:.4f} bits per byte" * len(in_bits)
-    add("mean loss of all steps" if too_short else f"best {metric}", words, "best_loss", "best_step", *in_bits)
+    error = ["best_loss_standard_error"] * (r.get("best_loss_standard_error") is not None)
+    words = "**{:.6f}**" + " ± {:.6f}" * len(error) + " at step {:,.0f}" + ", {:.4f} bits per byte" * len(in_bits)
+    label = "mean loss of all steps" if too_short else f"best {metric}"
+    add(label, words, "best_loss", *error, "best_step", *in_bits)
     add("last step", "loss {:.6f} at step {:,.0f}", "final_loss", "final_step")
     add("last val_loss", "{:.6f}, perplexity {:,.2f}", "val_loss", "val_perplexity")
     add("last validation bits per byte", "{:.4f}", "val_bits_per_byte")

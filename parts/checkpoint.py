@@ -30,12 +30,14 @@ class Progress:
     recent_losses: list[float] = field(default_factory=list)  # at most target_window, oldest first
     best_loss: float = math.inf
     best_step: int = 0
+    best_error: float = 0.0  # standard error of best_loss, where that is a validation loss; 0: not measured
     skipped_steps: int = 0  # because of a non-finite loss or gradient
     skipped_in_a_row: int = 0
     trained_context: int = 0  # the longest slices trained
     sampled_step: int = 0  # at which text was last sampled
     val_loss: float = math.inf  # of the latest measurement
     val_step: int = 0  # of the latest measurement; 0: none yet
+    val_error: float = 0.0  # its standard error over the slices
     measured_in_vain: int = 0  # in a row, without a new lowest
     corpus_loss: float = math.inf  # on random slices, of the latest measurement
     corpus_loss_error: float = 0.0  # its standard error
@@ -100,7 +102,7 @@ class Progress:
 
     def forget_best(self) -> None:
         """What the best was does not compare with what comes."""
-        self.best_loss, self.best_step, self.measured_in_vain = math.inf, 0, 0
+        self.best_loss, self.best_step, self.best_error, self.measured_in_vain = math.inf, 0, 0.0, 0
 
 
 def write_checkpoint(path: Path, checkpoint: dict, previous: Path | None = None) -> None:

@@ -184,11 +184,15 @@ Measured = tuple[float, str]  # a loss, and its cell
 
 
 def lowest_validation_loss(run: Run, bits: bool) -> Measured | None:
-    """That of the measurement whose weights are best.pt; None before the first."""
+    """That of the measurement whose weights are best.pt, with its standard error once that is in results.json; None
+    before the first."""
     if (row := lowest_validation(run)) is None:
         return None
     value = row.get("val_bits_per_byte" if bits else "val_loss", math.nan)
-    return (value, f"{value:.4f} at step {row['step']:,.0f}") if value == value else None
+    measured = row["step"] == number(run.results, "best_step")
+    error = number(run.results, "best_loss_standard_error") if measured else None
+    words = with_error(value, error, row["val_loss"])
+    return (value, f"{words} at step {row['step']:,.0f}") if value == value else None
 
 
 def corpus_loss(run: Run, bits: bool) -> Measured | None:
@@ -197,7 +201,12 @@ def corpus_loss(run: Run, bits: bool) -> Measured | None:
     value = number(run.results, "bits_per_byte") if bits else nats
     if value is None or not nats or state(run) == "running":
         return None
-    return value, f"{value:.4f}" + ("" if error is None else f" ± {error * value / nats:.4f}")
+    return value, with_error(value, error, nats)
+
+
+def with_error(value: float, error: float | None, nats: float) -> str:
+    """A loss in its unit, with its standard error where that is known, which like `nats` is in nats per token."""
+    return f"{value:.4f}" + ("" if error is None else f" ± {error * value / nats:.4f}")
 
 
 @dataclass(frozen=True)

@@ -356,6 +356,7 @@ def results(
     config: Config,
     progress: Progress,
     corpus: Corpus,
+        "best_loss_standard_error": p.best_error or None,
     floor: float,
     stop_reason: str,
 ) -> dict:

@@ -258,11 +258,13 @@ def test_validation_losses_order_the_runs_where_all_have_one(out):
     assert table[0][1] == "lowest validation loss, nats per token" and table[0][5:] == ["input_file"]
     lowest = {name: results(out / name) for name in ("held_out", "other")}
     assert [row[:2] for row in table[1:]] == [
-        [name, f"{lowest[name]['best_loss']:.4f} at step {lowest[name]['best_step']}"]
+        [name, "{best_loss:.4f} ± {best_loss_standard_error:.4f} at step {best_step}".format(**lowest[name])]
         for name in sorted(lowest, key=lambda name: lowest[name]["best_loss"])
     ]
     assert comparison.notes == ["held_out and other learned different texts: only validation losses compare."]
-    lines = update_readme.comparison_figure(comparison).axes[0].lines
+    figure = update_readme.comparison_figure(comparison)
+    assert figure.legends[0].get_title().get_text() == "by lowest validation loss, the best first"
+    lines = figure.axes[0].lines
     assert [line.get_linestyle() for line in lines] == ["--", "--"], "their training losses do not compare"
     mixed = compare([held_out, read_run(out / "lr-3e-2")])
     assert mixed.table()[0][1:] == ["corpus loss, nats per token", "tokens", "time", "outcome"]
@@ -291,7 +293,8 @@ def test_of_a_run_continued_with_another_validation_only_what_was_measured_since
         alter(where / "results.json", **stands)  # the second: as the first part left it, until the next save
         comparison = compare([read_run(where), read_run(trained / "held_out")])
         row = next(row for row in comparison.table() if row[0].endswith("changed"))
-        assert row[1] == f"{losses.loc[9:].min():.4f} at step {losses.loc[9:].idxmin():.0f}"
+        known = f" ± {best['best_loss_standard_error']:.4f}" if stands is best else ""
+        assert row[1] == f"{losses.loc[9:].min():.4f}{known} at step {losses.loc[9:].idxmin():.0f}"
         drawn = update_readme.curves(comparison, read_run(where))["--"]
         assert drawn["loss"].tolist() == losses.loc[9:].tolist()
 

@@ -66,7 +66,7 @@ def test_another_text_can_be_the_split(config, text_file, tokenizer):
 def test_the_loss_is_the_mean_over_evenly_spread_slices(config):
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, 1000).astype(np.uint16)
     model = train.GPT(config)
-    found = train.validation_loss(model, tokens, config)
+    found, error = train.validation_loss(model, tokens, config)
     T = config.seq_len
     starts = np.linspace(0, len(tokens) - 1 - T, (len(tokens) - 1) // T).astype(int)
     assert starts[0] == 0 and starts[-1] == len(tokens) - 1 - T and (np.diff(starts) >= T).all(), "no overlap"
@@ -76,7 +76,9 @@ def test_the_loss_is_the_mean_over_evenly_spread_slices(config):
             ids = torch.tensor(tokens[start : start + T + 1].astype(int))[None]
             losses.append(F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:]).item())
     assert found == pytest.approx(np.mean(losses), rel=1e-5)
-    assert train.validation_loss(model, tokens, config) == found and model.training
+    assert error == pytest.approx(np.std(losses, ddof=1) / len(losses) ** 0.5, rel=1e-4)
+    assert train.validation_loss(model, tokens, config) == (found, error) and model.training
+    assert train.validation_loss(model, tokens[: T + 1], config)[1] == 0, "of one slice it is unknown"
 
 
 def test_large_splits_are_measured_in_part(config, monkeypatch):
@@ -129,7 +131,9 @@ def test_the_best_is_the_one_with_the_lowest_validation_loss(here):
     model = train.GPT(config)
     model.load_state_dict(best["model"])
     corpus = load_corpus(config, load_tokenizer())
-    assert train.validation_loss(model, corpus.val_tokens, config) == pytest.approx(best["loss"], rel=1e-6)
+    loss, error = train.validation_loss(model, corpus.val_tokens, config)
+    assert loss == pytest.approx(best["loss"], rel=1e-6)
+    assert error == pytest.approx(results("run")["best_loss_standard_error"], rel=1e-4)
     log = Path("run/logs/train.log").read_text(encoding="utf-8")
     assert f"best.pt has the weights of step {lowest}, with the lowest validation loss: {measured[lowest]:.6f}, " in log
     assert (
