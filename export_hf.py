@@ -266,7 +266,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = (kind.from_pretrained("PATH") for kind in (AutoTokenizer, AutoModelForCausalLM))
 ids = tokenizer("Once", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_length={context})[0]))
+print(tokenizer.decode(model.generate(**ids, max_length={context})[0], skip_special_tokens=True))
 ```
 
 {rights}**Use.** For looking at how a language model learns. {origin} is no source of facts.

@@ -26,7 +26,8 @@ with packages_of("sample.py", __name__):
     from parts.commandline import decode_escapes, read_flags
     from parts.config import Amp, Between, Config, out_of_range
     from parts.machine import autocast, choose_amp, choose_device, device_problem, for_sampling, make_current
-    from parts.text import Tokenizer, pieces, read_text, saved_tokenizer, whole_characters
+    from parts.screen import log, speaking
+    from parts.text import Tokenizer, encode_prompt, pieces, read_text, saved_tokenizer, whole_characters
 
 SEPARATOR = "=" * 80
 GRAM = 8  # tokens whose order is looked up in the corpus
@@ -39,14 +40,16 @@ class Options:
     checkpoint: Path | None = None
     """run directory, for its best.pt, or a checkpoint; by default the run in out/ whose checkpoints changed last"""
     prompt: str | None = None
-    """text to continue; \\n, \\t, \\\\ and \\uXXXX are decoded; by default from --prompt_file, from stdin, or asked
-    for"""
+    """text to continue; \\n, \\t, \\\\ and \\uXXXX are decoded, and <|endoftext|> begins a document; by default from
+    --prompt_file, from stdin, or asked for"""
     prompt_file: Path | None = None
     """UTF-8 file with the text to continue; from it, and from stdin, one newline at the end is left out"""
     num_samples: Annotated[int, Between(1, 10_000)] = 1
     """texts to write for each prompt"""
     max_new_tokens: Annotated[int, Between(1, 1_000_000)] = 200
-    """tokens added to the prompt"""
+    """tokens added to the prompt, at most"""
+    keep_going: bool = False
+    """go on where the model ends a document, which it was taught by several texts"""
     temperature: Annotated[float, Between(0, 100)] = 0.9
     """divides the logits before sampling; 0: always the likeliest token"""
     top_k: Annotated[int, Between(0, 10**6)] = 50
@@ -82,15 +85,17 @@ class Sampler:
         self.model.to(self.config.device)
 
     def stream(self, prompt: str, options: Options, number: int = 0) -> Iterator[str]:
-        """The pieces of one continuation, as they come; `number` chooses the sample's own random stream."""
-        start = self.tokenizer.encode_ordinary(prompt or "\n")
+        """A piece of text for each token of one continuation, as they come; `number` chooses the sample's own random
+        stream. Without --keep_going it ends where a document does, as the exported model."""
+        start = encode_prompt(prompt or "\n", self.tokenizer)
+        end = -1 if options.keep_going else self.tokenizer.eot_token
         seeds = train.random_words(options.seed, train.SAMPLES_STREAM, number + 1)
         steps = train.continuations(
             self.model, [start], options.max_new_tokens, context=self.context, temperature=options.temperature,
-            top_k=options.top_k, top_p=options.top_p, generators=[torch.Generator().manual_seed(int(seeds[number]))],
+            top_k=options.top_k, top_p=options.top_p, end=end, generators=[generator],
         )  # fmt: skip
         with autocast(for_sampling(self.config, len(start) + options.max_new_tokens <= self.context)):
-            yield from filter(None, whole_characters(self.tokenizer, (token for (token,) in steps)))
+            yield from whole_characters(self.tokenizer, (token for (token,) in steps if token != end))
 
 
 class Corpus:
@@ -185,7 +190,8 @@ def run(options: Options) -> None:
                 print(piece, end="", flush=True)
             seconds = time.perf_counter() - started
             print(flush=True)
-            tell(f"[{options.max_new_tokens} tokens, {options.max_new_tokens / seconds:.1f} tok/s]")
+            ended = ", the end of a document" if len(pieces) < options.max_new_tokens else ""
+            tell(f"[{len(pieces)} tokens, {len(pieces) / seconds:.1f} tok/s{ended}]")
             if corpus is not None:
                 added = "".join(pieces)
                 copied = corpus.longest_copy(added)

@@ -79,7 +79,7 @@ with packages_of("train.py", __name__):
     from parts.setup import Setup, prepare, problems_of_all
     from parts.steplog import step_log
     from parts.tensorboard import shown
-    from parts.text import Tokenizer, whole_characters
+    from parts.text import Tokenizer, encode_prompt, whole_characters
     from parts.verdict import how_to_continue, verdict
     from parts.waiting import waiting
 
@@ -338,11 +338,12 @@ VAL_TOKENS = 2**15  # of the validation split that are measured
 
 
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list[int]]:
-    """The prompts with what `continuations` adds to them."""
+    """The prompts with what `continuations` adds to them, without the `end`."""
     rows = [list(prompt) for prompt in prompts]
     for chosen in continuations(model, prompts, max_new_tokens, **options):
         for row, token in zip(rows, chosen, strict=True):
-            row.append(token)
+            if token != options.get("end"):
+                row.append(token)
     return rows
 
 
@@ -357,9 +358,12 @@ def continuations(
     generators: list[torch.Generator],
     top_p: float = 1.0,
 ) -> Iterator[list[int]]:
+    end: int = -1,
     """The next token of every prompt, max_new_tokens times; the prompts are equally long.
 
     `context` is the longest slice the model was trained on: positions beyond it are untrained, so each token
+    After the token `end`, a prompt gets nothing else; when all have it, there are no more (-1: never).
+
     depends on the `context` tokens before it. Each prompt has a (CPU) generator of its own. Temperature 0 takes
     the likeliest token; top_k 0 samples among all, top_p among the likeliest that make up this probability
     (Holtzman et al. 2020, arXiv 1904.09751).
@@ -367,14 +371,19 @@ def continuations(
     tokens = torch.tensor(prompts, device=model.wte.weight.device)  # (B, T)
     pasts = [Past(context) for _ in model.h]
     with evaluating(model):
+    ended = [False] * len(prompts)
         for _ in range(max_new_tokens):
             logits = model.logits(last_features(model, tokens, context, pasts)).float().cpu().nan_to_num()  # (B, V)
             chosen = [
-                choose(scores, temperature, top_k, top_p, g) for scores, g in zip(logits, generators, strict=True)
+                end if over else choose(scores, temperature, top_k, top_p, g)
+                for scores, g, over in zip(logits, generators, ended, strict=True)
             ]
             tokens = torch.cat([tokens, torch.tensor(chosen, device=tokens.device)[:, None]], 1)
             yield chosen
 
+            ended = [token == end for token in chosen]
+            if all(ended):
+                return
 
 def last_features(model: GPT, tokens: torch.Tensor, context: int, pasts: list[Past]) -> torch.Tensor:
     """Hidden states (B, C) of the last of the tokens (B, T), which sees the `context` - 1 tokens before it.
@@ -401,14 +410,7 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, g
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def corpus_losses(
-    model: GPT,
-    tokens: np.ndarray,
-    config: Config,
-    step: int,
-    first: int,
-    end: int,
-) -> torch.Tensor:
+def corpus_losses(model: GPT, tokens: np.ndarray, config: Config, step: int, first: int, end: int) -> torch.Tensor:
     """Losses, float64 (end - first,), nats per token, of slices number `first` to `end` - 1 of the
     random ones that are drawn for the measurement after this step alone."""
     starts = slice_starts(config.seed, EVALUATION_STREAM + step, end, len(tokens) - config.seq_len)
@@ -669,18 +671,13 @@ class Trainer:
         c, p = self.config, self.progress
         first_words = whole_characters(tokenizer, self.corpus.tokens[:16].tolist())
         prompt = decode_escapes(c.prompt) or "".join(first_words)
-        start = tokenizer.encode_ordinary(prompt)
+        start = encode_prompt(prompt, tokenizer)
         seeds = random_words(c.seed, SAMPLES_STREAM + p.step, c.num_prompts)
         with autocast(for_sampling(c, len(start) + c.max_new_tokens <= p.trained_context)):
-            outputs = generate(
-                self.model,
-                [start] * c.num_prompts,
-                c.max_new_tokens,
-                context=p.trained_context,
-                temperature=c.temperature,
-                top_k=c.top_k,
-                generators=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
-            )
+        options = dict(context=p.trained_context, temperature=c.temperature, top_k=c.top_k, end=tokenizer.eot_token)
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+            prompts = [start] * c.num_prompts
+            outputs = generate(self.model, prompts, c.max_new_tokens, generators=generators, **options)
         return prompt, ["".join(whole_characters(tokenizer, output)) for output in outputs]
 
     def check_target(self) -> None:

@@ -336,6 +336,12 @@ def kind(character: str) -> str:
     return "" if character.isspace() or unassigned or len(kinds) > 1 else kinds.pop()
 
 
+def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a prompt, in which <|endoftext|> is the mark between documents, as in the exported model."""
+    first, *others = map(tokenizer.encode_ordinary, text.split(DOCUMENT_END))
+    return first + [token for ids in others for token in (tokenizer.eot_token, *ids)]
+
+
 def whole_characters(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     """The text of tokens, a piece for each, and empty while a character is incomplete.
 

@@ -69,7 +69,8 @@ class Writer:
         length = int(bounded(length, 1, self.most_tokens, self.most_tokens))
         temperature = bounded(temperature, 0, 2, 0.9)
         ids = self.tokenizer(prompt or "\n", return_tensors="pt")["input_ids"][:, -max(1, self.context - length) :]
-        stopped, streamer, failures = Event(), TextIteratorStreamer(self.tokenizer, skip_prompt=True), []
+        shown = dict(skip_prompt=True, skip_special_tokens=True)  # the end of a document is no text
+        stopped, streamer, failures = Event(), TextIteratorStreamer(self.tokenizer, **shown), []
         options = dict(do_sample=temperature >= 0.01, max_new_tokens=length, max_length=None, streamer=streamer)
         if temperature >= 0.01:
             options |= dict(temperature=temperature, top_k=int(bounded(top_k, 1, 200, 50)))

@@ -119,7 +119,8 @@ def test_a_character_is_written_when_it_is_whole(folder, monkeypatch):
     tokens = sampler.tokenizer.encode_ordinary(text)
     monkeypatch.setattr(train, "continuations", lambda *_args, **_options: iter([token] for token in tokens))
     pieces = list(sampler.stream("x", sample.Options(Path())))
-    assert pieces == ["ab", "\U0001fae8", "é", " ", "漢", "\ufffd", "!"]
+    assert len(pieces) == len(tokens), "one for each token"
+    assert list(filter(None, pieces)) == ["ab", "\U0001fae8", "é", " ", "漢", "\ufffd", "!"]
 
 
 @pytest.mark.slow

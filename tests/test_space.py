@@ -21,7 +21,10 @@ from conftest import GPT2, ROOT, TINY_FLAGS
 from safetensors.torch import load_file, save_file
 
 import export_hf
+import sample
 import train
+from parts.checkpoint import load_checkpoint
+from parts.text import encode_prompt, saved_tokenizer
 
 if importlib.util.find_spec("gradio") is None:  # the page imports it, in a process of its own
     pytest.skip("needs gradio (space/requirements.txt)", allow_module_level=True)
@@ -261,12 +264,53 @@ def bytes_model(tmp_path_factory) -> Path:
     return path / "hf"
 
 
-def test_text_ends_in_whole_characters(bytes_model):
-    """Wherever the last token cuts, and whenever the visitor stops."""
+def writer_of(folder: Path):
+    """What the page writes with, in this process."""
     specification = importlib.util.spec_from_file_location("app", ROOT / "space/app.py")
     app = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(app)
-    writer, prompt = app.Writer(bytes_model), "漢字"
+    return app.Writer(folder)
+
+
+def test_text_ends_where_the_exported_model_ends_a_document(tmp_path, monkeypatch, capsys):
+    """That of the page, of sample.py, and of the run; a prompt can begin a document."""
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    for number in range(60):
+        Path(f"texts/{number}.txt").write_text("One: two 3.\n", encoding="utf-8")
+    flags = [*TINY_FLAGS, "--input_file=texts", "--out_dir=run", "--block_size=64", "--seq_len=64", "--steps=60"]
+    flags += ["--lr=0.02", "--save_every=60", "--sample_every=60", "--temperature=0", "--max_new_tokens=40"]
+    assert train.main([*flags, "--prompt=One: two"]) == 0
+    assert export_hf.main(["--checkpoint=run", "--out=hf"]) == 0
+    writer, whole = writer_of(Path("hf")), "One: two 3.\n"
+    ids = writer.tokenizer("One: two", return_tensors="pt")
+    (row,) = writer.model.generate(**ids, max_length=64, do_sample=False).tolist()
+    assert row[-1] == writer.model.generation_config.eos_token_id
+    assert writer.tokenizer.decode(row, skip_special_tokens=True) == whole, "the reference"
+    assert list(writer.write("One: two", 40, 0, 50, 1))[-1] == whole
+    samples = Path("run/samples/samples.txt").read_text(encoding="utf-8")
+    assert samples.rpartition("STEP 60\n\n")[2] == f"PROMPT:\nOne: two\nOUTPUT:\n{whole}\n\n" * 2
+
+    def sampled(*more: str) -> tuple[str, str]:
+        capsys.readouterr()
+        assert sample.main(["--checkpoint=run", "--temperature=0", "--max_new_tokens=40", *more]) == 0
+        return capsys.readouterr()
+
+    text, told = sampled("--prompt=One: two")
+    assert text == whole + "\n" and "[4 tokens, " in told and ", the end of a document]" in told
+    text, told = sampled("--prompt=One: two", "--keep_going")
+    assert text.startswith(f"{whole}<|endoftext|>{whole}<|endoftext|>") and "[40 tokens, " in told
+    assert sampled("--prompt=<|endoftext|>")[0] == f"<|endoftext|>{whole}\n"
+    given = "<|endoftext|>One<|endoftext|>"
+    assert (
+        encode_prompt(given, saved_tokenizer(load_checkpoint(Path("run/checkpoints/best.pt"))))
+        == (writer.tokenizer(given)["input_ids"])
+    )
+
+
+def test_text_ends_in_whole_characters(bytes_model):
+    """Wherever the last token cuts, and whenever the visitor stops."""
+    writer, prompt = writer_of(bytes_model), "漢字"
     for length in range(7, 13):
         *_, text = shown = list(writer.write(prompt, length, 0, 50, 1))
         assert text == prompt + "を書く。"[: length // 3], "three bytes, three tokens a character"
