@@ -40,6 +40,7 @@ with packages_of("export_hf.py", __name__):
     from parts.files import existing_part, read_if_there, read_json
     from parts.readme import in_markdown
     from parts.recipe import decide
+    from parts.screen import log, speaking
     from parts.text import DOCUMENT_END, OwnVocabulary, read_text, saved_tokenizer, vocabulary_folder
 
 FIRST_WORDS = "Once upon a time"
@@ -67,9 +68,9 @@ class Options:
     """folder to import instead: a GPT-2 with a byte-level vocabulary"""
     license: str = NO_LICENSE
     """for the model card, as the Hub spells it, such as mit or cc0-1.0; the rights in the text decide which"""
-
     replace: bool = False
     """write over an earlier export, also over a card that was edited since; with --from_hf over an earlier import"""
+
 
 # ---------------------------------------------------------------------------------------------
 # To Hugging Face
@@ -108,10 +109,10 @@ def export(path: Path, out: Path, license: str, over: bool = False) -> None:
         "prompts.json": json.dumps([FIRST_WORDS] if run is None else beginnings(run), ensure_ascii=False) + "\n",
         "README.md": model_card(checkpoint, config, measured, license),
     }
-    with writing(out), tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name}.") as name:
     present = {file.name for file in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
     if foreign := present - {"model.safetensors", *texts}:
         raise FileExistsError(f"--out {out}: {min(foreign)} is of no export: move it away, or choose another folder")
+    with writing(out), tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name}.") as name:
         folder = Path(name) / out.name
         folder.mkdir()
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -119,9 +120,9 @@ def export(path: Path, out: Path, license: str, over: bool = False) -> None:
             (folder / file).write_text(text, encoding="utf-8", newline="\n")
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which is born for its owner alone
         out.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder, out)
         if out.exists():
             os.replace(out, Path(name) / "before")  # which goes with the temporary folder
+        os.replace(folder, out)
 
 
 @contextmanager
@@ -360,6 +361,7 @@ def is_gpt2(content: str) -> bool:
     return Tokenizer.from_str(content).get_vocab() == ids
 
 
+@speaking("export_hf.py")
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 0, 2 for bad input, 130 after Ctrl-C."""
     try:
@@ -375,8 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as answered:  # after --help
         return int(answered.code or 0)
     except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            print(f"export_hf.py: error: {line}", file=sys.stderr)
+        log.error(error)
         return 2
     except KeyboardInterrupt:
         return 130

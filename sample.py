@@ -90,6 +90,7 @@ class Sampler:
         start = encode_prompt(prompt or "\n", self.tokenizer)
         end = -1 if options.keep_going else self.tokenizer.eot_token
         seeds = train.random_words(options.seed, train.SAMPLES_STREAM, number + 1)
+        generator = torch.Generator().manual_seed(int(seeds[number]))
         steps = train.continuations(
             self.model, [start], options.max_new_tokens, context=self.context, temperature=options.temperature,
             top_k=options.top_k, top_p=options.top_p, end=end, generators=[generator],
@@ -202,11 +203,9 @@ def run(options: Options) -> None:
                 )
 
 
+@speaking("sample.py", encoding="utf-8")
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 0, 2 for bad input, 130 after Ctrl-C."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         run(read_flags(Options, sys.argv[1:] if argv is None else argv, "sample.py", __doc__))
     except SystemExit as answered:  # after --help
@@ -214,8 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the text has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            tell(f"sample.py: error: {line}")
+        log.error(error)
         return 2
     except KeyboardInterrupt:
         tell()

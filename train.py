@@ -58,7 +58,7 @@ with packages_of("train.py", __name__):
     from parts.compiling import compile_proven
     from parts.config import Config, From, Origin, decided
     from parts.corpus import Corpus, loss_floor
-    from parts.files import LogFile, RunDir, gigabytes, logging_to, move, read_json, replacing
+    from parts.files import LogFile, RunDir, gigabytes, move, read_json, replacing
     from parts.kernels import HeadLoss, attention, causal_attention, linear
     from parts.machine import (
         Interruption,
@@ -76,6 +76,7 @@ with packages_of("train.py", __name__):
     )
     from parts.muon import Muon
     from parts.samples import AT_CTRL_C
+    from parts.screen import logging_to, speaking
     from parts.setup import Setup, prepare, problems_of_all
     from parts.steplog import step_log
     from parts.tensorboard import shown
@@ -357,21 +358,21 @@ def continuations(
     top_k: int,
     generators: list[torch.Generator],
     top_p: float = 1.0,
-) -> Iterator[list[int]]:
     end: int = -1,
+) -> Iterator[list[int]]:
     """The next token of every prompt, max_new_tokens times; the prompts are equally long.
 
-    `context` is the longest slice the model was trained on: positions beyond it are untrained, so each token
     After the token `end`, a prompt gets nothing else; when all have it, there are no more (-1: never).
 
+    `context` is the longest slice the model was trained on: positions beyond it are untrained, so each token
     depends on the `context` tokens before it. Each prompt has a (CPU) generator of its own. Temperature 0 takes
     the likeliest token; top_k 0 samples among all, top_p among the likeliest that make up this probability
     (Holtzman et al. 2020, arXiv 1904.09751).
     """
     tokens = torch.tensor(prompts, device=model.wte.weight.device)  # (B, T)
     pasts = [Past(context) for _ in model.h]
-    with evaluating(model):
     ended = [False] * len(prompts)
+    with evaluating(model):
         for _ in range(max_new_tokens):
             logits = model.logits(last_features(model, tokens, context, pasts)).float().cpu().nan_to_num()  # (B, V)
             chosen = [
@@ -380,10 +381,10 @@ def continuations(
             ]
             tokens = torch.cat([tokens, torch.tensor(chosen, device=tokens.device)[:, None]], 1)
             yield chosen
-
             ended = [token == end for token in chosen]
             if all(ended):
                 return
+
 
 def last_features(model: GPT, tokens: torch.Tensor, context: int, pasts: list[Past]) -> torch.Tensor:
     """Hidden states (B, C) of the last of the tokens (B, T), which sees the `context` - 1 tokens before it.
@@ -673,9 +674,9 @@ class Trainer:
         prompt = decode_escapes(c.prompt) or "".join(first_words)
         start = encode_prompt(prompt, tokenizer)
         seeds = random_words(c.seed, SAMPLES_STREAM + p.step, c.num_prompts)
-        with autocast(for_sampling(c, len(start) + c.max_new_tokens <= p.trained_context)):
         options = dict(context=p.trained_context, temperature=c.temperature, top_k=c.top_k, end=tokenizer.eot_token)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        with autocast(for_sampling(c, len(start) + c.max_new_tokens <= p.trained_context)):
             prompts = [start] * c.num_prompts
             outputs = generate(self.model, prompts, c.max_new_tokens, generators=generators, **options)
         return prompt, ["".join(whole_characters(tokenizer, output)) for output in outputs]
@@ -699,7 +700,7 @@ class Trainer:
         """Measure the mean loss over random slices drawn for this step alone, into the progress.
 
         There are a tenth as many as were trained, but 64 to 4,096; fewer when the loss clearly is
-        above the target, or exact enough. At the end there are at least a tenth, but 64 to 1,024.
+        above the target, or from 128 on exact enough. At the end there are at least a tenth, but 64 to 1,024.
         Returns False, and notes nothing, when a signal breaks it off.
         """
         c, p = self.config, self.progress
@@ -1116,14 +1117,14 @@ def rehearse(setup: Setup, trainer: Trainer) -> int:
     return 0
 
 
-def open_and_train(setup: Setup, trainer: Trainer) -> int:
+def open_and_train(setup: Setup, trainer: Trainer, log_file: LogFile) -> int:
     """Bring the run directory to where training starts, then train. Returns the exit code; raises OSError."""
     run, earlier = setup.run, not setup.continues and setup.run.exists()
     if earlier and (run.has_outcome() or setup.config.resume == "never" or not run.is_ours()):
         log.info("Moved the run that was here to %s", run.move_aside())
     run.claim()
     run.make()
-    with logging_to(LogFile(run)):
+    with log_file.of(run):
         if setup.damage:
             damaged = run.last.with_name("damaged.pt")
             move(run.last, damaged)
@@ -1135,16 +1136,11 @@ def open_and_train(setup: Setup, trainer: Trainer) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 or 143 interrupted."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a Windows code page lacks most of Unicode
     logging.raiseExceptions = False  # a closed pipe must not flood the terminal; the log file goes on
-    log.setLevel(logging.INFO)
-    log.propagate = False
     ranks = Ranks()
     try:
         ranks = Ranks.join()
-        with terminating(), ExitStack() as held:
+        with terminating(), speaking("train.py", ranks.rank > 0), ExitStack() as held:
             code = run_command(sys.argv[1:] if argv is None else argv, ranks, held)
     except ConnectionError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
@@ -1163,7 +1159,8 @@ def main(argv: list[str] | None = None) -> int:
 def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
     """Prepare, train, and say what went wrong. Returns the exit code."""
     problem = answer = ""
-    setup = None
+    setup, log_file = None, LogFile()
+    held.enter_context(logging_to(log_file))
     try:
         setup = prepare(argv, ranks, held, about=__doc__)
         answer = setup.finished or ""
@@ -1184,31 +1181,31 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
             print(f"train.py: error: {line}", file=sys.stderr)
         return 2
     if ranks.rank > 0:
-        log.addHandler(logging.NullHandler())
         if not answer:
             follow(setup.config, trainer)
         return 0
-    with logging_to(logging.StreamHandler(sys.stdout)):
-        try:
-            if not answer:
-                return (rehearse if setup.config.dry_run else open_and_train)(setup, trainer)
-            log.info(answer)
-            if setup.config.tensorboard and not setup.config.dry_run:  # turned on when the run was over
-                setup.run.claim()
-                with shown(setup.run, setup.config):
-                    pass
-            return 0
-        except KeyboardInterrupt as signal_name:
+    try:
+        if not answer:
             if setup.config.dry_run:
-                log.error("Broken off; a dry run saves nothing.")
-                return exit_code(str(signal_name))
-            saved = setup.run.last.exists() or setup.run.prev.exists()
-            again = how_to_continue(argv, setup.config, saved, " from the last checkpoint")
-            log.error("Broken off without saving. %s", again)
+                return rehearse(setup, trainer)
+            return open_and_train(setup, trainer, log_file)
+        log.info(answer)
+        if setup.config.tensorboard and not setup.config.dry_run:  # turned on when the run was over
+            setup.run.claim()
+            with shown(setup.run, setup.config):
+                pass
+        return 0
+    except KeyboardInterrupt as signal_name:
+        if setup.config.dry_run:
+            log.error("Broken off; a dry run saves nothing.")
             return exit_code(str(signal_name))
-        except OSError as error:
-            log.error("%s; what was written before is intact", error)
-            return 1
+        saved = setup.run.last.exists() or setup.run.prev.exists()
+        again = how_to_continue(argv, setup.config, saved, " from the last checkpoint")
+        log.error("Broken off without saving. %s", again)
+        return exit_code(str(signal_name))
+    except OSError as error:
+        log.error("%s; what was written before is intact", error)
+        return 1
 
 
 if __name__ == "__main__":

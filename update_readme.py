@@ -58,6 +58,7 @@ with packages_of("update_readme.py", __name__):
         validation,
     )
     from parts.samples import BEGINNING
+    from parts.screen import log, speaking
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -391,8 +392,7 @@ def repro_section(run: Run, _readme: Path) -> str:
         if value not in (None, ""):
             lines.append(f"{label + ': ':<15}{value}".replace("\n", " "))
 
-    launches = config.get("launches")
-    launches = [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
+    launches = run.launches
     if len(launches) > LAUNCHES:
         add("launches", f"{len(launches)}, of which the last {LAUNCHES}")
     for launch in launches[-LAUNCHES:] or [config]:
@@ -446,11 +446,6 @@ SECTIONS: dict[str, Callable[[Run, Path], str]] = {
     "SAMPLES": samples_section,
     "REPRO": repro_section,
 }
-
-
-def sections_of(run: Run, readme: Path) -> dict[str, Callable[[], str]]:
-    """The text of each section, to be made where the README has it."""
-    return {name: partial(section, run, readme) for name, section in SECTIONS.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -515,8 +510,8 @@ def fill(
         check_writable(readme)
     plot = draw()
     if plot is not None and git_ignored(plot):
-        print(f"update_readme.py: warning: git ignores {plot.as_posix()}: git add -f {plot.as_posix()}, or it "
-              "will not show on GitHub", file=sys.stderr)  # fmt: skip
+        name = plot.as_posix()
+        log.warning(f"git ignores {name}: git add -f {name}, or it will not show on GitHub")
     if before != after:
         write_text(readme, after)
     done = "made" if not before else "updated" if before != after else "already up to date"
@@ -528,7 +523,8 @@ def report_run(run: Run, readme: Path, check: bool) -> int:
     """Fill the README from one run, and draw its loss curve. Returns and raises as `fill`."""
     drawable = (run.metrics["loss"] > 0).any()
     draw = partial(draw_loss_curve, run.out_dir) if drawable else lambda: None
-    return fill(readme, sections_of(run, readme), str(run.out_dir), check, draw)
+    contents = {name: partial(section, run, readme) for name, section in SECTIONS.items()}
+    return fill(readme, contents, str(run.out_dir), check, draw)
 
 
 def report_comparison(comparison: Comparison, readme: Path | None, check: bool) -> int:
@@ -567,18 +563,16 @@ def update(arguments: Arguments) -> int:
     return report_comparison(compare(list(map(read_run, find_runs(paths)))), arguments.readme, arguments.check)
 
 
+@speaking("update_readme.py")
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 0, 1 when --check finds a stale README, 2 for bad input."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     try:
         arguments = read_flags(Arguments, sys.argv[1:] if argv is None else argv, "update_readme.py", __doc__)
         return update(arguments)
     except SystemExit as answered:  # after --help
         return int(answered.code or 0)
     except (ValueError, OSError) as error:
-        print(f"update_readme.py: error: {error}", file=sys.stderr)
+        log.error(error)
         return 2
 
 

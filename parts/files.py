@@ -381,24 +381,28 @@ class RunDir:
 
 
 class LogFile(logging.Handler):
-    """Log lines, for train.log."""
+    """Log lines, for train.log; those that come before there is one wait in memory."""
 
-    def __init__(self, run: RunDir):
+    def __init__(self) -> None:
         super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
+        self.run: RunDir | None = None
+        self.early = ""
+
+    @contextmanager
+    def of(self, run: RunDir) -> Iterator[None]:
+        """In the block, write into this run's train.log, first the lines that wait."""
         self.run = run
+        run.append(run.train_log, self.early)
+        try:
+            yield
+        finally:
+            self.run = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append the line. A failure logs a line in turn, but only one: `attempt` reports it once."""
-        self.run.append(self.run.train_log, self.format(record) + "\n")
-
-
-@contextmanager
-def logging_to(handler: logging.Handler) -> Iterator[None]:
-    """Send log lines to this handler as well, in the format that the run directory promises."""
-    handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()
+        line = self.format(record) + "\n"
+        if self.run is None:
+            self.early += line
+        else:
+            self.run.append(self.run.train_log, line)

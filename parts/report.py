@@ -199,20 +199,12 @@ def stuck_hint(progress: Progress, config: Config) -> str | None:
 
 
 def step_row(
-    config: Config,
-    progress: Progress,
-    corpus: Corpus,
-    *,
-    loss: float,
-    grad_norm: float,
-    lr: float,
-    tokens_per_sec: float,
-    val_loss: float | None,
+    config: Config, progress: Progress, corpus: Corpus, *, val_loss: float | None, **measured: float
 ) -> dict[str, float | None]:
-    """The step's row of the CSV."""
+    """The step's row of the CSV, from what was measured of it: loss, grad_norm, lr and tokens_per_sec."""
     p, window_loss = progress, progress.window_loss(config)
-    row: dict[str, float | None] = {"step": p.step, "loss": loss, "lr": lr, "tokens_per_sec": tokens_per_sec}
-    row |= {"elapsed_sec": p.elapsed_sec, "tokens": p.tokens, "window_loss": window_loss, "grad_norm": grad_norm}
+    row: dict[str, float | None] = {"step": p.step, **measured, "elapsed_sec": p.elapsed_sec}
+    row |= {"tokens": p.tokens, "window_loss": window_loss}
     row["bits_per_byte"] = bits_per_byte(window_loss, corpus.bytes_per_token)
     if val_loss is not None:
         row |= {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)}
@@ -352,14 +344,7 @@ def corpus_loss_line(progress: Progress, corpus: Corpus) -> str:
     )
 
 
-def results(
-    config: Config,
-    progress: Progress,
-    corpus: Corpus,
-        "best_loss_standard_error": p.best_error or None,
-    floor: float,
-    stop_reason: str,
-) -> dict:
+def results(config: Config, progress: Progress, corpus: Corpus, floor: float, stop_reason: str) -> dict:
     """What results.json says. The corpus loss is there at the end: checks are less exact."""
     c, p = config, progress
     over = stop_reason in COMPLETE
@@ -371,6 +356,7 @@ def results(
         "best_metric": c.best_metric,
         "best_loss": p.best_loss,
         "best_step": p.best_step,
+        "best_loss_standard_error": p.best_error or None,
         "best_bits_per_byte": bits_per_byte(
             p.best_loss, corpus.val_bytes_per_token if c.validates else corpus.bytes_per_token
         ),
@@ -411,13 +397,7 @@ def launch_command(argv: list[str], config: Config) -> str:
     return shlex.join(launch_words(argv, config))
 
 
-def launch_record(
-    argv: list[str],
-    config: Config,
-    corpus: Corpus,
-    checkpoint: dict | None,
-    before: dict,
-) -> dict:
+def launch_record(argv: list[str], config: Config, corpus: Corpus, checkpoint: dict | None, before: dict) -> dict:
     """What config.json says of a launch; the launches that it spoke of `before` are kept. Of one that goes on from a
     checkpoint it says what has changed since, each flag with its value until then, and the validation text."""
     command = launch_command(argv, config)

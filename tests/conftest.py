@@ -111,6 +111,12 @@ def rows(run: Path, *columns: str) -> list[tuple[str, ...]]:
     return [tuple(row[name] for name in columns) for row in table]
 
 
+def without_date(line: str) -> str:
+    """A line of train.log as the screen has it."""
+    date, level, text = line.split(" | ", 2)
+    return f"{date[11:19]} | {text}" if level == "INFO" else f"{date[11:19]} | {level} | {text}"
+
+
 def log_text(run: Path) -> str:
     return (run / "logs" / "train.log").read_text(encoding="utf-8")
 

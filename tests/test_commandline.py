@@ -136,7 +136,7 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, text_file, monkeypatch, ca
     assert train.main([*flags, "--dry_run"]) == 0
     said = capsys.readouterr().out
     for line in ("Run directory: run", "Plan: 8 steps", "Time: ", "Disk: 0.07 GB at most in run", "Dry run: no file"):
-        assert f" | INFO | {line}" in said
+        assert f" | {line}" in said
     assert said.index("| Measuring two steps ...\n") < said.index("| Time: ")
     assert re.search(r" for 8 steps at most: begun now, they end by [A-Z]\w\w \d\d:\d\d\n", said)
     assert sorted(tmp_path.rglob("*")) == before

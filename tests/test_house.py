@@ -11,6 +11,7 @@ PARTS = {
     "config": set(),
     "recipe": {"config"},
     "samples": set(),
+    "screen": set(),
     "files": {"samples"},
     "muon": set(),
     "kernels": set(),
