@@ -92,7 +92,7 @@ def read_flags(kind: type[T], argv: list[str], script: str, about: str | None) -
     given = parse(kind, argv, script, about)
     for field in fields(kind):  # type: ignore[arg-type]  # every kind is a dataclass
         if field.default is MISSING and field.name not in given:
-            raise ValueError(f"--{field.name} is missing: {help_of(kind).get(field.name, '')}")
+            raise ValueError(f"--{field.name} is missing: {help_of(kind).get(field.name, '')}")  # type: ignore[arg-type]
     return kind(**given)
 
 
