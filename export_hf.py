@@ -24,7 +24,7 @@ from parts.start import packages_of
 with packages_of("export_hf.py", __name__):
     import torch
     from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load, save_file
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     from parts.checkpoint import (
@@ -105,7 +105,7 @@ def export(path: Path, out: Path, license: str, over: bool = False) -> None:
         },
     }  # fmt: skip
     texts = {file: json.dumps(values, indent=2) + "\n" for file, values in files.items()} | {
-        "tokenizer.json": vocabulary.to_str(pretty=True),
+        "tokenizer.json": OwnVocabulary(vocabulary.to_str(), "tokenizer.json").content,
         "prompts.json": json.dumps([FIRST_WORDS] if run is None else beginnings(run), ensure_ascii=False) + "\n",
         "README.md": model_card(checkpoint, config, measured, license),
     }
@@ -311,7 +311,7 @@ def import_hf(folder: Path, out: Path, over: bool = False) -> None:
             raise TypeError("sizes that are no whole numbers in config.json")
         config = decide(shape | {"device": "cpu"}, vocab_size=values["vocab_size"])
         problems = out_of_range(config) or config.contradictions()
-        weights = load_file(folder / "model.safetensors")
+        weights = load((folder / "model.safetensors").read_bytes())  # not each disk can map it
     except (KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"--from_hf {folder} is incomplete or damaged ({type(error).__name__}: {error})") from error
     if problems:

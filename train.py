@@ -803,8 +803,10 @@ class Saver:
         self.best = {"step": p.step, "loss": loss, "model": weights, "snapshot": free}
 
     def save(self) -> None:
-        """Begin to write a checkpoint, then results and plot; an earlier save is waited for."""
+        """Begin to write a checkpoint, then results and plot; an earlier save is waited for. Raises
+        FileExistsError when the directory belongs to another run."""
         self.writer.finish()  # its buffers are about to be overwritten
+        self.run.check_owner()
         name = f"{self.run.last} of {gigabytes(STATE_BYTES * self.trainer.config.n_params)}"
         try:
             task = self._checkpoint(name)
@@ -1122,7 +1124,6 @@ def open_and_train(setup: Setup, trainer: Trainer, log_file: LogFile) -> int:
     run, earlier = setup.run, not setup.continues and setup.run.exists()
     if earlier and (run.has_outcome() or setup.config.resume == "never" or not run.is_ours()):
         log.info("Moved the run that was here to %s", run.move_aside())
-    run.claim()
     run.make()
     with log_file.of(run):
         if setup.damage:
@@ -1169,7 +1170,7 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
             if ranks.rank == 0:
                 n_params, fresh = setup.config.n_params, setup.checkpoint is None
                 setup.run.check_room(STATE_BYTES * n_params, WEIGHT_BYTES * n_params, fresh)
-                if not setup.config.dry_run:
+                if not setup.config.dry_run and setup.run.lock is None:
                     held.enter_context(setup.run.locked())
     except SystemExit as answered:  # after --help
         return int(answered.code or 0)
@@ -1191,7 +1192,7 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
             return open_and_train(setup, trainer, log_file)
         log.info(answer)
         if setup.config.tensorboard and not setup.config.dry_run:  # turned on when the run was over
-            setup.run.claim()
+            setup.run.make()
             with shown(setup.run, setup.config):
                 pass
         return 0

@@ -59,7 +59,6 @@ def main() -> None:
         saver = train.Saver(run, trainer, {}, 0)
         seconds: dict[str, list[float]] = {"none": [], "background": [], "waited for": []}
         with run.locked():
-            run.claim()
             run.make()
             trainer.compile()
             for number in tqdm(range(options.rounds + 1), desc="rounds"):

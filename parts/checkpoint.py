@@ -4,6 +4,7 @@ import errno
 import math
 import statistics
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from parts.config import Config, names, out_of_range
 from parts.files import RunDir, read_if_there, read_json, replacing
 from parts.machine import is_out_of_memory
+from parts.text import one_form
 
 CHECKPOINT_FORMAT = 3
 FOLDER = 0x10  # among the attributes of a zip archive's member
@@ -286,7 +288,7 @@ def load_start(config: Config, vocabulary: str) -> Start | None:
     checkpoint = load_checkpoint(path, "--init_from")
     saved, weights = checkpoint["config"], checkpoint["model"]
     needed = [f"--{name} {saved.get(name)}" for name in SHAPE if saved.get(name) != getattr(config, name)]
-    if checkpoint["tokenizer"]["content"] != vocabulary:
+    if one_form(checkpoint["tokenizer"]["content"]) != vocabulary:
         needed.append(f"--tokenizer {vocabulary_of(path, checkpoint)}")
     if needed:
         made_with = f"it was made with --preset {saved.get('preset')} and --tokenizer {saved.get('tokenizer')}"
@@ -302,9 +304,10 @@ def load_start(config: Config, vocabulary: str) -> Start | None:
 def vocabulary_of(path: Path, checkpoint: dict) -> str:
     """What to give --tokenizer for the vocabulary of this checkpoint: gpt2, or the file that its run wrote."""
     content, file = checkpoint["tokenizer"]["content"], path.parent.parent / "tokenizer.json"
-    if content and read_if_there(file) != content:
-        return "PATH.json, with the tokenizer.json of its run"
-    return str(file) if content else "gpt2"
+    with suppress(ValueError):
+        if content and one_form(read_if_there(file)) == one_form(content):
+            return str(file)
+    return "PATH.json, with the tokenizer.json of its run" if content else "gpt2"
 
 
 def difference(saved: dict, config: Config, flags: tuple[str, ...]) -> str | None:
@@ -324,7 +327,7 @@ def check_same_run(path: Path, checkpoint: dict, config: Config, vocabulary: str
             f"{path} holds weights alone, without the optimizer: continue from last.pt or prev.pt, or start a new run "
             "from it with --init_from"
         )
-    if checkpoint["tokenizer"]["content"] != vocabulary:
+    if one_form(checkpoint["tokenizer"]["content"]) != vocabulary:
         raise ValueError(
             f"{path} has another vocabulary (--tokenizer {saved.get('tokenizer')}) than {config.tokenizer}: {remedy}"
         )

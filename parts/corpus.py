@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import zlib
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,11 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from parts.config import DEMO_CORPUS, Config, names
-from parts.files import replacing
+from parts.files import open_locked, read_json, replacing
 from parts.text import Tokenizer, encode, equal, find_files, identity, in_words, pieces, read_text
 from parts.waiting import waiting
 
@@ -229,11 +227,6 @@ def smallest_seq_len(tokens: np.ndarray, target_loss: float, longest: int) -> in
     return low
 
 
-MAGIC = "GPT token ids, version 1, after a header of {:08d} bytes with the checksum {:010d}\n"
-FIRST_LINE = re.compile(re.sub(r"{:0(\d+)d}", r"(\\d{\1})", MAGIC).encode())
-DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-
-
 def load(
     inputs: Sequence[Path],
     tokenizer: Tokenizer,
@@ -248,32 +241,25 @@ def load(
     Raises FileNotFoundError, ValueError (not UTF-8 text, empty) or OSError; then no file is left behind.
     """
     files = find_files(inputs, flag)
-    if not any(path.stat().st_size for path in files):
-        raise ValueError(f"{flag} {files[0]} is empty: a run needs at least --seq_len + 1 tokens of text")
     names = "\n".join([identity, *(str(path.resolve()) for path in files)])
     stem = re.sub(r"\W+", "-", files[0].stem)[:40]
     path = folder / f"{stem}-{hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}.tokens"
-    lock = FileLock(path.with_suffix(".lock"))
+    with suppress(OSError, ValueError):
+        return read(path, files, identity)  # needs no lock, and no right to write
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("Waiting for another program that writes %s ...", path)
-        lock.acquire()
+        lock = open_locked(path.with_suffix(".lock"), wait=True)
     except OSError as error:
-        with suppress(OSError, ValueError):
-            return read(path, files, identity)  # a folder that cannot be written may hold what is needed
         raise OSError(f"--cache_dir {folder}: {error.strerror}; choose a folder that can be written") from error
-    try:
-        if path.exists():
-            try:
-                return read(path, files, identity)
-            except ValueError as reason:
-                log.warning("%s: %s; encoding the text anew", path, reason)
+    with lock:
+        try:
+            return read(path, files, identity)  # another program may have written it meanwhile
+        except FileNotFoundError:
+            pass
+        except ValueError as reason:
+            log.warning("%s: %s; encoding the text anew", path, reason)
         build(path, files, tokenizer, identity, threads)
         return read(path, files, identity)
-    finally:
-        lock.release()
 
 
 def sources(files: list[Path]) -> list[list]:
@@ -314,10 +300,10 @@ def encoded(files: list[Path], tokenizer: Tokenizer, threads: int, hashes: list)
 
 
 def build(path: Path, files: list[Path], tokenizer: Tokenizer, identity: str, threads: int) -> None:
-    """Encode the files into `path`, which appears when it is whole. Raises ValueError or OSError."""
-    name = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
-    dtype = DTYPES[name]
-    facts: dict = {"tokenizer": identity, "dtype": name, "sources": sources(files)}
+    """Encode the files into `path`, as nothing but ids, and write a JSON with what they are beside
+    it. Each appears when it is whole. Raises ValueError or OSError."""
+    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+    facts: dict = {"tokenizer": identity, "dtype": dtype.str, "sources": sources(files)}
     n_bytes, free = sum(size for _, size, _ in facts["sources"]), shutil.disk_usage(path.parent).free
     needed = n_bytes * dtype.itemsize // 2  # about three bytes of text a token
     if needed > free:
@@ -325,47 +311,43 @@ def build(path: Path, files: list[Path], tokenizer: Tokenizer, identity: str, th
             f"--cache_dir {path.parent}: the token ids need up to {needed / 1e6:,.1f} MB, and that disk has "
             f"{free / 1e6:,.1f} MB: choose another --cache_dir"
         )
-    unknown = {"count": 10**15, "crc32": 2**32, "sha256": "0" * 64, "n_bytes": n_bytes}
-    space = len(MAGIC.format(0, 0)) + len(json.dumps(facts | unknown)) + 64
     hashes: list = []
-    count = checksum = 0
+    ids = hashlib.sha256()
     with replacing(path) as file, closing(encoded(files, tokenizer, threads, hashes)) as parts:
-        file.seek(space)
         for part in parts:
             data = part.astype(dtype).tobytes()
-            count, checksum = count + len(part), zlib.crc32(data, checksum)
+            ids.update(data)
             file.write(data)
-        digests = [one.hexdigest() for one in hashes]
-        whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-        facts |= {"count": count, "crc32": checksum, "sha256": whole, "n_bytes": n_bytes}
-        header = (json.dumps(facts).ljust(space - len(MAGIC.format(0, 0)) - 1) + "\n").encode()
-        file.seek(0)
-        file.write(MAGIC.format(space, zlib.crc32(header)).encode() + header)
+        if not file.tell():
+            raise ValueError(f"{files[0]} is empty: a run needs --seq_len + 1 tokens at least")
+    digests = [one.hexdigest() for one in hashes]
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    facts |= {"sha256": whole, "n_bytes": n_bytes}
+    with replacing(path.with_suffix(".json")) as file:
+        file.write(json.dumps(facts | {"digest": digest_of(facts, ids)}, indent=2).encode())
+
+
+def digest_of(facts: dict, ids: "hashlib._Hash") -> str:
+    """What tells whether ids and facts are those that were written."""
+    ids.update(json.dumps(facts).encode())
+    return ids.hexdigest()
 
 
 def read(path: Path, files: list[Path], identity: str) -> Documents:
-    """Map the file. Raises ValueError when it is damaged, of another version, or older than the texts."""
+    """Map the file, or read it where none can be mapped.
+
+    Raises OSError when there is none, ValueError when it is damaged or older than the texts.
+    """
     with open(path, "rb") as file:
-        first = FIRST_LINE.fullmatch(file.readline(len(MAGIC.format(0, 0)) + 1))
-        if not first:
-            raise ValueError("no token file of this version")
-        space = int(first[1])
-        header = file.read(space - len(first[0]))
-    if zlib.crc32(header) != int(first[2]):
-        raise ValueError("its header is damaged")
-    facts = json.loads(header)
-    dtype, count, known = DTYPES[facts["dtype"]], facts["count"], (facts["sources"], facts["tokenizer"])
-    if known != (sources(files), identity):
+        facts = read_json(path.with_suffix(".json"))
+        written = facts.pop("digest", None)
+        if written != digest_of(facts, hashlib.file_digest(file, "sha256")):
+            raise ValueError("it is damaged, or of another version")
+    if (facts["sources"], facts["tokenizer"]) != (sources(files), identity):
         raise ValueError("the text has changed since")
-    if path.stat().st_size != space + count * dtype.itemsize:
-        raise ValueError(f"it should hold {count:,} ids and does not")
-    checksum = 0
-    with open(path, "rb") as file:
-        file.seek(space)
-        while data := file.read(2**22):
-            checksum = zlib.crc32(data, checksum)
-    if checksum != facts["crc32"]:
-        raise ValueError("its checksum is wrong")
-    tokens = np.memmap(path, dtype, "r", space, (count,))
+    try:
+        tokens: np.ndarray = np.memmap(path, facts["dtype"], "r")
+    except OSError:
+        tokens = np.fromfile(path, facts["dtype"])
     each = [(one[2], file) for one, file in zip(facts["sources"], files, strict=True)]
     return Documents(tokens, facts["sha256"], facts["n_bytes"], each)

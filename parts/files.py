@@ -7,19 +7,25 @@ import math
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock, Timeout
-
 from parts.samples import block_of, drawn_at_ctrl_c
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 log = logging.getLogger("train")
 
+HELD = PermissionError if sys.platform == "win32" else BlockingIOError  # by another program, of a lock
 METRICS = {  # column of the CSV: number format
     "step": "d",
     "loss": ".8f",
@@ -131,6 +137,37 @@ def gigabytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.2f} GB"
 
 
+def open_locked(path: Path, wait: bool = False) -> FileIO:
+    """A file, locked until it is closed or the process ends; what cannot lock is named, and used.
+
+    Raises OSError; `HELD` when another program has it and this one shall not `wait`.
+    """
+    file = open(path, "ab", buffering=0)  # noqa: SIM115
+    for tenths in count():
+        try:
+            if sys.platform == "win32":
+                file.seek(2**30)  # others can read what stands before
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except HELD:
+            if not wait:
+                file.close()
+                raise
+            if tenths % 300 == 0:
+                seconds = tenths // 10
+                log.warning("Waiting for the program that holds %s, for %d s so far", path, seconds)
+            time.sleep(0.1)
+        except OSError as error:
+            log.warning(
+                f"{path} cannot be locked ({error.strerror}): see to it that no second program "
+                f"writes there meanwhile; it names as the last {read_if_there(path) or 'nobody'}"
+            )
+            break
+    return file
+
+
 class RunDir:
     """The files of one run, and all writing into them. Nothing is created before `locked` and `make`.
 
@@ -153,8 +190,8 @@ class RunDir:
         self.files = [path for path in vars(self).values() if path != root]
         self.events = root / "tensorboard"
         self.also: Callable[[Path, str], None] | None = None  # is given each text that `append` is given
-        self.lock = FileLock(root / "run.lock")
-        self.owner = root / "run.pid"  # of the process that holds the lock
+        self.owner = root / "run.lock"  # locked by the process at work; names the last one
+        self.lock: FileIO | None = None  # that file, in the process at work
         self.me = f"{os.getpid()} on {platform.node()}"
         self.unwritten: dict[Path, str] = {}  # lines that wait for the disk
         self.refused: dict[str, int | str] = {}  # what could not be written of late, and why: an errno, or words
@@ -198,7 +235,7 @@ class RunDir:
 
     def is_ours(self) -> bool:
         """Whether what lies here was written by this program."""
-        return self.owner.exists() or "launches" in read_json(self.config_json)
+        return read_if_there(self.owner) != "" or "launches" in read_json(self.config_json)
 
     def has_outcome(self) -> bool:
         """Whether results or the best weights of a run lie here, which a new one must not overwrite."""
@@ -212,23 +249,17 @@ class RunDir:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
+            self.lock = open_locked(self.owner)
+        except HELD:
             raise ValueError(
                 f"--out_dir {self.root} is in use by another train.py (pid {read_if_there(self.owner)}): wait for it, "
                 "stop it, or choose another --out_dir"
             ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                raise  # but some network file systems have no locks
         try:
             yield
         finally:
-            self.lock.release()
-
-    def claim(self) -> None:
-        """Write down whose directory this is from now on."""
-        self.owner.write_text(self.me, encoding="utf-8")
+            self.lock.close()
+            self.lock = None
 
     def check_owner(self) -> None:
         """Raises FileExistsError when this directory was removed and now belongs to another run."""
@@ -277,20 +308,19 @@ class RunDir:
                     file.write(kept)
 
     def make(self) -> None:
-        """Make the folders and the growing files, at the start and wherever they vanished under the run.
-
-        Raises OSError.
-        """
-        self.check_owner()
+        """Make the folders, the owner's mark and the growing files, at the start and wherever they
+        vanished under the run. Raises OSError."""
         for path in (self.config_json, self.train_log, self.samples_txt, self.last):
             path.parent.mkdir(exist_ok=True)
+        if self.lock is not None and read_if_there(self.owner) != self.me:
+            if not self.owner.exists():
+                self.lock.close()
+                self.lock = open_locked(self.owner)
+            self.lock.truncate(0)
+            self.lock.write(self.me.encode())
         for path in (self.train_log, self.metrics_csv, self.samples_txt):
             if not path.exists():
                 path.write_bytes(self.head(path).encode())
-        if not Path(self.lock.lock_file).exists():
-            self.lock.release(force=True)
-            self.lock.acquire(timeout=0)
-            self.claim()
 
     def head(self, path: Path) -> str:
         """How a growing file begins."""

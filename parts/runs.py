@@ -1,6 +1,5 @@
 """What a run directory holds, read without PyTorch, also while train.py writes into it."""
 
-import hashlib
 import json
 import math
 import re
@@ -98,7 +97,8 @@ def read_run(out_dir: Path) -> Run:
     csv, samples = out_dir / "logs" / "train_metrics.csv", out_dir / "samples" / "samples.txt"
     if not csv.is_file():
         raise FileNotFoundError(f"--out_dir {out_dir}: there is no run (no {csv.as_posix()}); name a run directory")
-    tokenizer = out_dir / "tokenizer.json"  # of an own vocabulary
+    model = read_json(out_dir / "tokenizer.json").get("model")  # of an own vocabulary
+    ids = model.get("vocab") if isinstance(model, dict) else "gpt2"
     return Run(
         out_dir,
         read_metrics(csv),
@@ -106,7 +106,7 @@ def read_run(out_dir: Path) -> Run:
         read_json(out_dir / "config.json"),
         read_text(out_dir / "logs" / "train.log", LOG_LINE, "line with a date and a level"),
         read_text(samples, BEGINNING, "block of samples (80 '=', then STEP and a number)"),
-        hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else "gpt2",
+        json.dumps(ids, sort_keys=True),  # whatever the file's form
     )
 
 

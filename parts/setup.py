@@ -87,7 +87,7 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
     run = RunDir(first.out_dir)
     if ranks.rank == 0:
         run.check_writable()
-    if ranks.rank == 0 and Path(run.lock.lock_file).exists():
+    if ranks.rank == 0 and run.owner.exists():
         held.enter_context(run.locked())  # or its files could change between here and training
     path, checkpoint, damage = load_newest(find_checkpoints(first, run))
     if checkpoint is None and run.config_json.exists() and "launches" not in read_json(run.config_json):

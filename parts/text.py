@@ -6,31 +6,38 @@ References:
 - Hugging Face tokenizers (training of vocabularies), tiktoken (GPT-2's)
 """
 
+import atexit
 import codecs
 import fnmatch
 import glob
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
+from threading import Thread
 from typing import BinaryIO, Protocol
 
 import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+from tokenizers import Tokenizer as HuggingFace
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from parts.config import DEMO_CORPUS, VOCAB_SIZE, Config
 from parts.files import RunDir
-from parts.foreign import likely_encoding, other_kind, what_holds_nul
+from parts.foreign import not_a_text, not_utf8
 from parts.waiting import no_terminal, ticking
+
+log = logging.getLogger("train")
 
 VOCABULARY_SHA256 = {  # as tiktoken checks them, tiktoken_ext/openai_public.py
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -72,7 +79,7 @@ def choose_tokenizer(config: Config, checkpoint: dict | None) -> Tokenizer:
     if learned:
         content = train_vocabulary(config.input_file, int(config.tokenizer[4:]), part_to_learn_from(config))
     elif Path(config.tokenizer).is_file():
-        content = Path(config.tokenizer).read_text(encoding="utf-8", errors="replace")
+        content = Path(config.tokenizer).read_text(encoding="utf-8-sig", errors="replace")
     else:
         raise FileNotFoundError(f"--tokenizer {config.tokenizer}: no such file; name a tokenizer.json, gpt2 or bpe:N")
     return OwnVocabulary(content, config.tokenizer)
@@ -195,7 +202,7 @@ def files_below(root: Path, pattern: Sequence[str], left_out: LeftOut) -> list[P
     """The files in a folder and below, sorted, that fit the parts of a glob; without any, the .txt
     files. Links to folders are followed; hidden files and those of train.py are left out."""
     files, seen, run = [], set(), RunDir(root)
-    written = [*run.files, run.owner, Path(run.lock.lock_file)] if run.is_ours() else []
+    written = [*run.files, run.owner] if run.is_ours() else []
     takes_hidden = any(part.startswith(".") for part in pattern)
 
     def is_ours(path: Path) -> bool:
@@ -278,62 +285,35 @@ def pieces(file: BinaryIO, name: str, on_bytes: Callable[[bytes], object] = lamb
     A byte-order mark is dropped, line ends are kept. `on_bytes` is shown all bytes. Raises ValueError, under the name,
     when it is not UTF-8, has a NUL byte, or is a document or an archive.
     """
-    decoder, text, read = codecs.getincrementaldecoder("utf-8-sig")(), "", 0
-    latest, beyond_ascii = b"", False
+    decoder, read = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    held: list[str] = []  # read, and not to be cut
     while True:
         data = file.read(CHUNK)
         on_bytes(data)
-        latest = data or latest
-        if read == 0 and (problem := other_kind(data, name)):
+        if problem := not_a_text(data, read, name):
             raise ValueError(problem)
-        if b"\0" in data:  # valid UTF-8, and yet in no text
-            raise ValueError(what_holds_nul(data, read, name))
         read += len(data)
         try:
             new = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            byte, offset = error.object[error.start], read - len(error.object) + error.start
-            utf8_before = beyond_ascii or not error.object[: error.start].isascii()
-            advice = likely_encoding(latest, name, utf8_before)
-            raise ValueError(f"{name} is not UTF-8: byte 0x{byte:02x} at offset {offset}; {advice}") from error
-        beyond_ascii = beyond_ascii or not new.isascii()
-        known, text = len(text), text + new
+            offset = read - len(error.object) + error.start
+            raise ValueError(not_utf8(error.object[error.start], offset, name)) from error
+        if cut := last_cut(new):
+            yield "".join([*held, new[:cut]])
+            held = []
+        held.append(new[cut:])
         if not data:
             break
-        if cut := last_cut(text, known):
-            yield text[:cut]
-            text = text[cut:]
-    if text:
-        yield text
+    if any(held):
+        yield "".join(held)
 
 
-def last_cut(text: str, known: int) -> int:
-    """The last place at or after `known` at which the text can be cut (see `separate`); 0 when there is none."""
-    places = range(len(text) - 1, max(known, 1) - 1, -1)
-    return next((i for i in places if separate(text[i - 1], text[i])), 0)
+WORDS = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)  # no word goes on with white space
 
 
-def separate(before: str, after: str) -> bool:
-    """Whether the pattern ends a word between these characters, whatever stands around them.
-
-    It joins letters with letters, digits with digits, other signs with other signs, white space with white space and
-    a space with what follows; and an apostrophe with letters.
-    """
-    if after in " \t\r\n":
-        return not before.isspace()
-    kinds = kind(before), kind(after)
-    return "" not in kinds and kinds[0] != kinds[1] and not (before == "'" and kinds[1] == "L")
-
-
-@lru_cache(maxsize=2**16)
-def kind(character: str) -> str:
-    """L for letters, N for numbers, else "other"; empty for white space, and where versions of Unicode disagree."""
-    kinds = {
-        {"L": "L", "N": "N"}.get(database.category(character)[0], "other")
-        for database in (unicodedata, unicodedata.ucd_3_2_0)
-    }
-    unassigned = unicodedata.ucd_3_2_0.category(character) == "Cn"
-    return "" if character.isspace() or unassigned or len(kinds) > 1 else kinds.pop()
+def last_cut(text: str) -> int:
+    """The last place at which a word ends, whatever stands around the text; 0 without any."""
+    return words.end() if (words := WORDS.match(text)) else 0
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -369,6 +349,9 @@ def encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
+KEYS = ("version", "added_tokens", "normalizer", "pre_tokenizer", "decoder", "model")
+
+
 class OwnVocabulary:
     """A byte-level BPE in the form of Hugging Face's tokenizer.json.
 
@@ -376,11 +359,11 @@ class OwnVocabulary:
     """
 
     def __init__(self, content: str, name: str):
-        from tokenizers import Tokenizer as HuggingFace
-        from tokenizers import pre_tokenizers
-
         try:
-            self.inner, parts = HuggingFace.from_str(content), json.loads(content)
+            parts = json.loads(content)
+            # The library stops at keys that it does not know, and others add to the ids of a text.
+            known = {key: parts[key] for key in KEYS if key in parts}
+            self.inner = HuggingFace.from_str(json.dumps(known))
             ids = self.inner.get_vocab()
         except Exception as error:  # the library's own exceptions have no common name
             raise ValueError(f"{name} is no tokenizer.json ({str(error)[:100]})") from error
@@ -400,14 +383,16 @@ class OwnVocabulary:
         if missing := [text for text, met in requirements.items() if not met]:
             raise ValueError(f"{name} is no byte-level BPE like GPT-2's; required is {'; '.join(missing)}")
         self.inner.encode_special_tokens = True  # special tokens in a text are plain text
-        self.inner.post_processor = None  # text is encoded without what this would add
-        self.inner.no_padding()
-        self.inner.no_truncation()
         self.n_vocab, end = self.inner.get_vocab_size(), self.inner.token_to_id(DOCUMENT_END)
         if end is None:
             raise ValueError(f"{name} has no token {DOCUMENT_END}, which stands between documents")
         self.eot_token: int = end
-        self.content = self.inner.to_str()  # in one form, however the file was laid out
+        self.inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.inner.decoder = decoders.ByteLevel()
+        parts = json.loads(self.inner.to_str())
+        # All versions of the library read merges as strings, those before 0.20 nothing else.
+        parts["model"]["merges"] = [" ".join(pair) for pair in parts["model"]["merges"]]
+        self.content = json.dumps(parts, ensure_ascii=False)
         # A token is spelled with one letter for a byte: the byte's own if it has a visible one, else one beyond 255.
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         visible = [ord(letter) for letter in letters if ord(letter) < 256]
@@ -431,6 +416,14 @@ class OwnVocabulary:
         )
 
 
+def one_form(content: str) -> str:
+    """Of a tokenizer.json, so that two that mean the same are equal; empty for GPT-2's.
+
+    Raises ValueError.
+    """
+    return content and OwnVocabulary(content, "tokenizer.json").content
+
+
 def part_to_learn_from(config: Config) -> float:
     """Which part of the bytes surely is in the text that is trained on: a token has at least one byte."""
     part = 1 - config.val_fraction
@@ -449,6 +442,9 @@ class TextYieldsFewer(ValueError):
         self.n_vocab = n_vocab
 
 
+LONG_WORD = 2000  # bytes; longer ones, such as DNA in one line, are learned from in pieces
+
+
 def train_vocabulary(inputs: Sequence[Path], n_vocab: int, part: float = 1.0) -> str:
     """A byte-level BPE of so many tokens, learned from these texts, as the content of a tokenizer.json.
 
@@ -456,11 +452,11 @@ def train_vocabulary(inputs: Sequence[Path], n_vocab: int, part: float = 1.0) ->
 
     Raises FileNotFoundError or ValueError; `TextYieldsFewer` when the texts do.
     """
-    from tokenizers import Tokenizer as HuggingFace
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
     tokenizer = HuggingFace(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # The time that a word takes grows with the square of its length.
+    short = pre_tokenizers.FixedLength(LONG_WORD)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([byte_level, short])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -471,20 +467,40 @@ def train_vocabulary(inputs: Sequence[Path], n_vocab: int, part: float = 1.0) ->
     if total == 0:
         raise ValueError(f"{files[0]} is empty: a vocabulary is learned from text; name one with --input_file")
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Learning", dynamic_ncols=True, disable=no_terminal())
+    learned: Future = Future()
+
+    def texts() -> Iterator[str]:
+        left = round(total * part)
+        for path in files:
+            with open(path, "rb") as file:
+                for piece in pieces(file, str(path), lambda data: bar.update(len(data))):
+                    data = piece.encode()
+                    yield data[:left].decode("utf-8", "ignore")
+                    left -= len(data)
+                    if left <= 0:
+                        return
+
+    def learn() -> None:
+        try:
+            tokenizer.train_from_iterator(texts(), trainer)
+            learned.set_result(None)
+        except BaseException as error:
+            learned.set_exception(error)
+
+    if total * part > 10**7:
+        log.info("Learning a vocabulary from %.0f MB, about 2 MB a second ...", total * part / 1e6)
     with ticking(bar):  # the library is still at work when all is read
-
-        def texts() -> Iterator[str]:
-            left = round(total * part)
-            for path in files:
-                with open(path, "rb") as file:
-                    for piece in pieces(file, str(path), lambda data: bar.update(len(data))):
-                        data = piece.encode()
-                        yield data[:left].decode("utf-8", "ignore")
-                        left -= len(data)
-                        if left <= 0:
-                            return
-
-        tokenizer.train_from_iterator(texts(), trainer)
+        try:
+            Thread(target=learn, name="learning", daemon=True).start()  # the library is deaf to signals
+            while not learned.done():
+                wait([learned], 0.2)  # and under Windows an endless wait is
+        except KeyboardInterrupt as signal_name:
+            code = 143 if str(signal_name) == "SIGTERM" else 130
+            # The library would abort a Python that ends around it.
+            atexit.register(lambda: learned.done() or os._exit(code))
+            raise
+    learned.result()
+    tokenizer.pre_tokenizer = byte_level
     if (found := tokenizer.get_vocab_size()) != n_vocab:
         raise TextYieldsFewer(n_vocab, found)
     return tokenizer.to_str()

@@ -182,6 +182,22 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", place], check=True)
 
 
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory):
+    """Compile C that stands in for functions of the system, as a mount does; returns the library for LD_PRELOAD."""
+    if not sys.platform.startswith("linux") or shutil.which("gcc") is None:
+        pytest.skip("needs Linux and gcc")
+
+    def compiled(c_source: str) -> Path:
+        source = tmp_path_factory.mktemp("shim") / "shim.c"
+        source.write_text(c_source, encoding="utf-8")
+        library = source.with_suffix(".so")
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+        return library
+
+    return compiled
+
+
 @pytest.fixture
 def prompt_disk(monkeypatch):
     """As if each checkpoint were on disk before the next step: what then lies there does not depend on timing."""

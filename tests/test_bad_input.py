@@ -1,15 +1,9 @@
 """A user's mistake costs one short message and exit code 2, and changes no file."""
 
-import bz2
-import codecs
-import gzip
 import io
-import lzma
 import os
 import shutil
-import struct
 import subprocess
-import tarfile
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -130,19 +124,7 @@ def zipped(**members: str) -> bytes:
     return data.getvalue()
 
 
-def tarred(data: bytes) -> bytes:
-    """A tar archive with one file, of an eight-letter name."""
-    archive, member = io.BytesIO(), tarfile.TarInfo("text.txt")
-    member.size = len(data)
-    with tarfile.open(fileobj=archive, mode="w") as file:
-        file.addfile(member, io.BytesIO(data))
-    return archive.getvalue()
-
-
-OPEN_DOCUMENT, EPUB = "application/vnd.oasis.opendocument.text", "application/epub+zip"
-OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(504)
 WESTERN = "Élan, café, naïve: “the Windows code page” — Zoë\u2019s.\n"
-RUSSIAN = "Другие книги читают каждый день.\n"
 
 
 @pytest.mark.parametrize(
@@ -152,33 +134,15 @@ RUSSIAN = "Другие книги читают каждый день.\n"
         (b"\xef\xbb\xbf", "is empty"),
         (b"too short", "tokens, but a slice needs --seq_len + 1 = 17"),
         (b"good text, then \xff bad", "is not UTF-8: byte 0xff at offset 16"),
-        ("text\n".encode("utf-32"), "bad.txt is UTF-32: make a UTF-8 copy and use that. Linux, macOS: iconv -f utf-32"),
-        (codecs.BOM_UTF32_BE + "text".encode("utf-32-be"), "bad.txt is UTF-32: make a UTF-8 copy"),
         ("text\n".encode("utf-16"), "is UTF-16, which is what '>' writes in Windows PowerShell 5.1"),
         (b"\xef\xbb\xbfgood text, then \xff bad", "is not UTF-8: byte 0xff at offset 19"),
-        (b"caf\xe9 in the Windows code page", "byte 0xe9 at offset 3; probably it is Windows-1252"),
-        (b"caf\xe9", "byte 0xe9 at offset 3; probably it is Windows-1252"),
-        (RUSSIAN.encode("cp1251"), "at offset 0; find out its encoding, such as windows-1251 (Cyrillic)"),
-        (("é" + WESTERN).encode() + WESTERN.encode("cp1252"), "what stands before is UTF-8, so that place is damaged"),
-        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "has a NUL byte at offset 8, which no text has; it is binary"),
-        (zipped(**{"[Content_Types].xml": "<Types/>", "word__document.xml": "<w:t>Text</w:t>"}), "a Word document"),
-        (zipped(mimetype=OPEN_DOCUMENT, **{"content.xml": "<text:p/>"}), "an OpenDocument file (.odt), not plain text"),
-        (zipped(mimetype=EPUB, **{"one.xhtml": "<p>Text</p>"}), 'or run pandoc --wrap=none -t plain -o utf8.txt "bad'),
-        (zipped(**{"text.txt": "A text. " * 50}), "a zip archive, or a document inside one, not plain text: unpack it"),
-        (OLE, "Office up to 2003 (.doc), not plain text: save it as plain text (UTF-8) in the program"),
-        (b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\n" * 9, 'a PDF, not plain text: run pdftotext -enc UTF-8 "'),
-        (rb"{\rtf1\ansi " + b"Plain words. " * 50 + b"}", "a document in Rich Text Format (.rtf)"),
-        (gzip.compress(b"A text. " * 50, mtime=0), "a gzip archive, not plain text: unpack it"),
-        (lzma.compress(b"A text. " * 50), "an xz archive"),
-        (bz2.compress(b"A text. " * 50), "a bzip2 archive"),
-        (zipped(), "an empty zip archive, not plain text: name a text"),
-        (tarred(b"A text. " * 50), "NUL byte at offset 8, which no text has: it is a tar archive: unpack it and name"),
-        (bytes(2000), "has a NUL byte at offset 0, which no text has; it is binary, or a damaged text"),
-        (b"\0", "offset 0, which no text has; it is binary"),
-        (struct.pack("<300h", *range(300)), "offset 0, which no text has; it is binary"),
-        (b"Good text. " * 50 + b"\0" + b"Good text. " * 50, "at offset 550, which no text has; what stands around"),
-        ("Café. ".encode("cp1252") * 50 + b"\0. ", "at offset 300, which no text has; what stands around it is text"),
-        (b"Cut off. " * 50 + bytes(1000), "at offset 450, which no text has; it is binary, or a damaged text: name a"),
+        (b"caf\xe9", "byte 0xe9 at offset 3; if all of it is in another encoding, such as windows-1252"),
+        (zipped(**{"[Content_Types].xml": "<Types/>"}), "is a zip archive, or a document of Word or another program"),
+        (b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\n" * 9, 'a PDF: run pdftotext -enc UTF-8 "'),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "has a NUL byte at offset 8, which no text has: it is binary"),
+        (b"\0", "offset 0, which no text has"),
+        (b"Good text. " * 50 + b"\0" + b"Good text. " * 50, "at offset 550, which no text has"),
+        ((WESTERN * 40).encode("utf-16le"), "UTF-16 without a mark"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "bytes",  # the same in all workers
 )
@@ -186,16 +150,6 @@ def test_corpora(refused, tmp_path, data, expected):
     (tmp_path / "bad.txt").write_bytes(data)
     message = refused("--input_file=bad.txt")
     assert expected in message and "bad.txt" in message and message.count("\n") == 1
-
-
-@pytest.mark.parametrize("encoding", ["utf-16le", "utf-16be", "utf-32le", "utf-32be"])
-@pytest.mark.parametrize("text", ["A text.", WESTERN, RUSSIAN, "東京の天気。\n", "বাংলা ভাষা।\n", "\U0001f600 and more\n"])
-def test_encodings_without_a_mark(refused, tmp_path, encoding, text):
-    data = (text * 40).encode(encoding)
-    (tmp_path / "bad.txt").write_bytes(data)
-    message = refused("--input_file=bad.txt")
-    assert f"bad.txt has a NUL byte at offset {data.index(0)}, which no text has; probably it is " in message
-    assert f"{encoding.upper()} without a mark: " in message and f"iconv -f {encoding} -t utf-8 " in message
 
 
 @pytest.mark.parametrize("flags", [["--input_file=books"], ["--val_file=books/two.txt"], ["--tokenizer=bpe:300"]])
@@ -209,7 +163,7 @@ def test_a_byte_in_a_text_that_is_read_in_pieces(refused, tmp_path, monkeypatch,
     cache = tmp_path.parent / f"{tmp_path.name}-cache"
     flags = ["--input_file=books/two.txt", *flags, f"--cache_dir={cache}"]
     message = refused(*flags).replace("\\", "/")
-    assert "books/two.txt has a NUL byte at offset 10500, which no text has; what stands around it" in message
+    assert "books/two.txt has a NUL byte at offset 10500, which no text has" in message
     assert message.count("\n") == 1 and not list(cache.glob("*two*.tokens")) and not list(cache.glob("books*.tokens"))
 
 
@@ -218,9 +172,9 @@ def test_a_document_among_texts(refused, tmp_path, tokenizer):
     """However the text is read, the file is called what it is; of a folder only the .txt files are read."""
     (tmp_path / "books").mkdir()
     (tmp_path / "books/one.txt").write_text(WESTERN * 50, encoding="utf-8")
-    (tmp_path / "books/two.odt").write_bytes(zipped(mimetype=OPEN_DOCUMENT))
+    (tmp_path / "books/two.odt").write_bytes(zipped(mimetype="application/vnd.oasis.opendocument.text"))
     flags = [f"--tokenizer={tokenizer}", f"--cache_dir={tmp_path.parent / 'cache'}"]
-    assert "two.odt is an OpenDocument file" in refused("--input_file=books/*", *flags)
+    assert "two.odt is a zip archive, or a document" in refused("--input_file=books/*", *flags)
     (tmp_path / "books/one.txt").unlink()
     message = refused("--input_file=books", *flags)
     assert "--input_file books holds no .txt file, nor do the folders in it; name others with a glob" in message
@@ -228,13 +182,7 @@ def test_a_document_among_texts(refused, tmp_path, tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("iconv") is None, reason="no iconv")
-@pytest.mark.parametrize(
-    ("mark", "encoding"),
-    [
-        ("", "cp1252"),
-        *((m, f"utf-{bits}-{order}") for m in ("", "\ufeff") for bits in (16, 32) for order in ("le", "be")),
-    ],
-)
+@pytest.mark.parametrize(("mark", "encoding"), [("", "cp1252"), ("\ufeff", "utf-16-le"), ("\ufeff", "utf-16-be")])
 def test_the_conversion_that_a_message_names(refused, tmp_path, mark, encoding):
     (tmp_path / "my text.txt").write_bytes((mark + WESTERN).encode(encoding))
     message = refused("--input_file=my text.txt")

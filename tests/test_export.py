@@ -86,6 +86,8 @@ def test_the_same_ids(folder):
         assert tokenizer(text)["input_ids"] == own.encode_ordinary(text), ascii(text)
         assert tokenizer.decode(own.encode_ordinary(text)) == text
     assert tokenizer("<|endoftext|>")["input_ids"] == [own.eot_token] == [tokenizer.eos_token_id]
+    merges = json.loads((folder / "hf/tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+    assert all(isinstance(merge, str) for merge in merges), "as versions of before November 2024 read them"
 
 
 def test_transformers_alone_writes_the_same_text_without_a_warning(folder):

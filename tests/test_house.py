@@ -27,7 +27,7 @@ PARTS = {
     "compiling": {"machine", "config"},
     "environment": {"config"},
     "corpus": {"text", "files", "waiting", "config"},
-    "checkpoint": {"files", "machine", "config"},
+    "checkpoint": {"files", "machine", "text", "config"},
     "commandline": {"recipe", "config"},
     "report": {"checkpoint", "machine", "corpus", "environment", "files", "recipe", "config"},
     "verdict": {"report", "checkpoint", "commandline", "config"},

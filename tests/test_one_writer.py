@@ -47,15 +47,18 @@ def test_the_lock_of_a_dead_process_stops_nobody(running, tmp_path, text_file, m
     running.kill()
     running.wait()
     monkeypatch.chdir(tmp_path)
-    assert (tmp_path / "run/run.pid").read_text(encoding="utf-8").startswith(f"{running.pid} on ")
+    assert (tmp_path / "run/run.lock").read_text(encoding="utf-8").startswith(f"{running.pid} on ")
     step = load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] + 4
     assert train.main([*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", f"--steps={step}"]) == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that is in use")
 @pytest.mark.parametrize("finished", [True, False], ids=["a finished run", "a run at work"])
-def test_a_run_whose_place_was_taken_does_not_write_there(launch, monkeypatch, text_file, prompt_disk, finished):
-    """Somebody removes the directory of a run at work and starts another in its place."""
+def test_a_run_whose_place_was_taken_does_not_write_there(
+    launch, monkeypatch, text_file, prompt_disk, capsys, finished
+):
+    """Somebody removes the directory of a run at work and starts another in its place: the run
+    ends at its next save."""
     update, others = train.Trainer.update, []
     command = [sys.executable, str(ROOT / "train.py"), *TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run"]
 
@@ -74,6 +77,7 @@ def test_a_run_whose_place_was_taken_does_not_write_there(launch, monkeypatch, t
     monkeypatch.setattr(train.Trainer, "update", taken)
     try:
         assert launch("run", "--steps=20") == 1
+        assert " step 8/20 " in (out := capsys.readouterr().out) and " step 10/20 " not in out
         assert files("run") == others[1]
     finally:
         others[0].kill()

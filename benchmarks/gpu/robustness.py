@@ -47,7 +47,6 @@ def saver_of(trainer: train.Trainer, out: Path) -> Iterator[train.Saver]:
     """A saver with a run directory."""
     directory = RunDir(out)
     with directory.locked():
-        directory.claim()
         directory.make()
         yield train.Saver(directory, trainer, {}, 0)
 
