@@ -38,6 +38,7 @@ with packages_of("export_hf.py", __name__):
     from parts.commandline import read_flags
     from parts.config import Config, out_of_range
     from parts.files import existing_part, read_if_there, read_json
+    from parts.machine import complaints
     from parts.readme import in_markdown
     from parts.recipe import decide
     from parts.screen import log, speaking
@@ -376,8 +377,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("give either --checkpoint, to export, or --from_hf, to import")
     except SystemExit as answered:  # after --help
         return int(answered.code or 0)
-    except (ValueError, OSError) as error:
-        log.error(error)
+    except Exception as error:
+        log.error("\n".join(complaints(error)))
         return 2
     except KeyboardInterrupt:
         return 130

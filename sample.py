@@ -13,19 +13,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 from parts.start import packages_of
 
 with packages_of("sample.py", __name__):
+    from typing import Annotated  # not in Python 3.8, of which parts/start.py tells
+
     import numpy as np
     import torch
 
     import train
+    from parts import machine
     from parts.checkpoint import checkpoint_in, load_checkpoint, newest_run
     from parts.commandline import decode_escapes, read_flags
     from parts.config import Amp, Between, Config, out_of_range
-    from parts.machine import autocast, choose_amp, choose_device, device_problem, for_sampling, make_current
     from parts.screen import log, speaking
     from parts.text import Tokenizer, encode_prompt, pieces, read_text, saved_tokenizer, whole_characters
 
@@ -73,11 +74,11 @@ class Sampler:
         checkpoint = load_checkpoint(path, "--checkpoint")
         self.tokenizer = saved_tokenizer(checkpoint)
         config = Config.from_dict(checkpoint["config"])
-        config = replace(config, device=choose_device()[0] if device == "auto" else device)
-        if problem := device_problem(config.device):
+        config = replace(config, device=machine.choose_device()[0] if device == "auto" else device)
+        if problem := machine.device_problem(config.device):
             raise ValueError(problem)
-        make_current(config.device)
-        amp = choose_amp(config.device)[0] if amp == "auto" else amp
+        machine.make_current(config.device)
+        amp = machine.choose_amp(config.device)[0] if amp == "auto" else amp
         self.config = replace(config, amp=amp)
         self.context = checkpoint["trained_context"]
         self.model = train.GPT(self.config)
@@ -95,7 +96,8 @@ class Sampler:
             self.model, [start], options.max_new_tokens, context=self.context, temperature=options.temperature,
             top_k=options.top_k, top_p=options.top_p, end=end, generators=[generator],
         )  # fmt: skip
-        with autocast(for_sampling(self.config, len(start) + options.max_new_tokens <= self.context)):
+        one_at_a_time = len(start) + options.max_new_tokens <= self.context
+        with machine.autocast(machine.for_sampling(self.config, one_at_a_time)):
             yield from whole_characters(self.tokenizer, (token for (token,) in steps if token != end))
 
 
@@ -147,9 +149,8 @@ def prompts(options: Options) -> Iterator[str]:
         yield decode_escapes(options.prompt)
     elif options.prompt_file is not None:
         yield without_newline(read_text(options.prompt_file, "--prompt_file")[0])
-    elif sys.stdin is None or not sys.stdin.isatty():
-        text = "" if sys.stdin is None else "".join(pieces(sys.stdin.buffer, "the prompt from stdin"))
-        yield without_newline(text)
+    elif not sys.stdin.isatty():
+        yield without_newline("".join(pieces(sys.stdin.buffer, "the prompt from stdin")))
     else:
         tell(f"(Ctrl-{'Z and Enter' if os.name == 'nt' else 'D'} ends)")
         while True:
@@ -165,8 +166,8 @@ def without_newline(text: str) -> str:
 
 
 def tell(line: str = "", end: str = "\n") -> None:
-    """Write to stderr, if it is open."""
-    if sys.stderr is not None:
+    """Write to stderr, unless that is closed: only text goes to stdout."""
+    if sys.stderr is not sys.stdout:
         print(line, end=end, file=sys.stderr, flush=True)
 
 
@@ -212,8 +213,8 @@ def main(argv: list[str] | None = None) -> int:
         return int(answered.code or 0)
     except BrokenPipeError:  # whoever read the text has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (ValueError, OSError) as error:
-        log.error(error)
+    except Exception as error:
+        log.error("\n".join(machine.complaints(error)))
         return 2
     except KeyboardInterrupt:
         tell()

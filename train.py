@@ -795,12 +795,18 @@ class Saver:
             self.keep_weights(window_loss)
 
     def keep_weights(self, loss: float) -> None:
-        """Copy the weights aside as the best, for the next save to write."""
+        """Copy the weights aside as the best, for the next save to write; or write them now, if
+        there is no memory for a copy."""
         p = self.trainer.progress
-        p.best_loss, p.best_step = loss, p.step
+        before, (p.best_loss, p.best_step) = (p.best_loss, p.best_step), (loss, p.step)
         free = next(snapshot for snapshot in self.best_snapshots if snapshot is not self.best_under_way)
         weights = free.take(self.trainer.model.state_dict(), self.trainer.copying)
         self.best = {"step": p.step, "loss": loss, "model": weights, "snapshot": free}
+        if not free.is_copy:
+            self.writer.finish()
+            self._save_best(self.best)
+            if self.best is not None:  # the disk refused it, and these weights will change
+                self.best, (p.best_loss, p.best_step) = None, before
 
     def save(self) -> None:
         """Begin to write a checkpoint, then results and plot; an earlier save is waited for. Raises
@@ -814,6 +820,8 @@ class Saver:
             self.run.note(name, error)
         else:
             self.writer.start([task, *self._outcome("running", redraw=self._is_due())])
+            if not self.snapshot.is_copy:
+                self.writer.finish()
 
     def refresh(self) -> None:
         """Write results and plot for whoever looks at them now, when they are old and nothing else is written."""
@@ -855,6 +863,12 @@ class Saver:
         write_checkpoint(self.run.best, values, previous=self.best_before)
         self.best_before = None
 
+    def _save_best(self, best: dict) -> None:
+        """Write it now."""
+        with self.run.attempt("best.pt"):
+            self._write_best(best, self.trainer.description())
+            self._report_best(best)
+
     def _report_best(self, best: dict | None) -> None:
         if best is not None:
             log.info(report.best_line(best["loss"], best["step"], self.trainer.config, self.run.best))
@@ -894,10 +908,8 @@ class Saver:
     def rescue(self) -> None:
         """Of a run that failed: write the best that is not on disk yet, and its results."""
         self.writer.finish()
-        if (best := self.best) is not None:
-            with self.run.attempt("best.pt"):
-                self._write_best(best, self.trainer.description())
-                self._report_best(best)
+        if self.best is not None:
+            self._save_best(self.best)
         self.publish("failed")
 
 
@@ -995,9 +1007,7 @@ def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
     try:
         trainer = Trainer(setup.config, setup.corpus, setup.checkpoint, ranks)
     except (RuntimeError, MemoryError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise OSError(f"out of memory while the model was built: choose a smaller --preset ({error})") from error
-        if setup.checkpoint is None:
+        if is_out_of_memory(error) or setup.checkpoint is None:
             raise
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{setup.resumed_from} does not fit this model ({type(error).__name__}: {reason})") from error
@@ -1064,7 +1074,8 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
             again = how_to_continue(setup.argv, setup.config, saver.saved_step > 0)
             log.info(f"Interrupted by {stop} after step {trainer.progress.step}. {again}")
             return exit_code(stop)
-        log.info("See %s and %s", run.loss_curve, run.samples_txt)
+        seen = [str(path) for path in (run.loss_curve, run.samples_txt) if path.exists()]
+        log.info("See %s", " and ".join(seen))
         log.info(verdict(trainer.config, trainer.progress, saver.floor, stop))
         log.info(report.next_command(setup.config))
         log.info("Training complete.")
@@ -1100,18 +1111,12 @@ def rehearse(setup: Setup, trainer: Trainer) -> int:
     step = trainer.progress.step
     go_to_whole_slices(trainer)
     log.info(report.rehearsing_line(config))
-    try:
-        with waiting("Measuring two steps", total=2, unit="steps") as bar:
-            for _ in range(2):  # the first step of a process takes longer
-                started = time.perf_counter()
-                trainer.ranks.largest(0)
-                trainer.update()
-                bar.update()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        log.error(OUT_OF_MEMORY, error)
-        return 1
+    with waiting("Measuring two steps", total=2, unit="steps") as bar:
+        for _ in range(2):  # the first step of a process takes longer
+            started = time.perf_counter()
+            trainer.ranks.largest(0)
+            trainer.update()
+            bar.update()
     trainer.ranks.largest(RUN_IS_OVER)
     seconds, memory = time.perf_counter() - started, peak_memory(config.device)
     for line in report.rehearsal(config, step, seconds, memory, setup.run.free_bytes()):
@@ -1148,10 +1153,13 @@ def main(argv: list[str] | None = None) -> int:
         code = 1
     except KeyboardInterrupt as signal_name:
         code = exit_code(str(signal_name))
-    except Exception:
-        if ranks.count == 1:
+    except Exception as error:
+        if is_out_of_memory(error):
+            print(f"train.py: error: {OUT_OF_MEMORY % error}", file=sys.stderr)
+        elif ranks.count == 1:
             raise
-        traceback.print_exc()
+        else:
+            traceback.print_exc()
         code = 1
     ranks.end(code)
     return code

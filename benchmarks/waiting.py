@@ -2,9 +2,11 @@
 
     python benchmarks/waiting.py --record waiting.json
 
-GNU OpenMP reads GOMP_SPINCOUNT when PyTorch is loaded. Each setting trains the demo's model for --steps steps in a
-process of its own, one setting after the other in every round, alone and beside as many busy processes as there are
-cores. Reported are medians of tokens a second, and the ratio to the library's own default in the same round.
+GNU OpenMP reads GOMP_SPINCOUNT when PyTorch is loaded. Each setting trains the demo's model for
+--steps steps in a process of its own, one setting after the other in every round, alone and beside
+--busy busy processes. Reported are medians of tokens a second, and the ratio to the library's own
+default in the same round. The last setting is what train.py chooses by the load of the last minute,
+which the settings before it have filled.
 """
 
 import os
@@ -28,7 +30,8 @@ DEFAULT = "GNU OpenMP's own"
 SETTINGS: dict[str, dict[str, str]] = {
     DEFAULT: {"GOMP_SPINCOUNT": "300000"},  # what it uses where nothing is set and the cores suffice
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
-    **{f"GOMP_SPINCOUNT={count}": {"GOMP_SPINCOUNT": str(count)} for count in (1000, 10_000, 100_000)},
+    **{f"GOMP_SPINCOUNT={count}": {"GOMP_SPINCOUNT": str(count)} for count in (100, 1000, 10_000, 100_000)},
+    "train.py's choice": {},
 }
 
 
@@ -42,6 +45,8 @@ class Options:
     """runs of each setting, idle and busy"""
     steps: int = 60
     """of each run"""
+    busy: int = os.cpu_count() or 1
+    """processes that keep a core busy each"""
 
 
 def speed(environment: dict[str, str], steps: int, folder: str) -> float:
@@ -61,7 +66,7 @@ def main() -> None:
     found: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for _ in tqdm(range(options.rounds), desc="rounds"):
-            for machine, busy in (("idle", 0), ("busy", os.cpu_count() or 1)):
+            for machine, busy in (("idle", 0), ("busy", options.busy)):
                 with ExitStack() as others:
                     for _ in range(busy):
                         other = subprocess.Popen([sys.executable, "-c", "while True: pass"])

@@ -8,6 +8,7 @@ from threading import Thread
 import torch
 
 from parts.files import RunDir
+from parts.machine import in_short, is_out_of_memory
 
 log = logging.getLogger("train")
 
@@ -15,14 +16,16 @@ log = logging.getLogger("train")
 class Snapshot:
     """A copy of tensors in memory that is allocated once.
 
-    Where they lie on a GPU it is page-locked, if the system grants that; PyTorch then rounds each buffer up to a power
-    of two bytes.
+    Of tensors on a GPU it is page-locked, if the system grants that; PyTorch then rounds each
+    buffer up to a power of two bytes. Without memory for a copy `is_copy` is False: `take` has
+    returned the tensors themselves, which must be written before they change.
     """
 
     page_locked = True
 
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
+        self.is_copy = True
 
     def take(self, values: dict, stream: "torch.cuda.Stream | None" = None) -> dict:
         """The same nested dictionaries with the copies in them.
@@ -30,11 +33,21 @@ class Snapshot:
         On a GPU the copies are made on a stream of their own, beside the next forward and backward pass, which only
         read; they are complete once the stream is synchronised.
         """
-        if stream is None:
-            return self._copied(values)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            return self._copied(values)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):  # None: nothing
+                copies = self._copied(values)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.is_copy:
+                log.warning("No memory for a copy: training waits for saves (%s)", in_short(error))
+            self.is_copy = False
+            self.buffers.clear()
+            return values
+        self.is_copy = True
+        return copies
 
     def _copied(self, values, path: str = ""):
         if isinstance(values, dict):
@@ -50,7 +63,7 @@ class Snapshot:
             try:
                 return torch.empty_like(values, device="cpu", pin_memory=True)
             except RuntimeError as error:
-                reason = str(error).partition("\n")[0]
+                reason = in_short(error)
                 log.warning("Saves will be slower: the system refused page-locked memory (%s)", reason)
                 Snapshot.page_locked = False
         return torch.empty_like(values, device="cpu")
@@ -87,7 +100,10 @@ class Writer:
         self.finish()
         self._tasks, self._errors = tasks, []
         self._thread = Thread(target=self._work, daemon=True)  # a second Ctrl-C does not wait for it
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # no memory for a thread
+            self._work()
 
     def _work(self) -> None:
         for task in self._tasks:
@@ -110,6 +126,6 @@ class Writer:
 
     def finish(self) -> None:
         """Wait for the tasks under way, and report."""
-        if self._thread is not None:
+        if self._thread is not None and self.busy:
             self._thread.join()
         self.collect()

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import re
-import shutil
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from parts.config import DEMO_CORPUS, Config, names
-from parts.files import open_locked, read_json, replacing
+from parts.files import free_bytes, open_locked, read_json, replacing
 from parts.text import Tokenizer, encode, equal, find_files, identity, in_words, pieces, read_text
 from parts.waiting import waiting
 
@@ -169,7 +168,7 @@ def read_documents(flag: str, config: Config, tokenizer: Tokenizer) -> Documents
             return Documents(ids, sha256, len(text.encode()), [(sha256, path)])
     if DEMO_CORPUS in inputs:
         raise ValueError(f"{flag} {DEMO_CORPUS} goes without other texts")
-    threads = config.threads or os.cpu_count() or 1
+    threads = config.threads or 1
     left_out: dict[str, set[Path]] = {}
     files = find_files(inputs, flag, left_out)
     found = load(files, tokenizer, identity(tokenizer), config.cache_dir, threads, flag)
@@ -304,7 +303,7 @@ def build(path: Path, files: list[Path], tokenizer: Tokenizer, identity: str, th
     it. Each appears when it is whole. Raises ValueError or OSError."""
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
     facts: dict = {"tokenizer": identity, "dtype": dtype.str, "sources": sources(files)}
-    n_bytes, free = sum(size for _, size, _ in facts["sources"]), shutil.disk_usage(path.parent).free
+    n_bytes, free = sum(size for _, size, _ in facts["sources"]), free_bytes(path.parent)
     needed = n_bytes * dtype.itemsize // 2  # about three bytes of text a token
     if needed > free:
         raise OSError(

@@ -132,9 +132,18 @@ def read_json(path: Path) -> dict:
     return values if isinstance(values, dict) else {}
 
 
+def free_bytes(path: Path) -> float:
+    """Room on the disk of a path; infinite where the system does not know, as on some mounts."""
+    try:
+        total, _, free = shutil.disk_usage(existing_part(path))
+    except OSError:
+        total = 0
+    return free if total else math.inf
+
+
 def gigabytes(n_bytes: float) -> str:
     """Bytes for people."""
-    return f"{n_bytes / 1e9:.2f} GB"
+    return f"{n_bytes / 1e9:.2f} GB" if math.isfinite(n_bytes) else "an unknown number of GB"
 
 
 def open_locked(path: Path, wait: bool = False) -> FileIO:
@@ -221,9 +230,9 @@ class RunDir:
                 f"{gigabytes(needed - free)} on it or choose another --out_dir"
             )
 
-    def free_bytes(self) -> int:
+    def free_bytes(self) -> float:
         """Room on the disk of the checkpoints."""
-        return shutil.disk_usage(existing_part(self.last.parent)).free
+        return free_bytes(self.last)
 
     def owns(self, checkpoint: Path) -> bool:
         """Whether the file lies in this run's own checkpoint folder."""
@@ -346,7 +355,7 @@ class RunDir:
         self.refused[what] = cause
         if not known:
             room = ""
-            with suppress(OSError):
+            if error.errno == errno.ENOSPC:
                 room = f" ({gigabytes(self.free_bytes())} free)"
             log.error(
                 f"Could not write {what}: {error}{room}. Training goes on, and all that cannot be written is tried "

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from parts.config import DEVICE, Amp, Config, From, Origin, decided
+from parts.start import WAITING, usable_cores
 
 
 def device_problem(device: str, processes: int = 1) -> str | None:
@@ -121,10 +122,14 @@ def choose_micro_batch(config: Config) -> tuple[int, str]:
 
 def choose_threads(config: Config) -> tuple[int, str]:
     """How many CPU threads to use, and why; torchrun's environment allows each process one, whatever the cores."""
-    if config.processes == 1:
-        return torch.get_num_threads(), "PyTorch's choice"
-    cores, here = os.cpu_count() or 1, processes_here(config.processes)
-    return max(1, cores // here), f"{cores} cores shared by {here} processes"
+    cores, limit = usable_cores()
+    threads, reason = torch.get_num_threads(), "PyTorch's choice"
+    if config.processes > 1:
+        here, shared = processes_here(config.processes), limit or f"{cores} cores"
+        threads, reason = max(1, cores // here), f"{shared} shared by {here} processes"
+    elif limit and threads == cores:
+        reason = limit
+    return threads, "; ".join(filter(None, [reason, WAITING]))
 
 
 def largest_divisor(number: int, at_most: int) -> int:
@@ -237,8 +242,19 @@ def keep_freed_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """PyTorch has an exception for it, which not all of its parts raise."""
-    words = r"out of memory|allocate memory|ALLOC_FAILED"  # MPS, the CPU's allocator, cuBLAS
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(words, str(error)) is not None
+    words = "out of memory|allocate memory|ALLOC_FAILED"  # MPS, the CPU's allocator, cuBLAS
+    words += "|bad_alloc|could not (create|execute) a primitive|can't start new thread"
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or re.search(words, str(error)) is not None
+
+
+def complaints(error: Exception) -> list[str]:
+    """What a script says of bad input or too little memory, line by line. Raises other errors."""
+    if is_out_of_memory(error):
+        return [f"out of memory: close other programs, or use a smaller model ({in_short(error)})"]
+    if isinstance(error, ValueError | OSError):
+        return str(error).splitlines()
+    raise error
 
 
 def first_words(error: BaseException) -> str:
@@ -334,7 +350,8 @@ class Ranks:
 
 def in_short(error: Exception) -> str:
     """The first sentence of what PyTorch says, without the place in its sources."""
-    return re.sub(r"^\[\S*\] ", "", re.split(r"\n|\. ", str(error))[0])
+    words = re.sub(r"^\[[^]]*\] (err == 0\. )?", "", str(error) or type(error).__name__)
+    return re.split(r"\n|\. ", words)[0]
 
 
 class BrokenOff(KeyboardInterrupt):
@@ -348,13 +365,24 @@ def terminating() -> Iterator[None]:
     def end(number: int, _frame) -> None:
         raise BrokenOff(signal.Signals(number).name)
 
-    before = signal.signal(signal.SIGTERM, end)
+    ends = numbers("SIGTERM", *OF_BATCH_SYSTEMS)
+    before = {number: signal.signal(number, end) for number in ends}
     yield
-    signal.signal(signal.SIGTERM, before)  # not after an error, which still has to be told
+    for number, handler in before.items():
+        signal.signal(number, handler)  # not after an error, which still has to be told
+
+
+OF_BATCH_SYSTEMS = ("SIGUSR1", "SIGUSR2", "SIGXCPU")  # warnings, perhaps repeated, of a SIGKILL
+
+
+def numbers(*names: str) -> list[int]:
+    """Of these signals, those that the system has."""
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 class Interruption:
-    """Remembers Ctrl-C, Ctrl-Break, SIGTERM or a closed terminal until the step is done; a second one breaks off."""
+    """Remembers a signal until the step is done: Ctrl-C, Ctrl-Break, SIGTERM, a closed terminal, a
+    batch system's warning. A second one breaks off, unless it is a warning."""
 
     def __init__(self, silent: bool = False) -> None:
         self.silent = silent
@@ -363,14 +391,14 @@ class Interruption:
         self._handlers: dict[int, Callable | int | None] = {}
 
     def __enter__(self) -> "Interruption":
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+        for number in numbers("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", *OF_BATCH_SYSTEMS):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._handlers[number] = signal.signal(number, self._remember)
         return self
 
     def _remember(self, number: int, _frame) -> None:
-        if time.monotonic() - self.time > 1:  # `timeout` and terminals may deliver one signal twice
+        again = time.monotonic() - self.time > 1  # or `timeout` or a terminal sent one signal twice
+        if again and number not in numbers(*OF_BATCH_SYSTEMS):
             raise BrokenOff(signal.Signals(number).name)
         if self.signal == 0:
             self.signal, self.time = number, time.monotonic()
@@ -387,4 +415,4 @@ class Interruption:
 
 def exit_code(signal_name: str) -> int:
     """Of a run that a signal interrupted."""
-    return 143 if signal_name in ("SIGTERM", "SIGHUP") else 130
+    return 143 if signal_name in ("SIGTERM", "SIGHUP", *OF_BATCH_SYSTEMS) else 130

@@ -273,15 +273,15 @@ def rehearsing_line(config: Config) -> str:
     return f"Measuring two steps{long} ..."
 
 
-def rehearsal(config: Config, step: int, sec_per_step: float, memory: int | None, free: int) -> list[str]:
-    """What a dry run found out: time, memory and disk, in seconds and bytes. The run has come to `step` so far."""
+def rehearsal(config: Config, step: int, sec: float, memory: int | None, free: float) -> list[str]:
+    """What a dry run found: seconds of a step, bytes of memory and disk; the run is at `step`."""
     c, where = config, "of the card's memory" if config.device.startswith("cuda") else "of memory"
     state, weights = STATE_BYTES * c.n_params, WEIGHT_BYTES * c.n_params
     left = max(0, c.steps - step)
-    most = timedelta(seconds=round(left * sec_per_step))
+    most = timedelta(seconds=round(left * sec))
     steps = f"the {left:,} steps that are left of {c.steps:,}" if step else f"{left:,} steps"
     lines = [
-        f"Time: {sec_per_step:.2f} s for a step, uncompiled; {most} for {steps} at most: begun now, "
+        f"Time: {sec:.2f} s for a step, uncompiled; {most} for {steps} at most: begun now, "
         f"they end by {clock_after(most)}"
     ]
     if memory is not None:

@@ -12,7 +12,7 @@ from parts.checkpoint import Progress
 from parts.config import Config
 from parts.corpus import Corpus
 from parts.files import RunDir
-from parts.waiting import no_terminal, ticking
+from parts.waiting import ticking
 
 log = logging.getLogger("train")
 # Without tqdm's own estimate, which counts the first step and the pauses before this start.
@@ -79,7 +79,7 @@ def step_log(config: Config, progress: Progress, corpus: Corpus, run: RunDir) ->
         bar_format=BAR,
         dynamic_ncols=True,
         leave=False,
-        disable=no_terminal(),
+        disable=None,  # where stderr is no terminal
     )
     with ticking(bar):
         yield StepLog(config, progress, corpus, run, bar)

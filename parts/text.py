@@ -35,7 +35,7 @@ from tqdm import tqdm
 from parts.config import DEMO_CORPUS, VOCAB_SIZE, Config
 from parts.files import RunDir
 from parts.foreign import not_a_text, not_utf8
-from parts.waiting import no_terminal, ticking
+from parts.waiting import ticking
 
 log = logging.getLogger("train")
 
@@ -466,7 +466,8 @@ def train_vocabulary(inputs: Sequence[Path], n_vocab: int, part: float = 1.0) ->
     total = sum(path.stat().st_size for path in files)
     if total == 0:
         raise ValueError(f"{files[0]} is empty: a vocabulary is learned from text; name one with --input_file")
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="Learning", dynamic_ncols=True, disable=no_terminal())
+    look: dict = dict(unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
+    bar = tqdm(total=total, desc="Learning", **look)
     learned: Future = Future()
 
     def texts() -> Iterator[str]:
@@ -491,7 +492,10 @@ def train_vocabulary(inputs: Sequence[Path], n_vocab: int, part: float = 1.0) ->
         log.info("Learning a vocabulary from %.0f MB, about 2 MB a second ...", total * part / 1e6)
     with ticking(bar):  # the library is still at work when all is read
         try:
-            Thread(target=learn, name="learning", daemon=True).start()  # the library is deaf to signals
+            try:
+                Thread(target=learn, name="learning", daemon=True).start()  # the library is deaf to signals
+            except RuntimeError:  # no memory for a thread
+                learn()
             while not learned.done():
                 wait([learned], 0.2)  # and under Windows an endless wait is
         except KeyboardInterrupt as signal_name:

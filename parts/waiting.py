@@ -1,21 +1,15 @@
 """Signs of life at a terminal: what takes long ticks there once a second, and only there."""
 
 import logging
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 log = logging.getLogger("train")
 TICK_SEC = 1.0  # also what something takes before its line appears
-
-
-def no_terminal() -> bool:
-    """Whether stderr shows no bar. It is None under pythonw."""
-    return sys.stderr is None or not sys.stderr.isatty()
 
 
 @contextmanager
@@ -33,12 +27,14 @@ def ticking(bar: tqdm) -> Iterator[None]:
         yield
         return
     with logging_redirect_tqdm([log]), bar:
-        thread.start()
+        with suppress(RuntimeError):  # no memory for a thread: nothing ticks
+            thread.start()
         try:
             yield
         finally:
             done.set()
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
 
 @contextmanager
@@ -59,7 +55,7 @@ def waiting(what: str, total: int | None = None, unit: str = "", shown: bool = T
         delay=TICK_SEC,
         leave=False,
         dynamic_ncols=True,
-        disable=not shown or no_terminal(),
+        disable=None if shown else True,  # None: where stderr is no terminal
     )
     with ticking(bar):
         yield bar

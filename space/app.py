@@ -20,6 +20,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, set_seed
 
+hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+hosts = ",".join(filter(None, [hosts, "localhost", "127.0.0.1"]))
+os.environ |= {"no_proxy": hosts, "NO_PROXY": hosts}  # Gradio asks its own page whether it is up
+
 MODEL_DIR = Path(os.environ.get("MODEL_DIR", Path(__file__).parent / "model"))
 MOST_CHARACTERS, MOST_TOKENS, MOST_BYTES, QUEUE = 8000, 400, 2**17, 20
 NO_MODEL = """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2, log_text, unequal
+from conftest import GPT2, assert_same_run, log_text, unequal
 
 import train
 import update_readme
@@ -88,6 +88,46 @@ def test_snapshots_are_copies_in_memory_allocated_once():
     second = snapshot.take(values)
     assert [tensor.data_ptr() for tensor in second["model"].values()] == addresses
     assert second["model"]["a"].tolist() == [5, 5, 5]
+
+
+def no_memory(_snapshot, values: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: {values.nbytes} bytes")
+
+
+def no_thread(_thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("lacking", ["copies", "threads"])
+def test_without_memory_for_copies_or_threads_training_waits(launch, monkeypatch, lacking):
+    assert launch("whole") == 0
+    if lacking == "copies":
+        monkeypatch.setattr(Snapshot, "_buffer", no_memory)
+    else:
+        monkeypatch.setattr("threading.Thread.start", no_thread)
+    assert launch("run") == 0
+    assert_same_run(Path("whole"), Path("run"))
+    said = "WARNING | No memory for a copy: training waits for saves (DefaultCPUAllocator: can't"
+    assert (said in log_text(Path("run"))) == (lacking == "copies")
+
+
+def test_a_best_that_was_neither_copied_nor_written_is_none(launch, monkeypatch):
+    """Its weights have changed since: the next lower loss is the best that is known."""
+    write, refused = write_checkpoint, []
+
+    def refusing(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
+        if path.name == "best.pt" and not refused:
+            refused.append(checkpoint["step"])
+            raise OSError(28, "No space left on device", str(path))
+        write(path, checkpoint, previous)
+
+    monkeypatch.setattr(train, "write_checkpoint", refusing)
+    monkeypatch.setattr(Snapshot, "_buffer", no_memory)
+    assert launch("run", "--steps=9", "--target_window=3", "--save_every=100") == 0
+    assert refused == [3]
+    best = load_checkpoint(Path("run/checkpoints/best.pt"))
+    results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
+    assert results["best_step"] == best["step"] > 3 and results["best_loss"] == best["loss"]
 
 
 @pytest.mark.cuda

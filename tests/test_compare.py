@@ -482,7 +482,8 @@ def test_it_needs_no_pytorch(out):
     broken = out.absolute() / "packages"
     broken.mkdir()
     (broken / "torch.py").write_text("raise ModuleNotFoundError('No module named torch')\n", encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(broken)}
+    # Jupyter's backend is inherited by what it starts, and may not be installed there.
+    environment = os.environ | {"PYTHONPATH": str(broken), "MPLBACKEND": "not_here"}
     asked = [str(ROOT / "update_readme.py"), "--out_dir", "out/lr-3e-2", "out/lr-1e-3"]
     results = [
         subprocess.run(

@@ -121,6 +121,35 @@ def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
     assert 10 <= load_checkpoint(prev)["step"] <= step < 150, "one file, if it was between two renames"
 
 
+def test_a_disk_that_does_not_tell_its_room_is_no_full_one(launch, monkeypatch, capsys):
+    """As some mounts: a total of 0 bytes, or no answer at all."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: (0, 0, 0))
+    assert launch("run", "--dry_run") == 0
+    assert "; an unknown number of GB are free\n" in capsys.readouterr().out
+
+    def refuse(_path):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(shutil, "disk_usage", refuse)
+    assert launch("run", "--steps=2", "--num_prompts=0") == 0
+
+
+def test_only_of_a_full_disk_the_room_is_told(tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("parts.files.log.error", told.append)
+    run = RunDir(tmp_path)
+    run.note("the plot", OSError("ValueError: Key backend"))
+    run.note("last.pt", OSError(28, "No space left on device"))
+    assert told[0].startswith("Could not write the plot: ValueError: Key backend. Training goes on")
+    assert " GB free). Training goes on" in told[1]
+
+
+def test_at_the_end_what_is_there_is_named(launch):
+    run = RunDir(Path("run"))
+    assert launch("run", "--num_prompts=0", "--steps=2") == 0
+    assert f"| INFO | See {run.samples_txt}\n" in log_text(run.root), "and no plot"
+
+
 def test_each_cause_is_told_once(tmp_path, monkeypatch):
     told: list[str] = []
     monkeypatch.setattr("parts.files.log.error", told.append)

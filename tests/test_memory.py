@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import GPT2, ROOT, TINY_FLAGS, log_text, rows
 
+import export_hf
+import sample
 import train
 from parts.checkpoint import load_checkpoint
 from parts.config import Config
@@ -111,6 +113,40 @@ def test_when_one_slice_is_too_much_it_is_one_line_with_a_remedy(launch, monkeyp
     assert "Out of memory: choose a smaller --seq_len or --preset, or fewer --num_prompts. (tried to" in log_text(
         Path("run")
     )
+
+
+@pytest.mark.parametrize("words", ["could not create a primitive", "std::bad_alloc", "can't start new thread"])
+def test_what_is_said_where_memory_is_short_is_one_line(launch, monkeypatch, capsys, words):
+    """By oneDNN, C++ and Python: in training a smaller micro-batch, elsewhere the remedy."""
+
+    def refuse(_model, tokens, _targets=None):
+        if len(tokens) > 1:
+            raise RuntimeError(words)
+        return forward(_model, tokens, _targets)
+
+    forward = train.GPT.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(train.GPT, "forward", refuse)
+        assert launch("run", "--steps=2", "--num_prompts=0") == 0
+        assert "Out of memory with 2 slices in a micro-batch; from step 1" in log_text(Path("run"))
+
+    def fail(*_arguments):
+        raise RuntimeError(words)
+
+    capsys.readouterr()
+    for place, flags in ((train.GPT, ["--dry_run"]), (train.Trainer, [])):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, "forward" if flags else "__init__", fail)
+            assert launch("other", *flags) == 1
+        assert capsys.readouterr().err == f"train.py: error: {train.OUT_OF_MEMORY % words}\n"
+    assert not Path("other").exists()
+    for program, part in ((sample, sample.Sampler), (export_hf, export_hf)):
+        with monkeypatch.context() as patch:
+            patch.setattr(part, "__init__" if part is sample.Sampler else "hf_weights", fail)
+            assert program.main(["--checkpoint=run", *["--out=hf"] * (program is export_hf)]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"{program.__name__}.py: error: out of memory: close other programs")
+        assert said.endswith(f"({words})")
 
 
 WIDE = [GPT2, "--batch_size=16384", "--amp=off", "--seq_len=16", "--log_every=1", "--steps=4"]  # 262,144 tokens at once

@@ -84,7 +84,7 @@ def test_no_command_writes_into_the_run_that_is_shown():
 def test_every_flag_named_is_a_flag():
     known = {field.name for options in SCRIPTS.values() for field in fields(options)}
     foreign = {"help", "index", "standalone", "nproc_per_node", "max_restarts"}  # of any program, pip and torchrun
-    foreign |= {"dist", "force", "local", "repo", "logdir", "bind_all", "sync"}  # pytest; others' flags
+    foreign |= {"dist", "force", "local", "repo", "logdir", "bind_all", "sync", "signal"}  # pytest; others' flags
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z0-9_]+)", TEXT[page]))
         assert named - foreign <= known, (page.name, named - foreign - known)

@@ -15,7 +15,7 @@ from conftest import KILLS, ROOT, TINY_FLAGS, log_text
 
 import train
 from parts.checkpoint import load_checkpoint
-from parts.machine import Interruption
+from parts.machine import Interruption, terminating
 
 pytestmark = [*KILLS, pytest.mark.skipif(os.name == "nt", reason="Windows delivers no POSIX signals")]
 ANNOUNCEMENT = "Finishing this step, then saving. Ctrl-C once more breaks off without saving."
@@ -85,6 +85,35 @@ def test_the_second_leaves_at_once(start, tmp_path, number, code):
     told = "Broken off without saving. To continue from the last checkpoint: python train.py --out_dir run\n"
     assert told in out
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 4
+
+
+BATCH = ["SIGUSR1", "SIGUSR2", "SIGXCPU"]
+
+
+@pytest.mark.parametrize("name", BATCH)
+def test_a_warning_of_a_batch_system_ends_the_run_as_sigterm_does(launch, before_step, name):
+    before_step({3: lambda: signal.raise_signal(getattr(signal, name))})
+    assert launch("run", "--num_prompts=0") == 143
+    assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 3
+    assert f"Interrupted by {name} after step 3. To continue: " in log_text(Path("run"))
+
+
+@pytest.mark.parametrize("name", BATCH)
+def test_a_warning_may_come_again_and_before_the_first_step(name):
+    """The kernel sends SIGXCPU every second."""
+    number = getattr(signal, name)
+    with Interruption(silent=True) as interruption:
+        signal.raise_signal(number)
+        interruption.time -= 2
+        signal.raise_signal(number)
+        assert interruption.signal == number
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+            signal.raise_signal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (number, signal.SIGTERM)}
+    with pytest.raises(KeyboardInterrupt, match=name), terminating():
+        signal.raise_signal(number)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_in_the_middle_of_a_save_the_old_checkpoint_stays(launch, monkeypatch):

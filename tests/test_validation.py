@@ -133,7 +133,7 @@ def test_the_best_is_the_one_with_the_lowest_validation_loss(here):
     corpus = load_corpus(config, load_tokenizer())
     loss, error = train.validation_loss(model, corpus.val_tokens, config)
     assert loss == pytest.approx(best["loss"], rel=1e-6)
-    assert error == pytest.approx(results("run")["best_loss_standard_error"], rel=1e-4)
+    assert error == (results("run")["best_loss_standard_error"] or 0), "of one slice it is not known"
     log = Path("run/logs/train.log").read_text(encoding="utf-8")
     assert f"best.pt has the weights of step {lowest}, with the lowest validation loss: {measured[lowest]:.6f}, " in log
     assert (

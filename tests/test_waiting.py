@@ -26,6 +26,10 @@ class Terminal(io.StringIO):
         return True
 
 
+def no_thread(_thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def at_terminal(monkeypatch, tick_sec: float = 0.02) -> Terminal:
     """From here on stderr is a terminal. No fixture: pytest changes stderr before the test's body."""
     shown = Terminal()
@@ -73,15 +77,23 @@ def test_an_error_ends_the_ticking(monkeypatch):
     assert terminal.getvalue() == ended
 
 
-@pytest.mark.parametrize("stderr", [None, io.StringIO()])
-def test_without_a_terminal_nothing_is_shown(monkeypatch, stderr):
+def test_without_a_terminal_nothing_is_shown(monkeypatch):
+    stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr(waiting, "TICK_SEC", 0.01)
     with waiting.waiting("Compiling"):
         time.sleep(0.05)
     with waiting.waiting("Measuring", total=3) as bar:
         bar.update()
-    assert stderr is None or stderr.getvalue() == ""
+    assert stderr.getvalue() == ""
+
+
+def test_without_memory_for_a_thread_nothing_ticks(monkeypatch):
+    terminal = at_terminal(monkeypatch)
+    monkeypatch.setattr("threading.Thread.start", no_thread)
+    with waiting.waiting("Compiling"):
+        pass
+    assert terminal.getvalue() == ""
 
 
 def test_of_several_processes_one_ticks(monkeypatch):
