@@ -9,11 +9,9 @@ checkpoint of weights alone, for sample.py and `train.py --init_from`. Neither n
 """
 
 import json
-import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,7 +35,7 @@ with packages_of("export_hf.py", __name__):
     )
     from parts.commandline import read_flags
     from parts.config import Config, out_of_range
-    from parts.files import existing_part, read_if_there, read_json
+    from parts.files import existing_part, make_folder, new_folder, read_if_there, read_json
     from parts.machine import complaints
     from parts.readme import in_markdown
     from parts.recipe import decide
@@ -113,17 +111,11 @@ def export(path: Path, out: Path, license: str, over: bool = False) -> None:
     present = {file.name for file in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
     if foreign := present - {"model.safetensors", *texts}:
         raise FileExistsError(f"--out {out}: {min(foreign)} is of no export: move it away, or choose another folder")
-    with writing(out), tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name}.") as name:
-        folder = Path(name) / out.name
-        folder.mkdir()
+    with writing(out), new_folder(out) as folder:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8", newline="\n")
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which is born for its owner alone
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists():
-            os.replace(out, Path(name) / "before")  # which goes with the temporary folder
-        os.replace(folder, out)
 
 
 @contextmanager
@@ -342,7 +334,7 @@ def import_hf(folder: Path, out: Path, over: bool = False) -> None:
     if not is_sound(checkpoint):
         raise ValueError(f"--from_hf {folder}: not all of its weights are finite")
     with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent, parents=True)
         write_checkpoint(out, checkpoint)
 
 

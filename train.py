@@ -61,6 +61,7 @@ with packages_of("train.py", __name__):
     from parts.files import LogFile, RunDir, gigabytes, move, read_json, replacing
     from parts.kernels import HeadLoss, attention, causal_attention, linear
     from parts.machine import (
+        Interrupted,
         Interruption,
         Ranks,
         autocast,
@@ -70,6 +71,7 @@ with packages_of("train.py", __name__):
         for_sampling,
         is_out_of_memory,
         largest_divisor,
+        look_for_signals,
         peak_memory,
         release_memory,
         terminating,
@@ -78,7 +80,7 @@ with packages_of("train.py", __name__):
     from parts.samples import AT_CTRL_C
     from parts.screen import logging_to, speaking
     from parts.setup import Setup, prepare, problems_of_all
-    from parts.steplog import step_log
+    from parts.steplog import StepLog, step_log
     from parts.tensorboard import shown
     from parts.text import Tokenizer, encode_prompt, whole_characters
     from parts.verdict import how_to_continue, verdict
@@ -374,6 +376,7 @@ def continuations(
     ended = [False] * len(prompts)
     with evaluating(model):
         for _ in range(max_new_tokens):
+            look_for_signals()
             logits = model.logits(last_features(model, tokens, context, pasts)).float().cpu().nan_to_num()  # (B, V)
             chosen = [
                 end if over else choose(scores, temperature, top_k, top_p, g)
@@ -437,6 +440,7 @@ def slice_losses(model: GPT, slices: torch.Tensor, config: Config) -> torch.Tens
     losses = []
     with waiting("Measuring the loss", len(slices), "slices") as bar, evaluating(model), autocast(config):
         for chunk in slices.split(config.micro_batch):
+            look_for_signals()
             chunk = chunk.to(config.device)
             features, targets = model.features(chunk[:, :-1]).flatten(0, 1), chunk[:, 1:].flatten()
             parts = zip(features.split(HeadLoss.BLOCK), targets.split(HeadLoss.BLOCK), strict=True)
@@ -638,12 +642,12 @@ class Trainer:
                 optimizer.step()
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
-        self._count(step, loss, finite)
+        self._count(step, loss, grad_norm, finite)
         return loss, grad_norm, lr
 
-    def _count(self, step: int, loss: float, finite: bool) -> None:
+    def _count(self, step: int, loss: float, grad_norm: float, finite: bool) -> None:
         p = self.progress
-        p.step, p.loss = step, loss
+        p.step, p.loss, p.grad_norm, p.untold = step, loss, grad_norm, True
         p.tokens += self.config.tokens_per_step
         if finite:
             p.skipped_in_a_row = 0
@@ -657,12 +661,25 @@ class Trainer:
                 "go on with a lower --lr, or with --amp off"
             )
 
-    def evaluate(self) -> float:
-        """Measure the validation loss of the present weights."""
+    @contextmanager
+    def telling(self, what: str) -> Iterator[None]:
+        """Around what only tells of the run: when it fails, that is a warning, and the run goes on without."""
+        try:
+            yield
+        except Exception as error:  # backends fail in many ways
+            reason = f"{type(error).__name__}: {first_words(error)}"
+            step = self.progress.step
+            log.warning("%s failed at step %d, the run goes on without: %s", what, step, reason)
+
+    def evaluate(self) -> float | None:
+        """Measure the validation loss of the present weights; None when that fails."""
         p, tokens = self.progress, self.corpus.val_tokens
         assert tokens is not None, "there is no validation split"
-        p.val_loss, p.val_error = validation_loss(self.model, tokens, self.config)
-        p.val_step = p.step
+        with self.telling("The validation"):
+            p.val_loss, p.val_error = validation_loss(self.model, tokens, self.config)
+            p.val_step = p.step
+        if p.val_step != p.step:
+            return None
         if not math.isfinite(p.val_loss):
             raise TrainingFailed(f"the validation loss of step {p.step} is not finite: go on with a lower --lr")
         return p.val_loss
@@ -687,21 +704,18 @@ class Trainer:
         p = self.progress
         if not p.check_is_due(self.config):
             return
-        self.measure_corpus_loss()
+        with self.telling("The check of the target"):
+            self.measure_corpus_loss()
         if not p.corpus_reached(self.config):
             p.note_failed_check(self.config)
-            log.info(report.failed_check_line(p, self.config))
+            if p.corpus_measured:
+                log.info(report.failed_check_line(p, self.config))
 
-    def measure_corpus_loss(
-        self,
-        at_end: bool = False,
-        interruption: Interruption | None = None,
-    ) -> bool:
+    def measure_corpus_loss(self, at_end: bool = False) -> None:
         """Measure the mean loss over random slices drawn for this step alone, into the progress.
 
         There are a tenth as many as were trained, but 64 to 4,096; fewer when the loss clearly is
         above the target, or from 128 on exact enough. At the end there are at least a tenth, but 64 to 1,024.
-        Returns False, and notes nothing, when a signal breaks it off.
         """
         c, p = self.config, self.progress
         tenth = max(64, p.tokens // c.seq_len // 10)
@@ -713,8 +727,7 @@ class Trainer:
         losses = torch.zeros(0, dtype=torch.float64)
         while True:
             while len(losses) < n_slices:
-                if interruption is not None and interruption.signal:
-                    return False
+                look_for_signals()
                 first, end = len(losses), min(len(losses) + LOOK, n_slices)
                 chunk = corpus_losses(self.model, self.corpus.tokens, c, p.step, first, end)
                 losses = torch.cat([losses, chunk])
@@ -726,7 +739,6 @@ class Trainer:
             n_slices = min(2 * n_slices, most)
         p.corpus_loss, p.corpus_loss_error, p.corpus_loss_slices = mean, error, n_slices
         p.corpus_step = p.step
-        return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -766,20 +778,22 @@ class Saver:
         """Append texts of the model as it is now to samples.txt."""
         progress = self.trainer.progress
         if self.trainer.config.num_prompts:
-            with waiting("Sampling"):
-                prompt, outputs = self.trainer.sample(tokenizer)
-            self.run.append_samples(progress.step, prompt, outputs, remark)
-            log.info(report.sample_line(progress.step, prompt, outputs[0]))
-            progress.sampled_step = progress.step
+            with self.trainer.telling("The sample"):
+                with waiting("Sampling"):
+                    prompt, outputs = self.trainer.sample(tokenizer)
+                self.run.append_samples(progress.step, prompt, outputs, remark)
+                log.info(report.sample_line(progress.step, prompt, outputs[0]))
+                progress.sampled_step = progress.step
 
-    def consider_val_loss(self) -> None:
-        """Keep the weights if the validation loss just measured is the lowest so far."""
-        p = self.trainer.progress
-        if p.val_loss < p.best_loss:
+    def validate(self) -> float | None:
+        """Measure the validation loss, and keep the weights if it is the lowest so far; None when that fails."""
+        p, val_loss = self.trainer.progress, self.trainer.evaluate()
+        if val_loss is not None and val_loss < p.best_loss:
             p.measured_in_vain, p.best_error = 0, p.val_error
-            self.keep_weights(p.val_loss)
-        else:
+            self.keep_weights(val_loss)
+        elif val_loss is not None:
             p.measured_in_vain += 1
+        return val_loss
 
     def consider_window_loss(self, at_end: bool = False) -> None:
         """Keep the weights if window_loss is the lowest so far.
@@ -839,6 +853,7 @@ class Saver:
         description = self.trainer.description()
         state = self.snapshot.take(self.trainer.state() | self.run.mark(), copying)
         self.best_under_way = None if best is None else best["snapshot"]
+        previous = None if step == self.saved_step else self.run.prev  # which stays that of an earlier step
 
         def write() -> None:
             try:
@@ -847,7 +862,7 @@ class Saver:
                 self.run.sync()
                 if best is not None:
                     self._write_best(best, description)
-                write_checkpoint(self.run.last, state, previous=self.run.prev)
+                write_checkpoint(self.run.last, state, previous)
             finally:
                 self.best_under_way = None
 
@@ -917,67 +932,95 @@ class Saver:
 # The loop
 # ---------------------------------------------------------------------------------------------
 
-OUT_OF_MEMORY = "Out of memory: choose a smaller --seq_len or --preset, or fewer --num_prompts. (%s)"
+OUT_OF_MEMORY = "Out of memory: choose a smaller --seq_len or --preset. (%s)"
 RUN_IS_OVER = 1000  # what rank 0 tells the others then, instead of the number of a signal
 
 
-def is_sampled(step: int, config: Config) -> bool:
-    """Whether text is sampled after this step: every sample_every steps, and once after half as many."""
-    return step % config.sample_every == 0 or step == config.sample_every // 2
+def sample_is_due(p: Progress, config: Config) -> bool:
+    """Whether to sample after this step: every sample_every steps, and once after half as many."""
+    sampled = p.step % config.sample_every == 0 or p.step == config.sample_every // 2
+    return sampled and p.step != p.sampled_step
 
 
 def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
-    """Run steps until one of the `COMPLETE` reasons, which is returned, or a signal, whose name is."""
-    config, p = trainer.config, trainer.progress
-    save_due = False
-    with Interruption() as interruption, step_log(config, p, trainer.corpus, saver.run) as steps:
-        while not (end := trainer.ranks.largest(RUN_IS_OVER if p.stop_reason(config) else interruption.signal)):
-            saver.writer.collect()
-            loss, grad_norm, lr = trainer.update()
-            trainer.check_target()
-            evaluates = config.validates and (p.step % config.eval_every == 0 or p.stop_reason(config))
-            val_loss = trainer.evaluate() if evaluates else None
-            if evaluates:
-                saver.consider_val_loss()
-            steps.step(loss, grad_norm, lr, val_loss)
-            if p.stop_reason(config):
-                continue
-            if p.step % config.target_window == 0 and not config.validates:
-                saver.consider_window_loss()
-            if is_sampled(p.step, config):
-                saver.sample(tokenizer)
-            save_due = save_due or p.step % config.save_every == 0
-            if save_due and not p.skipped_in_a_row and not saver.writer.busy:
-                saver.save()
-                steps.eta()
-                save_due = False
-            saver.refresh()
+    """Run steps until one of the `COMPLETE` reasons, which is returned, or a signal, whose name is.
 
-        stop = p.stop_reason(config) or signal.Signals(end).name
-        if stop in COMPLETE and not p.corpus_reached(config):
-            if trainer.measure_corpus_loss(at_end=True, interruption=interruption):
-                stop = p.stop_reason(config) or stop
-            else:
-                stop = signal.Signals(interruption.signal).name
-        if stop in COMPLETE:
-            if config.validates and p.val_step != p.step:
-                trainer.evaluate()
-                saver.consider_val_loss()
-            for line in report.ending(p, config, trainer.corpus, stop):
-                log.info(line)
-            if not config.validates:
-                saver.consider_window_loss(at_end=True)
-            if p.step != p.sampled_step:
-                saver.sample(tokenizer)
+    A signal breaks off what only tells of a step; the next start begins with it.
+    """
+    config, p = trainer.config, trainer.progress
+    began, save_due = p.step, False
+    with Interruption() as interruption, step_log(config, p, trainer.corpus, saver.run) as steps:
+        while True:
+            with suppress(Interrupted):
+                if p.untold:
+                    tell(trainer, saver, steps)
+                    save_due = save_due or p.step % config.save_every == 0
+                if not p.stop_reason(config):
+                    if save_due and not p.skipped_in_a_row and not saver.writer.busy:
+                        saver.save()
+                        steps.eta()
+                        save_due = False
+                    if sample_is_due(p, config):
+                        saver.sample(tokenizer)
+                    if p.step > began:
+                        saver.refresh()
+            over = RUN_IS_OVER if p.stop_reason(config) else interruption.signal
+            if end := trainer.ranks.largest(over):
+                break
+            saver.writer.collect()
+            trainer.update()
+
         saver.writer.finish()
-        if stop in COMPLETE or p.step != saver.saved_step:
+        if p.step != saver.saved_step:
             saver.save()
-            saver.writer.finish()
-        news = p.step >= steps.first_step and p.step != p.sampled_step
+        stop = p.stop_reason(config) or signal.Signals(end).name
+        if stop in COMPLETE:
+            try:
+                stop = conclude(trainer, saver, tokenizer, stop)
+            except Interrupted as signal_name:
+                stop = str(signal_name)
+        saver.writer.finish()
+        news = p.step > began and p.step != p.sampled_step
         if stop == "SIGINT" and news and config.num_prompts:
             log.info("Sampling once more; Ctrl-C leaves it out ...")
+            Interruption.current = None
             with suppress(KeyboardInterrupt):
                 saver.sample(tokenizer, AT_CTRL_C)
+    return stop
+
+
+def tell(trainer: Trainer, saver: Saver, steps: StepLog) -> None:
+    """Measure and log what there is to tell of the step just done. Raises Interrupted: it is untold then."""
+    config, p, val_loss = trainer.config, trainer.progress, None
+    trainer.check_target()
+    stops = p.stop_reason(config) is not None
+    if config.validates and (stops or p.step % config.eval_every == 0):
+        if stops and p.step != saver.saved_step:
+            saver.save()
+        val_loss = saver.validate()
+    elif not config.validates and (stops or p.step % config.target_window == 0):
+        saver.consider_window_loss(at_end=stops)
+    steps.step(p.loss, p.grad_norm, learning_rate(p.step, config), val_loss)
+
+
+def conclude(trainer: Trainer, saver: Saver, tokenizer: Tokenizer, stop: str) -> str:
+    """Measure, tell and sample at the end of a run, which is saved already, and save what came of it.
+
+    Returns why it stopped. Raises Interrupted.
+    """
+    config, p = trainer.config, trainer.progress
+    saver.writer.finish()
+    if not p.corpus_reached(config):
+        with trainer.telling("The corpus loss"):
+            trainer.measure_corpus_loss(at_end=True)
+        stop = p.stop_reason(config) or stop
+    if config.validates and p.val_step != p.step:
+        saver.validate()
+    for line in report.ending(p, config, trainer.corpus, stop):
+        log.info(line)
+    if p.step != p.sampled_step:
+        saver.sample(tokenizer)
+    saver.save()
     return stop
 
 

@@ -33,7 +33,7 @@ with packages_of("update_readme.py", __name__):
     from parts.commandline import flag_words, read_flags, to_type, value_of
     from parts.comparison import REPORTING, Comparison, absolute, common_parent, compare, find_runs, is_glob
     from parts.config import Flags
-    from parts.files import replacing
+    from parts.files import remove_leftovers, replacing
     from parts.readme import (
         cell,
         check_writable,
@@ -514,6 +514,7 @@ def fill(
         log.warning(f"git ignores {name}: git add -f {name}, or it will not show on GitHub")
     if before != after:
         write_text(readme, after)
+    remove_leftovers(readme.resolve())
     done = "made" if not before else "updated" if before != after else "already up to date"
     print(f"{readme}: {done} from {source}")
     return 0

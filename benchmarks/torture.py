@@ -3,10 +3,10 @@
     python benchmarks/torture.py --kills 120
     python benchmarks/torture.py --kills 40 --nanogpt PATH    # nanoGPT's trainer in that checkout, at equal settings
 
-Half of the kills wait until a checkpoint is being written and fall at a random instant within that;
-the others fall at a random instant of the process's life, its start included. A kill is SIGKILL
-(TerminateProcess on Windows): the process gets no chance to tidy up. After each one every checkpoint is
-loaded; what should have been there and was not, is counted.
+Of four kills two wait until a checkpoint is being written and fall at a random instant within that, one waits for the
+last sample, and one falls at a random instant of the process's life, its start included; the first kill of a run falls
+into its first save. A kill is SIGKILL (TerminateProcess on Windows): the process gets no chance to tidy up. After
+each one every checkpoint is loaded; what should have been there and was not, is counted.
 """
 
 import os
@@ -59,13 +59,14 @@ class OurTrainer:
     """train.py, and where it leaves what."""
 
     names = ("last.pt", "prev.pt")
+    moments = ("life", "write", "write", "last sample")  # at which it is killed, in turn
 
     def __init__(self, arguments: Arguments):
         self.text = arguments.work / "input.txt"
         self.text.write_text(TEXT, encoding="utf-8")
         self.flags = [f"--{name}={value}" for name, value in (SHAPE | {"seq_len": 16}).items()]
         self.flags += [f"--steps={arguments.steps}", f"--save_every={arguments.save_every}", "--sample_every=30"]
-        self.flags += ["--log_every=1", "--target_window=3", "--target_loss=0", "--max_new_tokens=8", "--device=cpu"]
+        self.flags += ["--log_every=1", "--target_window=3", "--target_loss=0", "--max_new_tokens=32", "--device=cpu"]
         self.flags += ["--threads=1", f"--input_file={self.text}", *arguments.flags.split()]
 
     def start(self, out: Path) -> subprocess.Popen:
@@ -91,6 +92,12 @@ class OurTrainer:
         log = out / "logs" / "train.log"
         return last_match(r"step (\d+)/", log.read_text(encoding="utf-8") if log.exists() else "")
 
+    def samples_at_the_end(self, out: Path, behind: int) -> bool:
+        """Whether what the log tells behind so many bytes ends with what is told before the last sample."""
+        log = out / "logs" / "train.log"
+        told = log.read_bytes()[behind:] if log.exists() else b""
+        return b" | Corpus loss " in told[told.rfind(b"\n", 0, -1) + 1 :]
+
     def discard(self, out: Path) -> None:
         """What the user does about a run that cannot be continued."""
         shutil.rmtree(out)
@@ -98,6 +105,8 @@ class OurTrainer:
 
 class NanoGPT(OurTrainer):
     """nanoGPT's train.py: no biases, no CSV, one checkpoint that is overwritten in place, otherwise the same shape."""
+
+    moments = ("life", "write")
 
     def __init__(self, arguments: Arguments):
         self.repo = arguments.work / "nanogpt"
@@ -155,6 +164,8 @@ class Tally:
 
     kills: int = 0
     inside_a_write: int = 0
+    inside_the_first_save: int = 0
+    in_the_last_sample: int = 0
     before_the_first_checkpoint: int = 0
     resumed: int = 0
     runs: int = 0  # that came to their end, of which the last is compared
@@ -168,16 +179,28 @@ class Tally:
 def torture(arguments: Arguments, trainer: OurTrainer, startup_sec: float, write_sec: float) -> Tally:
     """Start, kill, look; until all kills are done, and then to the end."""
     random, tally, out = Random(arguments.seed), Tally(), arguments.work / "killed"
+    new = True  # a run that has not been killed yet
     while True:
         existed = {path for path in trainer.checkpoints(out) if path.exists()}
         unfinished_before = trainer.unfinished(out)
+        log = stat_of(out / "logs" / "train.log")
+        behind = log.st_size if log else 0
         process = trainer.start(out)
         if tally.kills == arguments.kills:
             process.wait()
-        elif tally.kills % 2:
-            aim_into_a_write(process, trainer, out, random.randint(1, 3), random.uniform(0, write_sec))
         else:
-            time.sleep(random.uniform(0, startup_sec + 3))
+            moment = trainer.moments[tally.kills % len(trainer.moments)]
+            if new:
+                aim_into_a_write(process, trainer, out, 1, random.uniform(0, write_sec))
+            elif moment == "write":
+                aim_into_a_write(process, trainer, out, random.randint(1, 3), random.uniform(0, write_sec))
+            elif moment == "last sample":
+                while process.poll() is None and not trainer.samples_at_the_end(out, behind):
+                    time.sleep(0.002)
+                time.sleep(random.uniform(0, 0.02))
+            else:
+                time.sleep(random.uniform(0, startup_sec + 3))
+        at_the_end = trainer.samples_at_the_end(out, behind)
         done = process.poll() is not None
         process.kill()
         process.communicate()
@@ -186,14 +209,20 @@ def torture(arguments: Arguments, trainer: OurTrainer, startup_sec: float, write
             if tally.kills == arguments.kills:
                 return tally
             trainer.discard(out)
+            new = True
             continue
         if done:
             tally.lost_runs += 1
             tally.steps_lost_with_them += trainer.logged_step(out)
             trainer.discard(out)
+            new = True
             continue
         tally.kills += 1
-        tally.inside_a_write += bool(trainer.unfinished(out) - unfinished_before)
+        new = False
+        inside_a_write = bool(trainer.unfinished(out) - unfinished_before)
+        tally.inside_a_write += inside_a_write
+        tally.inside_the_first_save += inside_a_write and not existed
+        tally.in_the_last_sample += at_the_end
         tally.resumed += bool(existed)
         inspect(trainer, out, existed, tally)
 

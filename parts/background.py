@@ -17,8 +17,8 @@ class Snapshot:
     """A copy of tensors in memory that is allocated once.
 
     Of tensors on a GPU it is page-locked, if the system grants that; PyTorch then rounds each
-    buffer up to a power of two bytes. Without memory for a copy `is_copy` is False: `take` has
-    returned the tensors themselves, which must be written before they change.
+    buffer up to a power of two bytes. Once `is_copy` is False, for want of memory, `take` returns
+    the tensors themselves, which must be written before they change.
     """
 
     page_locked = True
@@ -37,17 +37,14 @@ class Snapshot:
             stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):  # None: nothing
-                copies = self._copied(values)
+                return self._copied(values) if self.is_copy else values
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if self.is_copy:
-                log.warning("No memory for a copy: training waits for saves (%s)", in_short(error))
+            log.warning("No memory for a copy: training waits for saves (%s)", in_short(error))
             self.is_copy = False
             self.buffers.clear()
             return values
-        self.is_copy = True
-        return copies
 
     def _copied(self, values, path: str = ""):
         if isinstance(values, dict):

@@ -29,6 +29,8 @@ class Progress:
     tokens: int = 0
     elapsed_sec: float = 0.0
     loss: float = math.nan  # of the latest step's whole slices
+    grad_norm: float = math.nan  # of the latest step, before clipping
+    untold: bool = False  # whether the latest step still has to be measured and logged
     recent_losses: list[float] = field(default_factory=list)  # at most target_window, oldest first
     best_loss: float = math.inf
     best_step: int = 0
@@ -71,10 +73,14 @@ class Progress:
         """Whether the latest step is at or below the target, where no more is asked for."""
         return config.one_low_step_is_enough and self.window_reached(config)
 
+    @property
+    def corpus_measured(self) -> bool:
+        """Whether the loss on random slices was measured at this step."""
+        return 0 < self.corpus_step == self.step
+
     def corpus_reached(self, config: Config) -> bool:
         """Whether the loss on random slices, measured at this step, is at or below the target."""
-        measured = 0 < self.corpus_step == self.step
-        return measured and self.corpus_loss <= config.target_loss > 0
+        return self.corpus_measured and self.corpus_loss <= config.target_loss > 0
 
     def check_is_due(self, config: Config) -> bool:
         """Whether to measure now if the target is reached: window_loss says so, and after a check

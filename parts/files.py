@@ -1,6 +1,7 @@
 """Whole files or none; one writer per run; training never waits for a disk."""
 
 import errno
+import glob
 import json
 import logging
 import math
@@ -42,8 +43,67 @@ METRICS = {  # column of the CSV: number format
 }
 
 
+# What is answered where nothing can be synced (SMB, FUSE, shared folders), or not by this program.
+CANNOT_BE_ASKED = {
+    getattr(errno, name) for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "ENOTTY", "EBADF", "EACCES", "EPERM")
+}
+unsettled: list[Path] = []  # where that was answered; it is told once
+
+
+def settle(path: Path) -> None:
+    """Bring a file, or the names in a folder, from the system's memory to the disk: else a power cut
+    may undo it. Raises OSError, with the path; where a disk cannot be asked, that is a warning.
+
+    Under Windows folders cannot be asked: it brings their names to the disk when it likes.
+    """
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return
+    try:
+        number = os.open(path, os.O_RDONLY if folder else os.O_WRONLY)
+        try:
+            os.fsync(number)
+            if sys.platform == "darwin":  # whose fsync stops at the drive's own memory
+                import fcntl
+
+                fcntl.fcntl(number, fcntl.F_FULLFSYNC)
+        finally:
+            os.close(number)
+    except OSError as error:
+        if error.errno not in CANNOT_BE_ASKED:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        if not unsettled:
+            log.warning(
+                f"{path} cannot be brought to the disk at once ({error.strerror}): a power cut may "
+                "damage or undo what was written last. A local disk has no such limit"
+            )
+        unsettled.append(path)
+
+
+def settle_all(folder: Path) -> None:
+    """Bring a folder to the disk with all that it holds. Raises OSError."""
+    for path in (*folder.rglob("*"), folder):
+        settle(path)
+
+
+def make_folder(folder: Path, parents: bool = False) -> None:
+    """Make a folder where there is none, and those above it if asked; their names are on the disk.
+
+    Raises OSError.
+    """
+    if folder.is_dir():
+        return
+    if parents:
+        make_folder(folder.parent, parents)
+    folder.mkdir(exist_ok=True)
+    settle(folder.parent)
+
+
 def move(source: Path, target: Path) -> None:
-    """Rename over what is at `target`; under Windows another program may hold that for a while, so try for 3 s."""
+    """Rename over what is at `target`; under Windows another program may hold that for a while, so try for 3 s.
+
+    Raises OSError.
+    """
     for pause in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, None):
         try:
             os.replace(source, target)
@@ -52,18 +112,8 @@ def move(source: Path, target: Path) -> None:
             if pause is None:
                 raise
             time.sleep(pause)
-    settle(target.parent)
-
-
-def settle(folder: Path) -> None:
-    """Bring the names in a folder to the disk, or a power cut may undo a rename; Windows and some network file systems
-    cannot be asked for that."""
-    with suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+    for folder in dict.fromkeys((target.parent, source.parent)):  # the new name first: better two than none
+        settle(folder)
 
 
 def also_named(path: Path, previous: Path) -> None:
@@ -84,16 +134,60 @@ def temporary(path: Path, shared: bool = False) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else path.name + ".tmp")
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what a cut left beside a `shared` file or folder, but not what a process that lives has
+    written within the hour. Windows has no harmless way to ask which live."""
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.[0-9]*.tmp"):
+        with suppress(OSError, ValueError, OverflowError):
+            number = int(leftover.suffixes[-2][1:])
+            recent = time.time() - leftover.stat().st_mtime < 3600
+            if recent and (os.name == "nt" or lives(number)):
+                continue
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def lives(number: int) -> bool:
+    """Whether there is another process of this number."""
+    try:
+        os.kill(number, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return number != os.getpid()
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder that becomes `path`, on the disk with all that it holds, when the block ends
+    well; those above it are then made, too. Raises OSError."""
+    place = existing_part(path.parent) / path.name
+    remove_leftovers(place)
+    folder = temporary(place, shared=True)
+    try:
+        folder.mkdir()
+        yield folder
+        settle_all(folder)
+        make_folder(path.parent, parents=True)
+        before = folder.with_suffix(".before")
+        if path.exists():
+            move(path, before)
+        move(folder, path)
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def replacing(path: Path, previous: Path | None = None, shared: bool = False) -> Iterator[BinaryIO]:
     """Write a file beside `path` and move it into place when the block ends well; what was there becomes `previous`,
     if given. Whatever happens when, there is a whole file at `path`. Several programs may write a `shared` one."""
     beside = temporary(path, shared)
+    if shared:
+        remove_leftovers(path)
     try:
         with open(beside, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            settle(beside)
         if previous is not None and path.exists():
             also_named(path, previous)
         move(beside, path)
@@ -256,7 +350,7 @@ class RunDir:
 
         Raises ValueError, with its number, when another process holds the lock.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(self.root, parents=True)
         try:
             self.lock = open_locked(self.owner)
         except HELD:
@@ -284,20 +378,20 @@ class RunDir:
         """Move the files of an earlier run into the first free earlier-1, earlier-2, …; delete none of them."""
         self.clean()
         target = self.first_free("earlier-{}")
-        target.mkdir()
+        make_folder(target)
         if self.events.is_dir():  # an open TensorBoard gets stuck where its file is gone; `shown` empties it
-            shutil.copytree(self.events, target / self.events.name)
+            settle_all(shutil.copytree(self.events, target / self.events.name))
         # Checkpoints last: until they are gone, a start after a kill in here takes up the old run again.
         for name in ("logs", "samples", "config.json", "results.json", "tokenizer.json", "checkpoints"):
             if (self.root / name).exists():
-                (self.root / name).rename(target / name)
+                move(self.root / name, target / name)
         return target
 
     def clean(self) -> None:
         """Remove what a kill left half written."""
         for path in self.files:
-            for leftover in (temporary(path), *path.parent.glob(f"{path.name}.*.tmp")):
-                leftover.unlink(missing_ok=True)
+            temporary(path).unlink(missing_ok=True)
+            remove_leftovers(path)
 
     def restore(self, mark: dict[str, dict]) -> None:
         """Bring metrics and samples to a checkpoint's `mark`, or their beginning; what Ctrl-C drew behind it stays."""
@@ -320,7 +414,7 @@ class RunDir:
         """Make the folders, the owner's mark and the growing files, at the start and wherever they
         vanished under the run. Raises OSError."""
         for path in (self.config_json, self.train_log, self.samples_txt, self.last):
-            path.parent.mkdir(exist_ok=True)
+            make_folder(path.parent)
         if self.lock is not None and read_if_there(self.owner) != self.me:
             if not self.owner.exists():
                 self.lock.close()
@@ -329,7 +423,8 @@ class RunDir:
             self.lock.write(self.me.encode())
         for path in (self.train_log, self.metrics_csv, self.samples_txt):
             if not path.exists():
-                path.write_bytes(self.head(path).encode())
+                with replacing(path) as file:
+                    file.write(self.head(path).encode())
 
     def head(self, path: Path) -> str:
         """How a growing file begins."""
@@ -395,10 +490,9 @@ class RunDir:
         }
 
     def sync(self) -> None:
-        """Bring metrics and samples, as far as they can be written, from the system's memory to the disk."""
+        """Bring metrics and samples to the disk. Raises OSError."""
         for path in (self.metrics_csv, self.samples_txt):
-            with suppress(OSError), open(path, "r+b") as file:  # as in `mark`
-                os.fsync(file.fileno())
+            settle(path)
 
     def append_metrics(self, row: dict[str, float | None]) -> None:
         """Add one CSV row; what is missing or None is an empty field."""

@@ -358,6 +358,16 @@ class BrokenOff(KeyboardInterrupt):
     """A signal that is not waited for; named in its argument."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal came that waits for the step to be done, and not for what only tells of it; named in its argument."""
+
+
+def look_for_signals() -> None:
+    """Raises Interrupted: between two tokens of a sample, and two parts of a measurement."""
+    if Interruption.current is not None and Interruption.current.signal:
+        raise Interrupted(signal.Signals(Interruption.current.signal).name)
+
+
 @contextmanager
 def terminating() -> Iterator[None]:
     """Have SIGTERM end the block by an exception, so that nothing half written is left behind."""
@@ -384,6 +394,8 @@ class Interruption:
     """Remembers a signal until the step is done: Ctrl-C, Ctrl-Break, SIGTERM, a closed terminal, a
     batch system's warning. A second one breaks off, unless it is a warning."""
 
+    current: "Interruption | None" = None  # at which `look_for_signals` looks
+
     def __init__(self, silent: bool = False) -> None:
         self.silent = silent
         self.signal = 0
@@ -391,6 +403,7 @@ class Interruption:
         self._handlers: dict[int, Callable | int | None] = {}
 
     def __enter__(self) -> "Interruption":
+        Interruption.current = self
         for number in numbers("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", *OF_BATCH_SYSTEMS):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._handlers[number] = signal.signal(number, self._remember)
@@ -407,6 +420,7 @@ class Interruption:
                 os.write(sys.stderr.fileno(), b"" if self.silent else message)
 
     def __exit__(self, kind: type | None, *_exception) -> None:
+        Interruption.current = None
         if kind is ConnectionError:
             return  # torchrun's SIGTERM comes next, and must not keep this process from saying what happened
         for number, handler in self._handlers.items():

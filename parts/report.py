@@ -55,11 +55,18 @@ def on_random_slices(progress: Progress) -> str:
     return f"{p.corpus_loss_slices:,} random slices, standard error {p.corpus_loss_error:.6f}"
 
 
+def random_slices_words(progress: Progress) -> str:
+    """The corpus loss of this step, as far as it could be measured."""
+    if not progress.corpus_measured:
+        return "the loss on random slices could not be measured"
+    return f"the loss on random slices is {progress.corpus_loss:.6f}"
+
+
 def reached_line(progress: Progress, config: Config) -> str:
     """By which loss the target was reached, and what the other one is."""
     p, window_loss = progress, progress.window_loss(config)
     if p.step_reached(config):
-        other = f"the loss on random slices is {p.corpus_loss:.6f} ({on_random_slices(p)})"
+        other = f"{random_slices_words(p)} ({on_random_slices(p)})"
         rule = f"(The classic rule: one step alone; {other}.)"
         return f"Target reached: loss {window_loss:.6f} <= {config.target_loss}. Stopping. {rule}"
     window = "no full window" if window_loss is None else f"window_loss {window_loss:.6f}"
@@ -79,11 +86,8 @@ def failed_check_line(progress: Progress, config: Config) -> str:
 
 def missed_line(progress: Progress, config: Config) -> str:
     """That all steps did not suffice."""
-    p = progress
-    return (
-        f"All {p.step} steps done; the loss on random slices is {p.corpus_loss:.6f}, "
-        f"above the target {config.target_loss}."
-    )
+    above = f", above the target {config.target_loss}" if progress.corpus_measured else ""
+    return f"All {progress.step} steps done; {random_slices_words(progress)}{above}."
 
 
 def plan(config: Config, corpus: Corpus, floor: float, progress: Progress) -> list[str]:
@@ -310,12 +314,12 @@ def ending(progress: Progress, config: Config, corpus: Corpus, stop_reason: str)
         lines.append(missed_line(p, config))
     else:
         lines.append(f"All {p.step} steps done.")
-    if config.validates:
+    if config.validates and p.best_step:
         bits = bits_per_byte(p.best_loss, corpus.val_bytes_per_token)
         lowest = f"best.pt has the weights of step {p.best_step}, with the lowest validation loss: {p.best_loss:.6f}"
         now = f"; it is {p.val_loss:.6f} now: from there on the model overfits, learning its text by heart"
         lines.append(f"{lowest}, {bits:.4f} bits per byte{now * overfits(config, p)}")
-    return [*lines, corpus_loss_line(p, corpus)]
+    return [*lines, corpus_loss_line(p, corpus)] if p.corpus_measured else lines
 
 
 def compiling_line(config: Config) -> str:
@@ -347,7 +351,7 @@ def corpus_loss_line(progress: Progress, corpus: Corpus) -> str:
 def results(config: Config, progress: Progress, corpus: Corpus, floor: float, stop_reason: str) -> dict:
     """What results.json says. The corpus loss is there at the end: checks are less exact."""
     c, p = config, progress
-    over = stop_reason in COMPLETE
+    over = stop_reason in COMPLETE and p.corpus_measured
     mean = p.corpus_loss if over else None
     return {
         "stop_reason": stop_reason,

@@ -111,16 +111,21 @@ def read_run(out_dir: Path) -> Run:
 
 
 def read_text(path: Path, pattern: re.Pattern, what: str) -> str:
-    """Text of a UTF-8 file with \\n line ends; empty when there is no file, bad bytes replaced.
+    """Text of a UTF-8 file with \\n line ends; empty when there is no file.
 
     Raises ValueError when there is text and the pattern is nowhere in it.
     """
     if not path.exists():
         return ""
-    text = "\n".join(path.read_bytes().decode("utf-8", errors="replace").splitlines())
+    text = "\n".join(read_written(path).splitlines())
     if text.strip() and not pattern.search(text):
         raise ValueError(f"{path.as_posix()} has no {what}: it was not written by train.py; move it away")
     return text
+
+
+def read_written(path: Path) -> str:
+    """Text of a growing file, bad bytes replaced. Zeros are left out: a power cut may put them in place of lines."""
+    return path.read_bytes().replace(b"\0", b"").decode("utf-8", errors="replace")
 
 
 def read_json(path: Path) -> dict:
@@ -141,7 +146,7 @@ def read_metrics(path: Path) -> pd.DataFrame:
 
     Raises ValueError when the columns step and loss are missing.
     """
-    text = path.read_bytes().decode("utf-8", errors="replace").lstrip("\ufeff")
+    text = read_written(path).lstrip("\ufeff")
     rows = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()]
     header, rows = (rows[0], rows[1:]) if rows else ([], [])
     if not {"step", "loss"} <= set(header) or len(set(header)) < len(header):

@@ -24,7 +24,9 @@ class StepLog:
 
     def __init__(self, config: Config, progress: Progress, corpus: Corpus, run: RunDir, bar: tqdm):
         self.config, self.progress, self.corpus, self.run, self.bar = config, progress, corpus, run, bar
-        self.first_step, self.line_tokens = progress.step + 1, progress.tokens
+        # An untold step was made by the start before: this one only tells of it.
+        self.first_step = progress.step + 1 - progress.untold
+        self.line_tokens = progress.tokens - progress.untold * config.tokens_per_step
         self.elapsed_before = progress.elapsed_sec
         self.started = self.line_time = self.first_done = time.perf_counter()
         self.hinted = False
@@ -51,6 +53,7 @@ class StepLog:
             if not self.hinted and (hint := report.stuck_hint(p, config)):
                 log.warning(hint)
                 self.hinted = True
+        p.untold = False
         if p.step in (self.first_step + 1, self.first_step + 9):
             self.eta()
 
@@ -75,7 +78,7 @@ def step_log(config: Config, progress: Progress, corpus: Corpus, run: RunDir) ->
     """A StepLog whose bar lasts as long as the block; lines of the log stand above the bar."""
     bar = tqdm(
         total=config.steps,
-        initial=progress.step,
+        initial=progress.step - progress.untold,
         bar_format=BAR,
         dynamic_ncols=True,
         leave=False,

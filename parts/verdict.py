@@ -43,6 +43,8 @@ def of_target(config: Config, progress: Progress, floor: float, stop_reason: str
     c, p = config, progress
     if stop_reason == "target":
         return f"the target was reached at step {p.step:,}"
+    if not p.corpus_measured:
+        return "whether the target was reached is unknown: the loss on random slices could not be measured"
     if c.target_loss < floor:
         return f"the target was missed, and no model can reach it: the floor is {floor:.4f}"
     return f"the target was missed by {p.corpus_loss - c.target_loss:.4f}"
@@ -51,6 +53,8 @@ def of_target(config: Config, progress: Progress, floor: float, stop_reason: str
 def of_validation(config: Config, progress: Progress, stop_reason: str) -> str:
     """How the validation loss came to its end."""
     p = progress
+    if not p.best_step:
+        return "the validation loss could not be measured"
     if overfits(config, p):
         return f"the model overfits since step {p.best_step:,}, whose weights are in best.pt"
     if stop_reason == "patience":

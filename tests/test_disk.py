@@ -116,7 +116,8 @@ def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
     if "Read-only file system" not in output:
         pytest.skip("this kernel does not let go of the disk")
     assert process.returncode == 1 and "Traceback" not in output
-    assert output.count("Could not write") == 1 and "these could not be written" in output
+    assert "these could not be written" in output
+    assert output.count("Could not write") <= 2, "a sync that failed, and then what is read-only"
     step = load_checkpoint(disk / "run/checkpoints/last.pt")["step"]
     assert 10 <= load_checkpoint(prev)["step"] <= step < 150, "one file, if it was between two renames"
 

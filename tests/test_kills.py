@@ -22,6 +22,7 @@ def test_torture(tmp_path):
     startup_sec, write_sec = torture.undisturbed(trainer, tmp_path / "whole")
     tally = torture.torture(arguments, trainer, startup_sec, write_sec)
     assert tally.kills == 4 and tally.resumed >= 1 and tally.inside_a_write >= 1, "more on an idle machine"
+    assert tally.inside_the_first_save + tally.in_the_last_sample >= 1, "both on an idle machine"
     assert tally.checkpoints_lost == tally.lost_runs == 0, tally.complaints
     assert tally.steps_repeated_at_most <= 2 * arguments.save_every, (
         "those since the save, and those during its writing"
@@ -133,4 +134,4 @@ def test_a_file_that_another_program_holds(launch, monkeypatch, held):
     monkeypatch.setattr(time, "sleep", sleeps.append)
     assert launch("run", "--steps=8") == (0 if held == 2 else 1)
     assert (Path("run/checkpoints/last.pt").read_bytes() == before) is (held == 99)
-    assert 0.1 < sum(sleeps) < 5 and not list(Path("run").rglob("*.tmp"))
+    assert 0.1 < sum(sleeps) < 8 and not list(Path("run").rglob("*.tmp"))

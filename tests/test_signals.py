@@ -66,7 +66,8 @@ def test_the_first_finishes_the_step_saves_and_says_how_to_continue(start, tmp_p
     assert err.strip() == ANNOUNCEMENT
     step = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)["step"]
     assert f"after step {step}. To continue: python train.py --out_dir run\n" in out
-    assert out.count(f"Sample at step {step}: ") == (number == signal.SIGINT or step % 4 == 0), "for who is there"
+    sampled = out.count(f"Sample at step {step}: ")
+    assert sampled == 1 if number == signal.SIGINT else sampled <= (step % 4 == 0), "for who is there"
     assert json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "interrupted"
 
 
