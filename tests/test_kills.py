@@ -17,7 +17,7 @@ from parts.files import RunDir, replacing, temporary
 @pytest.mark.xdist_group("kills")
 def test_torture(tmp_path):
     """The benchmark in short."""
-    arguments = torture.Arguments(kills=4, steps=240, work=tmp_path)
+    arguments = torture.Arguments(kills=4, steps=120, work=tmp_path)
     trainer = torture.OurTrainer(arguments)
     startup_sec, write_sec = torture.undisturbed(trainer, tmp_path / "whole")
     tally = torture.torture(arguments, trainer, startup_sec, write_sec)
