@@ -67,6 +67,7 @@ def test_a_signal_ends_the_learning_of_a_vocabulary(tmp_path):
             os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 
         threading.Thread(target=send).start()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
         flags = ["--input_file=dna.txt", "--tokenizer=bpe:60000", "--val_fraction=0.1", "--out_dir=run"]
         sys.exit(train.main(flags))
     """
