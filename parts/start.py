@@ -53,7 +53,7 @@ def usable_cores(root: Path = Path("/")) -> tuple[int, str]:
                 quotas.append(int(match[1]) / int(match[2]))
     if min(quotas) < allowed:
         return math.ceil(min(quotas)), f"a CPU quota of {min(quotas):.3g} cores"
-    return allowed, f"a CPU affinity of {allowed} cores" if allowed < cores else ""
+    return allowed, f"a CPU affinity of {allowed} of {cores} cores" if allowed < cores else ""
 
 
 def text_of(path: Path) -> str:

@@ -98,7 +98,7 @@ def test_an_affinity_is_seen_and_told(config, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 7}, raising=False)
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     assert choose_threads(config)[0] == 2
-    assert choose_threads(config)[1].startswith("a CPU affinity of 2 cores")
+    assert choose_threads(config)[1].startswith("a CPU affinity of 2 of ")
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "export_hf.py", "update_readme.py"])
