@@ -25,7 +25,12 @@ with packages_of("export_hf.py", __name__):
     from safetensors.torch import load, save_file
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    from parts.checkpoint import (
+    from parts.commandline import read_flags
+    from parts.compute.device import complaints
+    from parts.flags import Config, out_of_range
+    from parts.recipe import decide
+    from parts.report.sections import in_markdown
+    from parts.run.checkpoint import (
         CHECKPOINT_FORMAT,
         checkpoint_in,
         is_sound,
@@ -33,14 +38,9 @@ with packages_of("export_hf.py", __name__):
         shapes,
         write_checkpoint,
     )
-    from parts.commandline import read_flags
-    from parts.config import Config, out_of_range
-    from parts.files import existing_part, make_folder, new_folder, read_if_there, read_json
-    from parts.machine import complaints
-    from parts.readme import in_markdown
-    from parts.recipe import decide
-    from parts.screen import log, speaking
-    from parts.text import DOCUMENT_END, OwnVocabulary, read_text, saved_tokenizer, vocabulary_folder
+    from parts.run.directory import existing_part, make_folder, new_folder, read_if_there, read_json
+    from parts.run.screen import log, speaking
+    from parts.text.vocabulary import DOCUMENT_END, OwnVocabulary, read_text, saved_tokenizer, vocabulary_folder
 
 FIRST_WORDS = "Once upon a time"
 SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")  # as both programs call it

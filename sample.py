@@ -23,12 +23,20 @@ with packages_of("sample.py", __name__):
     import torch
 
     import train
-    from parts import machine
-    from parts.checkpoint import checkpoint_in, load_checkpoint, newest_run
     from parts.commandline import decode_escapes, read_flags
-    from parts.config import Amp, Between, Config, out_of_range
-    from parts.screen import log, speaking
-    from parts.text import Tokenizer, encode_prompt, pieces, read_text, saved_tokenizer, whole_characters
+    from parts.compute.device import (
+        autocast,
+        choose_amp,
+        choose_device,
+        complaints,
+        device_problem,
+        for_sampling,
+        make_current,
+    )
+    from parts.flags import Amp, Between, Config, out_of_range
+    from parts.run.checkpoint import checkpoint_in, load_checkpoint, newest_run
+    from parts.run.screen import log, speaking
+    from parts.text.vocabulary import Tokenizer, encode_prompt, pieces, read_text, saved_tokenizer, whole_characters
 
 SEPARATOR = "=" * 80
 GRAM = 8  # tokens whose order is looked up in the corpus
@@ -74,11 +82,11 @@ class Sampler:
         checkpoint = load_checkpoint(path, "--checkpoint")
         self.tokenizer = saved_tokenizer(checkpoint)
         config = Config.from_dict(checkpoint["config"])
-        config = replace(config, device=machine.choose_device()[0] if device == "auto" else device)
-        if problem := machine.device_problem(config.device):
+        config = replace(config, device=choose_device()[0] if device == "auto" else device)
+        if problem := device_problem(config.device):
             raise ValueError(problem)
-        machine.make_current(config.device)
-        amp = machine.choose_amp(config.device)[0] if amp == "auto" else amp
+        make_current(config.device)
+        amp = choose_amp(config.device)[0] if amp == "auto" else amp
         self.config = replace(config, amp=amp)
         self.context = checkpoint["trained_context"]
         self.model = train.GPT(self.config)
@@ -97,7 +105,7 @@ class Sampler:
             top_k=options.top_k, top_p=options.top_p, end=end, generators=[generator],
         )  # fmt: skip
         one_at_a_time = len(start) + options.max_new_tokens <= self.context
-        with machine.autocast(machine.for_sampling(self.config, one_at_a_time)):
+        with autocast(for_sampling(self.config, one_at_a_time)):
             yield from whole_characters(self.tokenizer, (token for (token,) in steps if token != end))
 
 
@@ -214,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the text has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
-        log.error("\n".join(machine.complaints(error)))
+        log.error("\n".join(complaints(error)))
         return 2
     except KeyboardInterrupt:
         tell()

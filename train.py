@@ -16,8 +16,8 @@ References:
   released code, github.com/openai/gpt-2 (src/model.py)
 - Hugging Face Transformers, GPT2LMHeadModel: the same weights give the same logits
 - Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (AdamW), arXiv 1711.05101
-- Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", and what parts/muon.py names;
-  parts/kernels.py has its own
+- Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", and what
+  parts/compute/muon.py names; parts/compute/kernels.py has its own
 - Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox)
 """
 
@@ -43,48 +43,38 @@ with packages_of("train.py", __name__):
     import torch.nn as nn
     import torch.nn.functional as F
 
-    from parts import report
-    from parts.background import Snapshot, Task, Writer
-    from parts.checkpoint import (
-        CHECKPOINT_FORMAT,
-        COMPLETE,
-        STATE_BYTES,
-        WEIGHT_BYTES,
-        Progress,
-        restore_optimizers,
-        write_checkpoint,
-    )
     from parts.commandline import decode_escapes
-    from parts.compiling import compile_proven
-    from parts.config import Config, From, Origin, decided
-    from parts.corpus import Corpus, loss_floor
-    from parts.files import LogFile, RunDir, gigabytes, move, read_json, replacing
-    from parts.kernels import HeadLoss, attention, causal_attention, linear
-    from parts.machine import (
-        Interrupted,
-        Interruption,
-        Ranks,
+    from parts.compute.compiling import compile_proven
+    from parts.compute.device import (
         autocast,
         configure_torch,
-        exit_code,
         first_words,
         for_sampling,
         is_out_of_memory,
         largest_divisor,
-        look_for_signals,
         peak_memory,
         release_memory,
-        terminating,
     )
-    from parts.muon import Muon
-    from parts.samples import AT_CTRL_C
-    from parts.screen import logging_to, speaking
+    from parts.compute.kernels import HeadLoss, attention, causal_attention, linear
+    from parts.compute.muon import Muon
+    from parts.compute.ranks import Ranks
+    from parts.compute.signals import Interrupted, Interruption, exit_code, look_for_signals, terminating
+    from parts.flags import Config, From, Origin, decided
+    from parts.progress import COMPLETE, Progress
+    from parts.report import words
+    from parts.report.provenance import launch_record
+    from parts.report.steplog import StepLog, step_log
+    from parts.report.tensorboard import shown
+    from parts.report.verdict import how_to_continue, verdict
+    from parts.run.background import Snapshot, Task, Writer
+    from parts.run.checkpoint import CHECKPOINT_FORMAT, STATE_BYTES, WEIGHT_BYTES, restore_optimizers, write_checkpoint
+    from parts.run.directory import LogFile, RunDir, gigabytes, move, read_json, replacing
+    from parts.run.layout import AT_CTRL_C
+    from parts.run.screen import logging_to, speaking
+    from parts.run.terminal import waiting
     from parts.setup import Setup, prepare, problems_of_all
-    from parts.steplog import StepLog, step_log
-    from parts.tensorboard import shown
-    from parts.text import Tokenizer, encode_prompt, whole_characters
-    from parts.verdict import how_to_continue, verdict
-    from parts.waiting import waiting
+    from parts.text.corpus import Corpus, loss_floor
+    from parts.text.vocabulary import Tokenizer, encode_prompt, whole_characters
 
 log = logging.getLogger("train")
 
@@ -523,7 +513,7 @@ class Trainer:
         if self.config.compile == "off":
             return
         started, step = time.perf_counter(), self.progress.step + 1
-        log.info(report.compiling_line(self.config))
+        log.info(words.compiling_line(self.config))
         try:
             steps = sorted({step, max(step, min(self.config.mixed_steps + 1, self.config.steps))})
             with waiting("Compiling", shown=self.ranks.rank == 0):
@@ -709,7 +699,7 @@ class Trainer:
         if not p.corpus_reached(self.config):
             p.note_failed_check(self.config)
             if p.corpus_measured:
-                log.info(report.failed_check_line(p, self.config))
+                log.info(words.failed_check_line(p, self.config))
 
     def measure_corpus_loss(self, at_end: bool = False) -> None:
         """Measure the mean loss over random slices drawn for this step alone, into the progress.
@@ -722,7 +712,7 @@ class Trainer:
         usual, most = min(1024, tenth), min(4096, tenth)
         if not c.target_loss or c.one_low_step_is_enough:
             most = usual
-        log.info(report.measuring_line(most, c, p))
+        log.info(words.measuring_line(most, c, p))
         n_slices = usual if at_end else min(FIRST_LOOK, most)
         losses = torch.zeros(0, dtype=torch.float64)
         while True:
@@ -782,7 +772,7 @@ class Saver:
                 with waiting("Sampling"):
                     prompt, outputs = self.trainer.sample(tokenizer)
                 self.run.append_samples(progress.step, prompt, outputs, remark)
-                log.info(report.sample_line(progress.step, prompt, outputs[0]))
+                log.info(words.sample_line(progress.step, prompt, outputs[0]))
                 progress.sampled_step = progress.step
 
     def validate(self) -> float | None:
@@ -886,14 +876,14 @@ class Saver:
 
     def _report_best(self, best: dict | None) -> None:
         if best is not None:
-            log.info(report.best_line(best["loss"], best["step"], self.trainer.config, self.run.best))
+            log.info(words.best_line(best["loss"], best["step"], self.trainer.config, self.run.best))
         if self.best is best:
             self.best = None
 
     def _outcome(self, stop: str, redraw: bool = True) -> list[Task]:
         """config.json, results.json and the plot, as things stand now."""
         trainer = self.trainer
-        results = report.results(trainer.config, trainer.progress, trainer.corpus, self.floor, stop)
+        results = words.results(trainer.config, trainer.progress, trainer.corpus, self.floor, stop)
 
         def write() -> None:
             self.write_config()
@@ -1016,7 +1006,7 @@ def conclude(trainer: Trainer, saver: Saver, tokenizer: Tokenizer, stop: str) ->
         stop = p.stop_reason(config) or stop
     if config.validates and p.val_step != p.step:
         saver.validate()
-    for line in report.ending(p, config, trainer.corpus, stop):
+    for line in words.ending(p, config, trainer.corpus, stop):
         log.info(line)
     if p.step != p.sampled_step:
         saver.sample(tokenizer)
@@ -1064,9 +1054,9 @@ def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
 
 def announce(setup: Setup, progress: Progress, floor: float) -> None:
     """Say what will happen, and what of it cannot go well."""
-    for line in report.plan(setup.config, setup.corpus, floor, progress):
+    for line in words.plan(setup.config, setup.corpus, floor, progress):
         log.info(line)
-    for line in report.forebodings(setup.config, setup.corpus, floor):
+    for line in words.forebodings(setup.config, setup.corpus, floor):
         log.warning(line)
 
 
@@ -1076,7 +1066,7 @@ def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
     announce(setup, progress, saver.floor)
     if setup.checkpoint is not None:
         log.info("Resuming from step %d (%s)", progress.step, setup.resumed_from)
-        if changes := report.changes(setup.checkpoint["config"], config):
+        if changes := words.changes(setup.checkpoint["config"], config):
             log.info("Changed from here on: %s", changes)
         before = learning_rate(progress.step, Config.from_dict(setup.checkpoint["config"]))
         if (lr := learning_rate(progress.step + 1, config)) > 1.1 * before and progress.step > config.warmup_steps:
@@ -1096,7 +1086,7 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
     """Train, measure, and leave every file of the run whole. Returns the exit code."""
     run = setup.run
     before = {} if setup.checkpoint is None else read_json(run.config_json)
-    launch = report.launch_record(setup.argv, setup.config, setup.corpus, setup.checkpoint, before)
+    launch = launch_record(setup.argv, setup.config, setup.corpus, setup.checkpoint, before)
     saver = Saver(run, trainer, launch, trainer.progress.step if setup.continues else 0)
     saver.write_config()
 
@@ -1120,7 +1110,7 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
         seen = [str(path) for path in (run.loss_curve, run.samples_txt) if path.exists()]
         log.info("See %s", " and ".join(seen))
         log.info(verdict(trainer.config, trainer.progress, saver.floor, stop))
-        log.info(report.next_command(setup.config))
+        log.info(words.next_command(setup.config))
         log.info("Training complete.")
         return 0
     except TrainingFailed as failure:
@@ -1153,7 +1143,7 @@ def rehearse(setup: Setup, trainer: Trainer) -> int:
     announce(setup, trainer.progress, loss_floor(setup.corpus.tokens, config.seq_len))
     step = trainer.progress.step
     go_to_whole_slices(trainer)
-    log.info(report.rehearsing_line(config))
+    log.info(words.rehearsing_line(config))
     with waiting("Measuring two steps", total=2, unit="steps") as bar:
         for _ in range(2):  # the first step of a process takes longer
             started = time.perf_counter()
@@ -1162,7 +1152,7 @@ def rehearse(setup: Setup, trainer: Trainer) -> int:
             bar.update()
     trainer.ranks.largest(RUN_IS_OVER)
     seconds, memory = time.perf_counter() - started, peak_memory(config.device)
-    for line in report.rehearsal(config, step, seconds, memory, setup.run.free_bytes()):
+    for line in words.rehearsal(config, step, seconds, memory, setup.run.free_bytes()):
         log.info(line)
     return 0
 

@@ -31,10 +31,20 @@ with packages_of("update_readme.py", __name__):
     import pandas as pd
 
     from parts.commandline import flag_words, read_flags, to_type, value_of
-    from parts.comparison import REPORTING, Comparison, absolute, common_parent, compare, find_runs, is_glob
-    from parts.config import Flags
-    from parts.files import remove_leftovers, replacing
-    from parts.readme import (
+    from parts.flags import Flags
+    from parts.report.comparison import REPORTING, Comparison, absolute, common_parent, compare, find_runs, is_glob
+    from parts.report.reader import (
+        Run,
+        duration,
+        has_values,
+        number,
+        outcome,
+        overfitting,
+        read_run,
+        smoothed,
+        validation,
+    )
+    from parts.report.sections import (
         cell,
         check_writable,
         filled,
@@ -46,19 +56,9 @@ with packages_of("update_readme.py", __name__):
         visible,
         write_text,
     )
-    from parts.runs import (
-        Run,
-        duration,
-        has_values,
-        number,
-        outcome,
-        overfitting,
-        read_run,
-        smoothed,
-        validation,
-    )
-    from parts.samples import BEGINNING
-    from parts.screen import log, speaking
+    from parts.run.directory import remove_leftovers, replacing
+    from parts.run.layout import BEGINNING
+    from parts.run.screen import log, speaking
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.gpu import numerics, robustness, speed  # noqa: F401 (they add their checks)
 from benchmarks.gpu.common import CHECKS, ROOT, LeftOut, Options
 from benchmarks.record import write_record
-from parts.files import read_json
+from parts.run.directory import read_json
 
 
 def one_check(name: str, options: Options, here: Path) -> dict:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from parts.config import PRESETS, Config
+from parts.flags import PRESETS, Config
 from parts.recipe import decide
 
 BESIDES = 1e9  # bytes: CUDA's own memory, the kernels, and blocks that the allocator cannot fill
@@ -87,7 +87,7 @@ def step_flop(config: Config) -> float:
 
 
 def muon_flop_per_block(C: int) -> int:
-    """FLOP to bring the four matrices of a block near their polar factors, as parts/muon.py does it.
+    """FLOP to bring the four matrices of a block near their polar factors, as parts/compute/muon.py does it.
 
     Where a matrix (C, n) is much wider than C, a pair of steps takes two products with it and five of (C, C); where it
     is square, each of the four steps takes three products.

@@ -28,10 +28,10 @@ import sample
 import train
 from benchmarks.record import write_record
 from benchmarks.throughput import peak_rss_mb
-from parts.checkpoint import load_checkpoint, write_checkpoint
 from parts.commandline import parse_config
-from parts.config import PRESETS
-from parts.corpus import Corpus
+from parts.flags import PRESETS
+from parts.run.checkpoint import load_checkpoint, write_checkpoint
+from parts.text.corpus import Corpus
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -22,8 +22,8 @@ from dataclasses import replace
 
 import train
 from benchmarks.record import write_record
-from parts.config import VOCAB_SIZE
-from parts.machine import autocast, choose_runtime, configure_torch
+from parts.compute.device import autocast, choose_runtime, configure_torch
+from parts.flags import VOCAB_SIZE
 from parts.recipe import decide
 
 

@@ -21,12 +21,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.record import write_record
-from parts.corpus import Corpus, load_corpus, loss_floor
-from parts.environment import git_commit
-from parts.files import read_json
-from parts.machine import choose_runtime, configure_torch
+from parts.compute.device import choose_runtime, configure_torch
 from parts.recipe import decide
-from parts.text import load_tokenizer
+from parts.report.provenance import git_commit
+from parts.run.directory import read_json
+from parts.text.corpus import Corpus, load_corpus, loss_floor
+from parts.text.vocabulary import load_tokenizer
 
 MODELS = {  # flags beside the default ones
     "ladder": dict(n_layer=4, n_head=4, n_embd=256, batch_size=16, lr=1.2e-2, beta2=0.95),

@@ -1,13 +1,15 @@
-"""Cut the power of a training run on file systems of its own, start it again, and look at what is lost.
+"""Cut the power of a training run on file systems of its own, and look at what is lost.
 
     python benchmarks/power_cuts.py --cuts 20 --record power-cuts.json
 
-Needs Linux, root, loop devices and mkfs; elsewhere it says so and ends. A cut takes what the file system has sent to
-its device at one instant: it is shut down there without a last word, its image is copied, and the copy is mounted,
-checked by fsck and used from then on. Of four cuts of training one falls at a random instant, two into the writing of a
-checkpoint, one into the last sample; the first of a run falls into its first save. Then a finished run is begun anew
-with --resume never, and cut soon after; and a model is exported, and cut up to eight seconds after the export's last
-word. The negative control does the same with a stand-in for fsync that does nothing: losses must be noticed there.
+Needs Linux, root, loop devices and mkfs; elsewhere it says so and ends. A cut takes what the file
+system has sent to its device at one instant: it is shut down there without a last word, its image
+is copied, and the copy is mounted, checked by fsck and used from then on. Of four cuts of training
+one falls at a random instant, two into the writing of a checkpoint, one into the last sample; the
+first of a run falls into its first save. Then a finished run is begun anew with --resume never, and
+cut soon after; and a model is exported, and cut up to eight seconds after the export's last word.
+The negative control does the same with a stand-in for fsync that does nothing: losses must be
+noticed there.
 """
 
 import fcntl
@@ -33,7 +35,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.record import write_record  # noqa: E402
 from benchmarks.torture import Arguments, OurTrainer, aim_into_a_write, differences  # noqa: E402
 
-SHUT_DOWN, WITHOUT_FLUSH = 0x8004587D, 2  # FS_IOC_SHUTDOWN of linux/fs.h, and its flag for the hardest cut
+SHUT_DOWN, WITHOUT_FLUSH = (
+    0x8004587D,
+    2,
+)  # FS_IOC_SHUTDOWN of linux/fs.h, and its flag for the hardest cut
 NO_SYNC = "int fsync(int n) { return 0; } int fdatasync(int n) { return 0; }"
 
 
@@ -109,7 +114,10 @@ class Device:
             process.wait()
         self.unmount()
         left.replace(self.image)
-        subprocess.run([*self.system.check.split(), self.image], capture_output=True)
+        for _ in range(3):  # until it finds no more errors
+            command = [*self.system.check.split(), self.image]
+            if subprocess.run(command, capture_output=True).returncode == 0:
+                break
         self.mount()
 
 
@@ -197,6 +205,7 @@ class Cutter(OurTrainer):
             self.new = ended is not None
             if self.new:
                 shutil.rmtree(self.out, ignore_errors=True)
+                self.device.sync()
                 self.reported = 0
         if self.start(self.out).wait():
             self.losses["a run that cannot be ended"] += 1
@@ -279,7 +288,12 @@ def main() -> None:
         print(f"power_cuts.py: nothing was cut: {reason}")
         return
     shim = work / "nosync.so"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", shim], input=NO_SYNC, text=True, check=True)
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", shim],
+        input=NO_SYNC,
+        text=True,
+        check=True,
+    )
     rows = []
     for name, system in SYSTEMS.items():
         if shutil.which(system.make.split()[0]) is None:

@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.record import write_record
 from parts.commandline import parse_config
-from parts.corpus import load_corpus
-from parts.machine import Ranks, choose_runtime, configure_torch
-from parts.text import load_tokenizer
+from parts.compute.device import choose_runtime, configure_torch
+from parts.compute.ranks import Ranks
+from parts.text.corpus import load_corpus
+from parts.text.vocabulary import load_tokenizer
 
 
 @dataclass(frozen=True)

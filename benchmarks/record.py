@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from parts.config import Config
-from parts.environment import environment, git_commit
-from parts.files import replacing
-from parts.machine import choose_device
+from parts.compute.device import choose_device
+from parts.flags import Config
+from parts.report.provenance import environment, git_commit
+from parts.run.directory import replacing
 
 
 def write_record(

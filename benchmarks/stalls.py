@@ -23,10 +23,10 @@ import math
 import train
 from benchmarks.record import write_record
 from parts.commandline import parse_config
-from parts.corpus import load_corpus
-from parts.files import RunDir
-from parts.machine import choose_runtime, configure_torch
-from parts.text import load_tokenizer
+from parts.compute.device import choose_runtime, configure_torch
+from parts.run.directory import RunDir
+from parts.text.corpus import load_corpus
+from parts.text.vocabulary import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ import sample
 import update_readme
 from benchmarks import cards
 from parts.commandline import default_words, help_of
-from parts.config import PRESETS, Flags
-from parts.readme import markdown_table, write_text
+from parts.flags import PRESETS, Flags
+from parts.report.sections import markdown_table, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "records"

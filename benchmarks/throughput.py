@@ -31,11 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.record import write_record
 from parts.commandline import parse_config
-from parts.config import PRESETS, VOCAB_SIZE, Config
-from parts.corpus import load_corpus
-from parts.machine import choose_device, choose_runtime, configure_torch
+from parts.compute.device import choose_device, choose_runtime, configure_torch
+from parts.flags import PRESETS, VOCAB_SIZE, Config
 from parts.recipe import decide
-from parts.text import load_tokenizer
+from parts.text.corpus import load_corpus
+from parts.text.vocabulary import load_tokenizer
 
 ROOM = 1.2  # a program is started where this many times the largest so far would fit
 # What train.py does for itself, as the environment of another program (see its `keep_freed_memory`).

@@ -26,8 +26,8 @@ import os
 
 from benchmarks.record import write_record
 from benchmarks.throughput import peak_rss_mb
-from parts.corpus import load
-from parts.text import load_tokenizer
+from parts.text.corpus import load
+from parts.text.vocabulary import load_tokenizer
 
 
 @dataclass(frozen=True)

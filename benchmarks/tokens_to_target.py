@@ -25,13 +25,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.record import write_record
-from parts import muon
-from parts.corpus import Corpus, load_corpus
-from parts.environment import git_commit
-from parts.files import read_json
-from parts.machine import choose_runtime, configure_torch
+from parts.compute import muon
+from parts.compute.device import choose_runtime, configure_torch
 from parts.recipe import decide
-from parts.text import load_tokenizer
+from parts.report.provenance import git_commit
+from parts.run.directory import read_json
+from parts.text.corpus import Corpus, load_corpus
+from parts.text.vocabulary import load_tokenizer
 
 BASE = dict(
     n_layer=4, n_head=4, n_embd=256, block_size=1024, seq_len=128, batch_size=16, init_std=0.02, target_window=20,

@@ -27,8 +27,8 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from parts.checkpoint import load_checkpoint  # noqa: E402
-from parts.text import load_tokenizer  # noqa: E402
+from parts.run.checkpoint import load_checkpoint  # noqa: E402
+from parts.text.vocabulary import load_tokenizer  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from textwrap import dedent
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from parts.config import PRESETS, ByDefault, Config, Flags, brief, out_of_range
+from parts.flags import PRESETS, ByDefault, Config, Flags, brief, out_of_range
 from parts.recipe import TINY_SHAKESPEARE, Text, decide
 
 T = TypeVar("T")

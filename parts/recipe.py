@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from parts.config import DEMO_CORPUS, DEMO_PROMPT, PRESETS, VOCAB_SIZE, Config, Flags, From, Origin, TextFlags
+from parts.flags import DEMO_CORPUS, DEMO_PROMPT, PRESETS, VOCAB_SIZE, Config, Flags, From, Origin, TextFlags
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ PRESET_RULES: dict[str, dict[str, Rule]] = {"write": {**WRITE, **RULES, "lr": wr
 
 # What follows from other flags follows them in a run that goes on, too; all else stays as it was decided at its start.
 FOLLOW_ON_THE_WAY = {"decay_steps", "warmup_steps", "mixed_steps", "sample_every", "eval_every"}
-BY_MACHINE = {"device", "amp", "compile", "threads", "micro_batch"}  # parts/machine.py chooses, and keeps what it can
+BY_MACHINE = {"device", "amp", "compile", "threads", "micro_batch"}  # compute/device.py chooses, and keeps what it can
 OF_ONE_START = {"preset", "out_dir", "resume", "dry_run", "tensorboard"}
 
 

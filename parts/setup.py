@@ -7,15 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from parts import report
-from parts.checkpoint import COMPLETE, Progress, Start, check_same_run, find_checkpoints, load_newest, load_start
 from parts.commandline import read_typed
-from parts.config import Config
-from parts.corpus import Corpus, load_corpus
-from parts.files import RunDir, read_json
-from parts.machine import Ranks, choose_runtime
+from parts.compute.device import choose_runtime
+from parts.compute.ranks import Ranks
+from parts.flags import Config
+from parts.predecessor import Start, check_same_run, load_start
+from parts.progress import COMPLETE, Progress
 from parts.recipe import Text, decide
-from parts.text import TextYieldsFewer, Tokenizer, choose_tokenizer, size_of
+from parts.report import words
+from parts.run.checkpoint import find_checkpoints, load_newest
+from parts.run.directory import RunDir, read_json
+from parts.text.corpus import Corpus, load_corpus
+from parts.text.vocabulary import TextYieldsFewer, Tokenizer, choose_tokenizer, size_of
 
 BYTES_PER_TOKEN = 4  # of a text that is cut by --max_tokens, roughly
 
@@ -61,9 +64,9 @@ class Setup:
             return None
         progress, before = self.checkpoint["progress"], self.checkpoint["config"]
         if "corpus_step" not in progress and published["stop_reason"] == "target":  # by the rule of older programs
-            return report.finished(step, "target") if self.config.target_loss >= before["target_loss"] else None
+            return words.finished(step, "target") if self.config.target_loss >= before["target_loss"] else None
         reason = Progress(**progress).stop_reason(self.config)
-        return reason and report.finished(step, reason)
+        return reason and words.finished(step, reason)
 
     def agreement(self) -> dict:
         """What has to be the same for all processes of a run: not the flags that each machine may choose for itself."""

@@ -22,11 +22,11 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 import update_readme  # noqa: E402
-from parts.background import Task, Writer  # noqa: E402
-from parts.config import Config  # noqa: E402
-from parts.files import METRICS  # noqa: E402
+from parts.flags import Config  # noqa: E402
 from parts.recipe import decide  # noqa: E402
-from parts.text import load_tokenizer  # noqa: E402
+from parts.run.background import Task, Writer  # noqa: E402
+from parts.run.layout import METRICS  # noqa: E402
+from parts.text.vocabulary import load_tokenizer  # noqa: E402
 
 TINY_MODEL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, seq_len=16, batch_size=2)
 # Tokens are bytes: a run then takes a third of the time that it takes with the vocabulary of GPT-2. What is about that

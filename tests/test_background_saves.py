@@ -10,8 +10,8 @@ from conftest import GPT2, assert_same_run, log_text, unequal
 
 import train
 import update_readme
-from parts.background import Snapshot
-from parts.checkpoint import load_checkpoint, write_checkpoint
+from parts.run.background import Snapshot
+from parts.run.checkpoint import load_checkpoint, write_checkpoint
 
 
 @pytest.mark.slow

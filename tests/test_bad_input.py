@@ -17,8 +17,8 @@ from conftest import GPT2, TINY_FLAGS, run_script
 
 import train
 import update_readme
-from parts.config import Flags
-from parts.text import read_text
+from parts.flags import Flags
+from parts.text.vocabulary import read_text
 
 HINTS = get_type_hints(Flags, include_extras=True)
 LIMITS = {f.name: HINTS[f.name].__metadata__[0] for f in fields(Flags) if hasattr(HINTS[f.name], "__metadata__")}
@@ -155,8 +155,8 @@ def test_corpora(refused, tmp_path, data, expected):
 @pytest.mark.parametrize("flags", [["--input_file=books"], ["--val_file=books/two.txt"], ["--tokenizer=bpe:300"]])
 def test_a_byte_in_a_text_that_is_read_in_pieces(refused, tmp_path, monkeypatch, flags):
     """Found where it is, whatever came before; no token ids are left behind."""
-    monkeypatch.setattr("parts.text.CHUNK", 1000)
-    monkeypatch.setattr("parts.corpus.SMALL_TEXT", 100)
+    monkeypatch.setattr("parts.text.vocabulary.CHUNK", 1000)
+    monkeypatch.setattr("parts.text.corpus.SMALL_TEXT", 100)
     (tmp_path / "books").mkdir()
     (tmp_path / "books/one.txt").write_text(WESTERN * 50, encoding="utf-8")
     (tmp_path / "books/two.txt").write_bytes(b"Good text, and more. " * 500 + b"\0" + b"The end. " * 200)

@@ -14,12 +14,8 @@ import torch.nn.functional as F
 from conftest import log_text, rows
 
 import train
-from parts import machine
-from parts.background import Snapshot
-from parts.corpus import load_corpus
-from parts.kernels import causal_attention
-from parts.machine import (
-    Ranks,
+from parts.compute import device as machine
+from parts.compute.device import (
     choose_compile,
     choose_runtime,
     configure_torch,
@@ -27,7 +23,11 @@ from parts.machine import (
     driver_spills,
     release_memory,
 )
+from parts.compute.kernels import causal_attention
+from parts.compute.ranks import Ranks
 from parts.recipe import decide
+from parts.run.background import Snapshot
+from parts.text.corpus import load_corpus
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_token_ids_that_another_process_maps_are_replaced_when_it_lets_go(
             raise PermissionError(13, "The process cannot access the file because it is being used", str(target))
         move(source, target)
 
-    monkeypatch.setattr("parts.corpus.SMALL_TEXT", 100)
+    monkeypatch.setattr("parts.text.corpus.SMALL_TEXT", 100)
     monkeypatch.setattr(os, "replace", refuse)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     config = replace(config, input_file=(text_file,), cache_dir=tmp_path / "cache")

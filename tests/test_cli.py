@@ -16,10 +16,11 @@ import export_hf
 import sample
 import train
 import update_readme
-from parts.checkpoint import Progress, load_checkpoint
-from parts.config import Config
+from parts.flags import Config
+from parts.progress import Progress
 from parts.recipe import decide
-from parts.runs import read_run
+from parts.report.reader import read_run
+from parts.run.checkpoint import load_checkpoint
 
 RAISE = "Raise --steps (and --decay_steps, if it was typed)"
 STEP_LINE = re.compile(

@@ -13,7 +13,7 @@ import sample
 import train
 import update_readme
 from parts.commandline import OTHER_NAMES, parse_config
-from parts.config import PRESETS, Config
+from parts.flags import PRESETS, Config
 
 
 def complaint(*argv: str) -> str:

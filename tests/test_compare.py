@@ -21,8 +21,8 @@ from markdown_it import MarkdownIt
 import train
 import update_readme
 from parts.commandline import parse_config
-from parts.comparison import REPORTING, compare, differing_flags, find_runs, shown
-from parts.runs import Run, lowest_validation, outcome, overfitting, read_run, validation
+from parts.report.comparison import REPORTING, compare, differing_flags, find_runs, shown
+from parts.report.reader import Run, lowest_validation, outcome, overfitting, read_run, validation
 
 pytestmark = pytest.mark.xdist_group("compare")  # one worker trains the runs
 COMPARE = "<!--AUTO:COMPARE:START-->\n<!--AUTO:COMPARE:END-->\n"

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from parts.commandline import decode_escapes, encode_escapes, hidden
-from parts.config import PRESETS, VOCAB_SIZE
-from parts.corpus import load_corpus
+from parts.flags import PRESETS, VOCAB_SIZE
 from parts.recipe import decide
-from parts.text import VOCABULARY_SHA256, gpt2_encoding, load_tokenizer, read_text
+from parts.text.corpus import load_corpus
+from parts.text.vocabulary import VOCABULARY_SHA256, gpt2_encoding, load_tokenizer, read_text
 
 
 def test_vocabulary_is_gpt2s(tokenizer):

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import GPT2, ROOT, TINY_FLAGS, assert_same_run, log_text, rows
 
-from parts.checkpoint import STATE_BYTES, WEIGHT_BYTES, load_checkpoint
-from parts.config import Config
-from parts.files import RunDir, replacing, temporary
+from parts.flags import Config
+from parts.run.checkpoint import STATE_BYTES, WEIGHT_BYTES, load_checkpoint
+from parts.run.directory import RunDir, replacing, temporary
 
 FLAGS = [*TINY_FLAGS, "--log_every=1", "--threads=1", "--amp=off", "--steps=32"]
 
@@ -137,7 +137,7 @@ def test_a_disk_that_does_not_tell_its_room_is_no_full_one(launch, monkeypatch, 
 
 def test_only_of_a_full_disk_the_room_is_told(tmp_path, monkeypatch):
     told: list[str] = []
-    monkeypatch.setattr("parts.files.log.error", told.append)
+    monkeypatch.setattr("parts.run.directory.log.error", told.append)
     run = RunDir(tmp_path)
     run.note("the plot", OSError("ValueError: Key backend"))
     run.note("last.pt", OSError(28, "No space left on device"))
@@ -153,7 +153,7 @@ def test_at_the_end_what_is_there_is_named(launch):
 
 def test_each_cause_is_told_once(tmp_path, monkeypatch):
     told: list[str] = []
-    monkeypatch.setattr("parts.files.log.error", told.append)
+    monkeypatch.setattr("parts.run.directory.log.error", told.append)
     run = RunDir(tmp_path)
     full, no_owner = OSError(28, "No space left on device"), OSError("run was taken over by another train.py")
     for what, error in (
@@ -274,7 +274,7 @@ def test_a_rename_is_brought_to_the_disk(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_programs_that_write_one_file_do_not_share_a_temporary_one(tmp_path):
-    path, other = tmp_path / "plot.png", "from parts.files import temporary; from pathlib import Path; "
+    path, other = tmp_path / "plot.png", "from parts.run.directory import temporary; from pathlib import Path; "
     program = other + f"print(temporary(Path({str(path)!r}), shared=True))"
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert Path(found).parent == tmp_path and Path(found) != temporary(path, shared=True)

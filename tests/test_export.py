@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import export_hf
 import sample
 import train
-from parts.checkpoint import load_checkpoint
 from parts.commandline import parse_config
-from parts.config import PRESETS, Config
-from parts.corpus import load_corpus
-from parts.files import read_json
+from parts.flags import PRESETS, Config
 from parts.recipe import decide
-from parts.text import OwnVocabulary, choose_tokenizer
+from parts.run.checkpoint import load_checkpoint
+from parts.run.directory import read_json
+from parts.text.corpus import load_corpus
+from parts.text.vocabulary import OwnVocabulary, choose_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("export")]  # `folder` is made once
 whatever_the_vocabulary = pytest.mark.parametrize("folder", ["bpe:300"], indirect=True)

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from parts.corpus import loss_floor, smallest_seq_len
-from parts.text import read_text
+from parts.text.corpus import loss_floor, smallest_seq_len
+from parts.text.vocabulary import read_text
 
 
 def brute_force(tokens: list[int], T: int) -> float:

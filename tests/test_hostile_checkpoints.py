@@ -15,8 +15,8 @@ import torch
 from conftest import GPT2, TINY_FLAGS, assert_same_run, log_text, unequal
 
 import train
-from parts.checkpoint import CHECKPOINT_FORMAT, load_checkpoint
 from parts.recipe import decide
+from parts.run.checkpoint import CHECKPOINT_FORMAT, load_checkpoint
 
 
 class Bomb:

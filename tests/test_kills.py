@@ -9,8 +9,8 @@ import torch
 from conftest import assert_same_run
 
 from benchmarks import torture
-from parts.checkpoint import load_checkpoint
-from parts.files import RunDir, replacing, temporary
+from parts.run.checkpoint import load_checkpoint
+from parts.run.directory import RunDir, replacing, temporary
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ from conftest import GPT2, ROOT, TINY_FLAGS, log_text, rows
 import export_hf
 import sample
 import train
-from parts.checkpoint import load_checkpoint
-from parts.config import Config
-from parts.machine import choose_micro_batch
+from parts.compute.device import choose_micro_batch
+from parts.flags import Config
+from parts.run.checkpoint import load_checkpoint
 
 # From step 1 on the process may take so many MiB of addresses more: an allocation that fails, as on a full GPU.
 LIMITED = f"""
@@ -189,7 +189,7 @@ def test_on_cuda(launch, monkeypatch):
 
     whole, half = peak("whole"), peak("half", "--micro_batch=8192")
     assert whole > 1.2 * half
-    monkeypatch.setattr("parts.machine.driver_spills", lambda: False)  # or Windows would set a cap of its own
+    monkeypatch.setattr("parts.compute.device.driver_spills", lambda: False)  # or Windows would set a cap of its own
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((whole + half) / 2 / torch.cuda.get_device_properties(0).total_memory)
     try:

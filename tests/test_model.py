@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
-from parts.config import PRESETS, VOCAB_SIZE, Config
-from parts.kernels import HeadLoss, causal_attention, linear
+from parts.compute.kernels import HeadLoss, causal_attention, linear
+from parts.flags import PRESETS, VOCAB_SIZE, Config
 
 
 def randomised(config: Config) -> train.GPT:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from parts import muon
+from parts.compute import muon
 
 SHAPES = [(48, 16), (16, 16), (64, 16), (16, 64), (16, 20)]  # high, square, wide, and hardly wider than high
 

@@ -14,7 +14,7 @@ import torch
 from conftest import log_text, rows, unequal
 
 import train
-from parts.corpus import Corpus
+from parts.text.corpus import Corpus
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_run_that_diverges_before_its_first_checkpoint_is_kept_as_failed(launc
 
 @pytest.mark.slow
 def test_a_loss_that_stays_at_ln_v_is_pointed_out_once(launch, monkeypatch):
-    monkeypatch.setattr("parts.report.STUCK_AFTER", 10)
+    monkeypatch.setattr("parts.report.words.STUCK_AFTER", 10)
     flags = ["--log_every=1", "--warmup_steps=4", "--decay_steps=20", "--steps=20", "--save_every=50"]
     assert launch("stuck", *flags, "--lr=1e-7", "--min_lr=0") == 0
     (line,) = [line for line in log_text(Path("stuck")).splitlines() if "ln V = 5.549, that of guessing" in line]

@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 
 import export_hf
-from parts import corpus
-from parts.files import RunDir, open_locked
+from parts.run.directory import RunDir, open_locked
+from parts.text import corpus
 
 NO_MAPS = """
 #define _GNU_SOURCE
@@ -56,7 +56,7 @@ def test_files_that_cannot_be_mapped_are_read(shim, launch, tmp_path, tokenizer)
         import json, mmap, os
         from pathlib import Path
         import export_hf
-        from parts import corpus, text
+        from parts.text import corpus, vocabulary as text
 
         try:
             mmap.mmap(os.open("input.txt", os.O_RDONLY), 0, prot=mmap.PROT_READ)
@@ -78,8 +78,8 @@ def test_what_cannot_be_locked_is_named_and_used(shim, tmp_path, text_file):
     program = f"""
         import errno, logging, os, sys
         from pathlib import Path
-        from parts import corpus, text
-        from parts.files import RunDir
+        from parts.text import corpus, vocabulary as text
+        from parts.run.directory import RunDir
 
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
         for name in {REFUSALS}:
@@ -114,8 +114,8 @@ def test_a_wait_is_announced_before_it_begins_and_every_half_minute(tmp_path, te
         if len(sleeps) == 310:
             holder.close()
 
-    monkeypatch.setattr("parts.files.log.warning", lambda form, *values: said.append(form % values))
-    monkeypatch.setattr("parts.files.time.sleep", sleep)
+    monkeypatch.setattr("parts.run.directory.log.warning", lambda form, *values: said.append(form % values))
+    monkeypatch.setattr("parts.run.directory.time.sleep", sleep)
     expected = load().tokens.tolist()
     (path,) = (tmp_path / "cache").glob("*.lock")
     holder = open_locked(path)

@@ -13,8 +13,8 @@ import pytest
 from conftest import KILLS, ROOT, TINY_FLAGS, run_script
 
 import train
-from parts.checkpoint import load_checkpoint
-from parts.files import RunDir
+from parts.run.checkpoint import load_checkpoint
+from parts.run.directory import RunDir
 
 pytestmark = KILLS
 

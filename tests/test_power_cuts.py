@@ -13,9 +13,9 @@ from conftest import ROOT, TINY_FLAGS, assert_same_run, log_text
 import export_hf
 import train
 import update_readme
-from parts import files
-from parts.checkpoint import load_checkpoint
-from parts.files import RunDir, make_folder, remove_leftovers, settle, temporary
+from parts.run import directory
+from parts.run.checkpoint import load_checkpoint
+from parts.run.directory import RunDir, make_folder, remove_leftovers, settle, temporary
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the trace needs /proc")
 State = dict[str, bytes]  # files of a folder, by their paths in it
@@ -186,7 +186,7 @@ def test_new_names_are_on_the_disk_and_an_earlier_run_in_one_place_at_least(trac
         growing = {"logs/train.log", "logs/train_metrics.csv", "samples/samples.txt"}
         assert {f"new/run/{name}" for name in growing} <= traced.worst().keys()
         run.write_json(run.config_json, {"launches": []})
-        with files.replacing(run.last) as file:
+        with directory.replacing(run.last) as file:
             file.write(b"weights")
         run.append(run.samples_txt, "samples")
         run.sync()
@@ -333,11 +333,11 @@ def test_what_cannot_be_asked_is_told_once(tmp_path, monkeypatch, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", failing)
-    monkeypatch.setattr(files, "unsettled", [])
-    monkeypatch.setattr(files.log, "warning", told.append)
+    monkeypatch.setattr(directory, "unsettled", [])
+    monkeypatch.setattr(directory.log, "warning", told.append)
     make_folder(tmp_path / "a" / "b", parents=True)
     for name in ("one", "two"):
-        with files.replacing(tmp_path / "a" / "b" / name) as file:
+        with directory.replacing(tmp_path / "a" / "b" / name) as file:
             file.write(b"whole")
     assert len(told) == 1 and os.strerror(number) in told[0] and str(tmp_path) in told[0]
 
@@ -356,8 +356,8 @@ def test_under_macos_the_drive_is_asked_too(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", ask)
     monkeypatch.setattr(os, "fsync", lambda _number: asked.append("fsync"))
-    monkeypatch.setattr(files, "unsettled", [])
+    monkeypatch.setattr(directory, "unsettled", [])
     settle(tmp_path)
-    assert asked == ["fsync", 51] and files.unsettled == []
+    assert asked == ["fsync", 51] and directory.unsettled == []
     settle(tmp_path)
-    assert asked == ["fsync", 51] * 2 and files.unsettled == [tmp_path]
+    assert asked == ["fsync", 51] * 2 and directory.unsettled == [tmp_path]

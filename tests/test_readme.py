@@ -16,10 +16,10 @@ import sample
 import update_readme
 from benchmarks import accept_gpu, golden
 from parts.commandline import parse_config, read_flags
-from parts.config import DEMO_CORPUS, Config, out_of_range
-from parts.readme import find_sections
-from parts.runs import read_metrics
-from parts.text import load_tokenizer, read_text
+from parts.flags import DEMO_CORPUS, Config, out_of_range
+from parts.report.reader import read_metrics
+from parts.report.sections import find_sections
+from parts.text.vocabulary import load_tokenizer, read_text
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / "benchmarks" / "README.md", ROOT / "data" / "README.md"]

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 import train
 from parts.commandline import parse_config
-from parts.config import DEMO_CORPUS, PRESETS, Config, Flags, From, Origin
-from parts.corpus import Corpus, compressed, text_of
-from parts.machine import choose_runtime
+from parts.compute.device import choose_runtime
+from parts.flags import DEMO_CORPUS, PRESETS, Config, Flags, From, Origin
 from parts.recipe import TINY_SHAKESPEARE, Text, decide
-from parts.report import forebodings
-from parts.text import OwnVocabulary, choose_tokenizer, train_vocabulary
+from parts.report.words import forebodings
+from parts.text.corpus import Corpus, compressed, text_of
+from parts.text.vocabulary import OwnVocabulary, choose_tokenizer, train_vocabulary
 
 TEXTS = [Text(30_000, 8_697), Text(110_000, 33_802), TINY_SHAKESPEARE, Text(3_000_000, 1_363_724)]
 CHANGES = [{}, {"optimizer": "adamw"}, {"seq_len": 64}, {"batch_size": 2}, {"input_file": (Path("a.txt"),)}]

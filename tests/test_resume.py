@@ -16,12 +16,12 @@ from conftest import GPT2, assert_same_run, log_text, rows, unequal, weights
 
 import train
 import update_readme
-from parts.checkpoint import load_checkpoint
-from parts.config import Config
-from parts.corpus import load_corpus
-from parts.machine import Interruption
-from parts.samples import AT_CTRL_C, BEGINNING, BLOCK, block_of, drawn_at_ctrl_c
-from parts.text import load_tokenizer
+from parts.compute.signals import Interruption
+from parts.flags import Config
+from parts.run.checkpoint import load_checkpoint
+from parts.run.layout import AT_CTRL_C, BEGINNING, BLOCK, block_of, drawn_at_ctrl_c
+from parts.text.corpus import load_corpus
+from parts.text.vocabulary import load_tokenizer
 
 OPTIMIZERS = typing.get_args(typing.get_type_hints(Config)["optimizer"])
 
@@ -222,7 +222,7 @@ def test_another_cut_into_micro_batches_gives_the_same_run_to_rounding(launch):
 def test_automatic_choices_are_kept(launch, monkeypatch):
     assert launch("run", "--steps=4", "--amp=auto") == 0
     first = torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["amp"]
-    monkeypatch.setattr("parts.machine.choose_amp", lambda _device: ("fp16", "another machine"))
+    monkeypatch.setattr("parts.compute.device.choose_amp", lambda _device: ("fp16", "another machine"))
     assert launch("run", "--amp=auto") == 0
     assert torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["amp"] == first != "fp16"
     assert f"amp {first} (as in the run so far)" in log_text(Path("run"))

@@ -9,12 +9,20 @@ import pytest
 import torch
 
 import train
-from parts.config import Config, From
-from parts.corpus import Corpus
-from parts.machine import choose_compile, choose_runtime, cpu_only_hint, device_problem, for_sampling, largest_divisor
+from parts.compute.device import (
+    choose_compile,
+    choose_runtime,
+    cpu_only_hint,
+    device_problem,
+    for_sampling,
+    largest_divisor,
+)
+from parts.flags import Config, From
 from parts.recipe import decide
-from parts.report import forebodings, launch_command, sample_line
+from parts.report.provenance import launch_command
+from parts.report.words import forebodings, sample_line
 from parts.setup import Setup
+from parts.text.corpus import Corpus
 
 cpu_only = pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
 

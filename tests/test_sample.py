@@ -14,10 +14,10 @@ from conftest import GPT2, ROOT, TINY_FLAGS
 
 import sample
 import train
-from parts.checkpoint import KINDS, checkpoint_in, load_checkpoint
-from parts.config import Config
-from parts.corpus import load_corpus
-from parts.text import load_tokenizer, train_vocabulary
+from parts.flags import Config
+from parts.run.checkpoint import KINDS, checkpoint_in, load_checkpoint
+from parts.text.corpus import load_corpus
+from parts.text.vocabulary import load_tokenizer, train_vocabulary
 
 GREEDY = ["--temperature=0", "--amp=off", "--device=cpu", "--max_new_tokens=20"]
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 import train
-from parts.corpus import Corpus
+from parts.text.corpus import Corpus
 
 
 def test_every_start_is_equally_likely():

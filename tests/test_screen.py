@@ -10,7 +10,7 @@ import export_hf
 import sample
 import train
 import update_readme
-from parts.screen import log
+from parts.run.screen import log
 
 
 def test_what_is_said_before_the_run_has_a_directory_is_said_like_all_else(tmp_path, monkeypatch, capsys):

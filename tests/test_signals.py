@@ -14,8 +14,8 @@ import torch
 from conftest import KILLS, ROOT, TINY_FLAGS, log_text
 
 import train
-from parts.checkpoint import load_checkpoint
-from parts.machine import Interruption, terminating
+from parts.compute.signals import Interruption, terminating
+from parts.run.checkpoint import load_checkpoint
 
 pytestmark = [*KILLS, pytest.mark.skipif(os.name == "nt", reason="Windows delivers no POSIX signals")]
 ANNOUNCEMENT = "Finishing this step, then saving. Ctrl-C once more breaks off without saving."

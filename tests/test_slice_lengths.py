@@ -10,12 +10,13 @@ import torch
 from conftest import log_text, rows
 
 import train
-from parts.checkpoint import load_checkpoint
 from parts.commandline import parse_config
-from parts.config import Config
-from parts.corpus import Corpus
-from parts.machine import Ranks, largest_divisor
+from parts.compute.device import largest_divisor
+from parts.compute.ranks import Ranks
+from parts.flags import Config
 from parts.recipe import decide
+from parts.run.checkpoint import load_checkpoint
+from parts.text.corpus import Corpus
 
 SHORT = ["--seq_len=16", "--block_size=16", "--batch_size=4"]
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 import export_hf
 import sample
 import train
-from parts.checkpoint import load_checkpoint
-from parts.text import encode_prompt, saved_tokenizer
+from parts.run.checkpoint import load_checkpoint
+from parts.text.vocabulary import encode_prompt, saved_tokenizer
 
 if importlib.util.find_spec("gradio") is None:  # the page imports it, in a process of its own
     pytest.skip("needs gradio (space/requirements.txt)", allow_module_level=True)

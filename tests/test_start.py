@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY_FLAGS
 
-from parts.machine import choose_threads
+from parts.compute.device import choose_threads
 from parts.start import SPINS, SPINS_BESIDE_OTHERS, choose_spins, usable_cores
 
 

@@ -11,8 +11,9 @@ import torch
 from conftest import assert_same_run, log_text, rows
 
 import train
-from parts.checkpoint import Progress, load_checkpoint
-from parts.corpus import Corpus
+from parts.progress import Progress
+from parts.run.checkpoint import load_checkpoint
+from parts.text.corpus import Corpus
 
 AIM = ["--target_loss=99", "--lr=0.01", "--steps=12", "--log_every=1"]  # each window is below it
 

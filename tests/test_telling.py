@@ -9,8 +9,8 @@ from conftest import assert_same_run, log_text
 
 import train
 import update_readme
-from parts.checkpoint import load_checkpoint
-from parts.machine import look_for_signals
+from parts.compute.signals import look_for_signals
+from parts.run.checkpoint import load_checkpoint
 
 
 def step_on_disk() -> int:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_FLAGS, log_text
 
-from parts.checkpoint import load_checkpoint
-from parts.config import Config
-from parts.files import METRICS
-from parts.tensorboard import GROUPS
+from parts.flags import Config
+from parts.report.tensorboard import GROUPS
+from parts.run.checkpoint import load_checkpoint
+from parts.run.layout import METRICS
 
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 FLAGS = ["--lr=0.01", "--decay_steps=10", "--warmup_steps=2", "--amp=off"]

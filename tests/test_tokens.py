@@ -22,12 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from parts import corpus
-from parts.checkpoint import Progress, load_checkpoint
-from parts.corpus import Corpus, load_corpus, loss_floor
+from parts.progress import Progress
 from parts.recipe import decide
-from parts.report import launch_record, plan
-from parts.text import (
+from parts.report.provenance import launch_record
+from parts.report.words import plan
+from parts.run.checkpoint import load_checkpoint
+from parts.text import corpus
+from parts.text.corpus import Corpus, load_corpus, loss_floor
+from parts.text.vocabulary import (
     DOCUMENT_END,
     OwnVocabulary,
     encode,
@@ -59,7 +61,7 @@ def test_pieces_have_the_ids_of_the_whole(words, size, tokenizer, tmp_path_facto
     text = "".join(words)
     path = tmp_path_factory.getbasetemp() / "nasty.txt"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("parts.text.CHUNK", size)
+        patch.setattr("parts.text.vocabulary.CHUNK", size)
         found = in_pieces(text, path, size, tokenizer)
     expected = tokenizer.encode_ordinary(text.removeprefix("\ufeff"))
     assert found.tolist() == expected
@@ -87,7 +89,7 @@ def test_every_place_that_may_be_cut_may_be_cut(tokenizer):
 
 @pytest.mark.parametrize("text", ["漢字仮名交り文、" * 3000, "abc123" * 4000, "a-b" * 8000, "x" * 20_000 + " end"])
 def test_text_with_hardly_any_white_space(text, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("parts.text.CHUNK", 1000)
+    monkeypatch.setattr("parts.text.vocabulary.CHUNK", 1000)
     assert in_pieces(text, tmp_path / "dense.txt", 1000, tokenizer).tolist() == tokenizer.encode_ordinary(text)
 
 
@@ -208,7 +210,7 @@ def test_a_build_that_was_killed_starts_again(tmp_path, tokenizer):
     text = " ".join(str(n) for n in range(600_000))
     Path(tmp_path / "long.txt").write_text(text, encoding="utf-8")
     program = (
-        "from parts import corpus, text; from pathlib import Path;"
+        "from parts.text import corpus, vocabulary as text; from pathlib import Path;"
         "corpus.load([Path('long.txt')], text.load_tokenizer(), 'gpt2', Path('cache'), 1)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -230,7 +232,7 @@ def test_training_on_a_folder_equals_training_on_the_joined_ids(texts, tokenizer
     Path("b/two.txt").write_text(long, encoding="utf-8")
     flags = [*TINY_FLAGS, "--steps=4", "--input_file=b/two.txt"]
     assert train.main([*flags, "--out_dir=memory"]) == 0
-    monkeypatch.setattr("parts.corpus.SMALL_TEXT", 100)
+    monkeypatch.setattr("parts.text.corpus.SMALL_TEXT", 100)
     assert train.main([*flags, "--out_dir=disk"]) == 0
     losses = [
         re.findall(r"\| loss ([\d.]+)", Path(run, "logs/train.log").read_text(encoding="utf-8"))
@@ -343,7 +345,7 @@ def test_a_run_with_an_own_vocabulary_keeps_it(texts):
 def test_the_floor_of_a_large_corpus_is_estimated(monkeypatch):
     corpus = np.random.default_rng(0).integers(0, 50, 20_000).astype(np.uint16)
     exact = loss_floor(corpus, 16)
-    monkeypatch.setattr("parts.corpus.EXACT_FLOOR", 10_000)
+    monkeypatch.setattr("parts.text.corpus.EXACT_FLOOR", 10_000)
     assert loss_floor(corpus, 16) == pytest.approx(exact, rel=0.01)
     config = replace(decide({}), device="cpu")
     corpus = Corpus(corpus, "made up", len(corpus), 3.0)
@@ -545,8 +547,8 @@ def test_a_large_text_needs_no_number_of_threads(texts, tokenizer, monkeypatch):
     """`threads` is None until a run has chosen it, and a corpus can be loaded without a run."""
     text = "".join(f"Line {i}: {i * i} is the square of {i}.\n" for i in range(500))
     Path("b/two.txt").write_text(text, encoding="utf-8")
-    monkeypatch.setattr("parts.corpus.SMALL_TEXT", 100)
-    monkeypatch.setattr("parts.text.CHUNK", 50)
+    monkeypatch.setattr("parts.text.corpus.SMALL_TEXT", 100)
+    monkeypatch.setattr("parts.text.vocabulary.CHUNK", 50)
     config = decide(dict(input_file=(Path("b/two.txt"),), threads=None, seq_len=16))
     assert config.threads is None
     found = load_corpus(config, tokenizer).tokens
@@ -567,7 +569,7 @@ def test_a_cache_that_cannot_be_written_can_be_read(texts, tokenizer, monkeypatc
     def refuse(_path, wait=False):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("parts.corpus.open_locked", refuse)
+    monkeypatch.setattr("parts.text.corpus.open_locked", refuse)
     assert load("b", tokenizer=tokenizer, folder="cache").tokens.tolist() == expected
     with pytest.raises(OSError, match="--cache_dir cache: Read-only"):
         load("b/two.txt", tokenizer=tokenizer, folder="cache")

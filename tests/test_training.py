@@ -11,11 +11,11 @@ import torch
 from conftest import log_text
 
 import train
-from parts.checkpoint import Progress
-from parts.config import VOCAB_SIZE
-from parts.corpus import Corpus
-from parts.files import RunDir
+from parts.flags import VOCAB_SIZE
+from parts.progress import Progress
 from parts.recipe import decide
+from parts.run.directory import RunDir
+from parts.text.corpus import Corpus
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from matplotlib import font_manager
 import train
 import update_readme
 from parts.commandline import decode_escapes, parse_config
-from parts.comparison import compare
-from parts.readme import INVISIBLE, filled, preformatted
-from parts.runs import read_metrics, read_run
+from parts.report.comparison import compare
+from parts.report.reader import read_metrics, read_run
+from parts.report.sections import INVISIBLE, filled, preformatted
 
 ALL = "".join(f"## {n}\n\n<!--AUTO:{n}:START-->\n<!--AUTO:{n}:END-->\n\n" for n in update_readme.SECTIONS)
 HEADER = "step,loss,lr,tokens_per_sec,elapsed_sec\n"

@@ -15,13 +15,14 @@ from conftest import GPT2, TINY_FLAGS, log_text
 
 import train
 import update_readme
-from parts.checkpoint import Progress, load_checkpoint
-from parts.config import VOCAB_SIZE, Config
-from parts.corpus import Corpus, load_corpus
+from parts.flags import VOCAB_SIZE, Config
+from parts.progress import Progress
 from parts.recipe import decide
-from parts.report import plan
-from parts.runs import overfitting, read_run, validation
-from parts.text import load_tokenizer
+from parts.report.reader import overfitting, read_run, validation
+from parts.report.words import plan
+from parts.run.checkpoint import load_checkpoint
+from parts.text.corpus import Corpus, load_corpus
+from parts.text.vocabulary import load_tokenizer
 
 FLAGS = [*TINY_FLAGS, "--val_fraction=0.2", "--eval_every=3", "--input_file=input.txt", "--amp=off"]
 

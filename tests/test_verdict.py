@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import log_text
 
-from parts.checkpoint import Progress
 from parts.commandline import read_typed
-from parts.config import From, Origin, decided
-from parts.verdict import how_to_continue, verdict, without_never
+from parts.flags import From, Origin, decided
+from parts.progress import Progress
+from parts.report.verdict import how_to_continue, verdict, without_never
 
 
 @pytest.fixture

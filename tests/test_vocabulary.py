@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from parts.runs import read_run
-from parts.text import DOCUMENT_END, LONG_WORD, OwnVocabulary, TextYieldsFewer, train_vocabulary
+from parts.report.reader import read_run
+from parts.text.vocabulary import DOCUMENT_END, LONG_WORD, OwnVocabulary, TextYieldsFewer, train_vocabulary
 
 LINES = "".join(f"Line {i}: {i * i} is the square of {i}.\n" for i in range(500))
 

@@ -13,10 +13,11 @@ from conftest import log_text
 from tqdm import tqdm
 
 import train
-from parts import report, waiting
-from parts.checkpoint import Progress
-from parts.steplog import BAR
-from parts.text import train_vocabulary
+from parts.progress import Progress
+from parts.report import words
+from parts.report.steplog import BAR
+from parts.run import terminal as waiting
+from parts.text.vocabulary import train_vocabulary
 
 
 class Terminal(io.StringIO):
@@ -148,8 +149,8 @@ def test_the_bar_shows_the_estimate_of_the_log_and_no_other(launch, monkeypatch)
     assert re.search(r"2/4 steps \[\d\d:\d\d, loss \d\.\d{4}, [\d,]+ tok/s, ETA 0:00:00\]", shown)
     assert "s/step" not in shown and "step/s" not in shown
     assert "{remaining}" not in BAR and "{rate" not in BAR
-    assert report.bar_text(1.5, 2000.4, None) == "loss 1.5000, 2,000 tok/s"
-    assert report.bar_text(1.5, 2000.4, 3723.2) == "loss 1.5000, 2,000 tok/s, ETA 1:02:03"
+    assert words.bar_text(1.5, 2000.4, None) == "loss 1.5000, 2,000 tok/s"
+    assert words.bar_text(1.5, 2000.4, 3723.2) == "loss 1.5000, 2,000 tok/s, ETA 1:02:03"
 
 
 def test_learning_a_vocabulary_ticks_also_after_the_reading(tmp_path, monkeypatch):
@@ -174,10 +175,10 @@ def test_how_long_is_said_where_it_is_long(config):
     quick = Progress(tokens=10**6, elapsed_sec=100.0)
     slow = Progress(tokens=10**6, elapsed_sec=10_000.0)
     config = replace(config, seq_len=128)
-    assert report.measuring_line(1024, config, quick) == "Measuring the corpus loss on at most 1,024 random slices ..."
-    assert ", about 0:07:17 ..." in report.measuring_line(1024, config, slow)
-    assert report.rehearsing_line(config) == "Measuring two steps ..."
+    assert words.measuring_line(1024, config, quick) == "Measuring the corpus loss on at most 1,024 random slices ..."
+    assert ", about 0:07:17 ..." in words.measuring_line(1024, config, slow)
+    assert words.rehearsing_line(config) == "Measuring two steps ..."
     large = replace(config, n_embd=768, n_layer=12, n_head=12, block_size=1024)
-    assert report.rehearsing_line(large) == (
+    assert words.rehearsing_line(large) == (
         "Measuring two steps; with 124M parameters a CPU may take minutes for them ..."
     )

@@ -14,9 +14,9 @@ import torch
 
 import train
 from parts.commandline import parse_config
-from parts.corpus import load_corpus
-from parts.machine import choose_runtime, configure_torch
-from parts.text import load_tokenizer
+from parts.compute.device import choose_runtime, configure_torch
+from parts.text.corpus import load_corpus
+from parts.text.vocabulary import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [

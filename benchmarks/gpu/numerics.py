@@ -37,8 +37,8 @@ from benchmarks.gpu.common import (
 )
 from benchmarks.torture import differences
 from parts.commandline import parse_config
-from parts.kernels import HeadLoss
-from parts.machine import choose_runtime
+from parts.compute.device import choose_runtime
+from parts.compute.kernels import HeadLoss
 from parts.recipe import decide
 
 

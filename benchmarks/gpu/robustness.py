@@ -36,10 +36,10 @@ from benchmarks.gpu.common import (
     wait_for,
     worst,
 )
-from parts.background import Snapshot
-from parts.checkpoint import load_checkpoint
-from parts.files import RunDir
-from parts.machine import Ranks
+from parts.compute.ranks import Ranks
+from parts.run.background import Snapshot
+from parts.run.checkpoint import load_checkpoint
+from parts.run.directory import RunDir
 
 
 @contextmanager
@@ -197,7 +197,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from parts import machine
+from parts.compute import device as machine
 if torch.cuda.device_count() < 2:
     machine.device_problem = lambda *_: None
     machine.dist.is_nccl_available = lambda: False

@@ -12,8 +12,8 @@ import torch
 from benchmarks.gpu.common import ROOT, LeftOut, Options, check, needs_card, run, trainer_of
 from benchmarks.throughput import Options as Shape
 from benchmarks.throughput import nanogpt, ours
-from parts.files import read_json
 from parts.recipe import decide
+from parts.run.directory import read_json
 
 
 @check("speed", "the default recipe, from launch to target", seconds=300)

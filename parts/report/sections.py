@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from parts.files import replacing
+from parts.run.directory import replacing
 
 NAMES = ("PLOT", "SUMMARY", "LOGS", "METRICS", "SAMPLES", "REPRO", "COMPARE")  # of the sections that there are
 MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from parts.readme import cell, escaped, markdown_table, visible
-from parts.runs import Run, duration, latest, lowest_validation, number, outcome, state, validation
+from parts.report.reader import Run, duration, latest, lowest_validation, number, outcome, state, validation
+from parts.report.sections import cell, escaped, markdown_table, visible
 
 # Flags that say where things lie, or what is told of a run. Texts are compared by what is in them.
 REPORTING = {"input_file", "val_file", "out_dir", "resume", "cache_dir", "log_every", "save_every", "sample_every"}

@@ -1,19 +1,19 @@
 """Numbers to words: plan, warnings, step lines, results. Functions of plain values; nothing here writes a file."""
 
 import math
-import os
 import shlex
 import statistics
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from parts.checkpoint import COMPLETE, STATE_BYTES, WEIGHT_BYTES, Progress
-from parts.config import Config, From, names
-from parts.corpus import Corpus, smallest_seq_len
-from parts.environment import environment, git_commit
-from parts.files import gigabytes
-from parts.machine import cpu_only_hint
+from parts.compute.device import cpu_only_hint
+from parts.flags import Config, From, names
+from parts.progress import COMPLETE, Progress
 from parts.recipe import LAW_TARGET, Text, usual_steps
+from parts.report.provenance import changed
+from parts.run.checkpoint import STATE_BYTES, WEIGHT_BYTES
+from parts.run.directory import gigabytes
+from parts.text.corpus import Corpus, smallest_seq_len
 
 STUCK_AFTER = 200  # steps after warm-up by which a healthy run is far below ln V
 
@@ -383,59 +383,6 @@ def results(config: Config, progress: Progress, corpus: Corpus, floor: float, st
         "loss_floor_is_an_estimate": corpus.floor_is_an_estimate,
         "ln_vocab": math.log(c.vocab_size),
         "parameters": c.n_params,
-    }
-
-
-def launch_words(argv: list[str], config: Config) -> list[str]:
-    """The words of a command that starts train.py with these flags, torchrun included."""
-    start = ["python", "train.py"]
-    if config.processes > 1:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", config.processes))
-        machines = ["--standalone"] if here == config.processes else [f"--nnodes={config.processes // here}"]
-        start = ["torchrun", *machines, f"--nproc_per_node={here}", "train.py"]
-    return [*start, *argv]
-
-
-def launch_command(argv: list[str], config: Config) -> str:
-    """What was typed, torchrun included."""
-    return shlex.join(launch_words(argv, config))
-
-
-def launch_record(argv: list[str], config: Config, corpus: Corpus, checkpoint: dict | None, before: dict) -> dict:
-    """What config.json says of a launch; the launches that it spoke of `before` are kept. Of one that goes on from a
-    checkpoint it says what has changed since, each flag with its value until then, and the validation text."""
-    command = launch_command(argv, config)
-    first_step = 1 if checkpoint is None else checkpoint["step"] + 1
-    launches = before.get("launches") if first_step > 1 else None
-    launch: dict = {"date": datetime.now().isoformat(timespec="seconds"), "first_step": first_step, "command": command}
-    if checkpoint is not None:
-        launch["changed"] = changed(checkpoint["config"], config)
-        if checkpoint["val_sha256"] != corpus.val_sha256:
-            launch["changed"]["val_sha256"] = checkpoint["val_sha256"]
-    return {
-        "command": command,
-        "seed": config.seed,
-        "git_commit": git_commit(),
-        **environment(config),
-        "corpus": {
-            "file": names(config.input_file),
-            "files": corpus.n_files,
-            "sha256": corpus.sha256,
-            "tokens": len(corpus.tokens),
-            **({"val_sha256": corpus.val_sha256} if corpus.val_sha256 else {}),
-        },
-        "parameters": config.n_params,
-        "launches": [*(launches if isinstance(launches, list) else []), launch],
-    }
-
-
-def changed(saved: dict, config: Config) -> dict:
-    """The flags that differ from those of a checkpoint's config, with their values there."""
-    unimportant = ("resume", "out_dir", "preset", "processes", "dry_run", "tensorboard")
-    return {
-        name: saved.get(name, "unknown")
-        for name, value in config.as_dict().items()
-        if saved.get(name, "unknown") != value and name not in unimportant
     }
 
 

@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from parts.config import DEMO_CORPUS, Config, names
-from parts.files import free_bytes, open_locked, read_json, replacing
-from parts.text import Tokenizer, encode, equal, find_files, identity, in_words, pieces, read_text
-from parts.waiting import waiting
+from parts.flags import DEMO_CORPUS, Config, names
+from parts.run.directory import free_bytes, open_locked, read_json, replacing
+from parts.run.terminal import waiting
+from parts.text.vocabulary import Tokenizer, encode, equal, find_files, identity, in_words, pieces, read_text
 
 log = logging.getLogger("train")
 

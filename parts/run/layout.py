@@ -23,3 +23,19 @@ def drawn_at_ctrl_c(data: bytes) -> bytes:
     """The block that the data begin with, if it was drawn at Ctrl-C and is whole; else nothing."""
     found = FIRST_AT_CTRL_C.match(data)
     return found[0] if found else b""
+
+
+METRICS = {  # column of the CSV: number format
+    "step": "d",
+    "loss": ".8f",
+    "lr": ".8e",
+    "tokens_per_sec": ".2f",
+    "elapsed_sec": ".2f",
+    "tokens": "d",
+    "window_loss": ".8f",
+    "grad_norm": ".6f",
+    "val_loss": ".8f",  # empty but at measurements
+    "val_perplexity": ".4f",
+    "bits_per_byte": ".6f",  # of window_loss
+    "val_bits_per_byte": ".6f",
+}

@@ -1,9 +1,10 @@
 """What came of a run, and the command that goes on with it. Functions of plain values."""
 
-from parts.checkpoint import Progress
 from parts.commandline import flag_words, to_type
-from parts.config import Config, From, Origin
-from parts.report import launch_words, overfits
+from parts.flags import Config, From, Origin
+from parts.progress import Progress
+from parts.report.provenance import launch_words
+from parts.report.words import overfits
 
 
 def how_to_continue(argv: list[str], config: Config, saved: bool, since: str = "") -> str:

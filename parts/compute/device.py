@@ -2,25 +2,19 @@
 
 import ctypes
 import importlib.util
-import logging
-import math
 import os
 import platform
 import re
 import shutil
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from textwrap import shorten
 
 import torch
-import torch.distributed as dist
 
-from parts.config import DEVICE, Amp, Config, From, Origin, decided
+from parts.flags import DEVICE, Amp, Config, From, Origin, decided
 from parts.start import WAITING, usable_cores
 
 
@@ -264,169 +258,7 @@ def first_words(error: BaseException) -> str:
     return shorten(" ".join([*lines[:2], *complaints[:1]]), width=300, placeholder=" ...")
 
 
-TO_MEET = timedelta(minutes=3)  # gloo's connections sometimes fail without a word
-TO_WAIT = timedelta(minutes=30)  # for the first, which evaluates, samples and saves alone
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The processes of one run, as torchrun started them. Rank 0 leads: it alone writes, samples and evaluates."""
-
-    rank: int = 0
-    count: int = 1
-
-    @classmethod
-    def join(cls) -> "Ranks":
-        """Meet the other processes; alone without torchrun. Tensors travel by gloo from CPUs, by NCCL from GPUs.
-
-        Raises ConnectionError.
-        """
-        named = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
-        if not named or os.environ["WORLD_SIZE"] == "1":
-            return cls()
-        backends = "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            if dist.is_nccl_available():
-                backends = "cpu:gloo,cuda:nccl"
-        try:
-            store, rank, count = next(dist.rendezvous("env://", timeout=TO_MEET))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # several machines may count their restarts differently
-                store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-            dist.init_process_group(backends, store=store, rank=rank, world_size=count, timeout=TO_MEET)
-            dist.distributed_c10d._set_pg_timeout(TO_WAIT)
-        except (RuntimeError, ValueError) as error:
-            raise ConnectionError(f"the processes of this run do not reach each other ({in_short(error)})") from error
-        return cls(dist.get_rank(), dist.get_world_size())
-
-    def average(self, tensors: list[torch.Tensor]) -> None:
-        """Replace each by its mean over the ranks, the same bits on all. Raises ConnectionError."""
-        if self.count == 1:
-            return
-        if tensors[0].is_cuda:
-            torch.cuda.synchronize()
-            self.largest(0)  # NCCL would wait for a process that is gone; gloo says so
-        with self.connected():
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
-        for tensor in tensors:
-            tensor /= self.count
-
-    def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers. Raises ConnectionError."""
-        if self.count == 1:
-            return number
-        value = torch.tensor(number)
-        with self.connected():
-            dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return int(value)
-
-    def gather(self, text: str) -> list[str]:
-        """The texts of all ranks. Raises ConnectionError."""
-        texts = [text] * self.count
-        if self.count > 1:
-            with self.connected():
-                dist.all_gather_object(texts, text)
-        return texts
-
-    @contextmanager
-    def connected(self) -> Iterator[None]:
-        """Say what it means when a process does not answer."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise ConnectionError(f"another process of this run is gone ({in_short(error)})") from error
-
-    def end(self, code: int) -> None:
-        """End this process here and now, if there are others: on its way out PyTorch may wait for them, and they for
-        it, or abort."""
-        if self.count > 1:
-            logging.shutdown()
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, AttributeError, ValueError):
-                    stream.flush()
-            os._exit(code)
-
-
 def in_short(error: Exception) -> str:
     """The first sentence of what PyTorch says, without the place in its sources."""
     words = re.sub(r"^\[[^]]*\] (err == 0\. )?", "", str(error) or type(error).__name__)
     return re.split(r"\n|\. ", words)[0]
-
-
-class BrokenOff(KeyboardInterrupt):
-    """A signal that is not waited for; named in its argument."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal came that waits for the step to be done, and not for what only tells of it; named in its argument."""
-
-
-def look_for_signals() -> None:
-    """Raises Interrupted: between two tokens of a sample, and two parts of a measurement."""
-    if Interruption.current is not None and Interruption.current.signal:
-        raise Interrupted(signal.Signals(Interruption.current.signal).name)
-
-
-@contextmanager
-def terminating() -> Iterator[None]:
-    """Have SIGTERM end the block by an exception, so that nothing half written is left behind."""
-
-    def end(number: int, _frame) -> None:
-        raise BrokenOff(signal.Signals(number).name)
-
-    ends = numbers("SIGTERM", *OF_BATCH_SYSTEMS)
-    before = {number: signal.signal(number, end) for number in ends}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)  # not after an error, which still has to be told
-
-
-OF_BATCH_SYSTEMS = ("SIGUSR1", "SIGUSR2", "SIGXCPU")  # warnings, perhaps repeated, of a SIGKILL
-
-
-def numbers(*names: str) -> list[int]:
-    """Of these signals, those that the system has."""
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
-
-
-class Interruption:
-    """Remembers a signal until the step is done: Ctrl-C, Ctrl-Break, SIGTERM, a closed terminal, a
-    batch system's warning. A second one breaks off, unless it is a warning."""
-
-    current: "Interruption | None" = None  # at which `look_for_signals` looks
-
-    def __init__(self, silent: bool = False) -> None:
-        self.silent = silent
-        self.signal = 0
-        self.time = math.inf
-        self._handlers: dict[int, Callable | int | None] = {}
-
-    def __enter__(self) -> "Interruption":
-        Interruption.current = self
-        for number in numbers("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", *OF_BATCH_SYSTEMS):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-                self._handlers[number] = signal.signal(number, self._remember)
-        return self
-
-    def _remember(self, number: int, _frame) -> None:
-        again = time.monotonic() - self.time > 1  # or `timeout` or a terminal sent one signal twice
-        if again and number not in numbers(*OF_BATCH_SYSTEMS):
-            raise BrokenOff(signal.Signals(number).name)
-        if self.signal == 0:
-            self.signal, self.time = number, time.monotonic()
-            message = b"\nFinishing this step, then saving. Ctrl-C once more breaks off without saving.\n"
-            with suppress(OSError, AttributeError):  # the terminal may be gone, and `print` may not be entered twice
-                os.write(sys.stderr.fileno(), b"" if self.silent else message)
-
-    def __exit__(self, kind: type | None, *_exception) -> None:
-        Interruption.current = None
-        if kind is ConnectionError:
-            return  # torchrun's SIGTERM comes next, and must not keep this process from saying what happened
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-
-def exit_code(signal_name: str) -> int:
-    """Of a run that a signal interrupted."""
-    return 143 if signal_name in ("SIGTERM", "SIGHUP", *OF_BATCH_SYSTEMS) else 130

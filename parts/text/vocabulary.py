@@ -32,10 +32,10 @@ from tokenizers import Tokenizer as HuggingFace
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from parts.config import DEMO_CORPUS, VOCAB_SIZE, Config
-from parts.files import RunDir
-from parts.foreign import not_a_text, not_utf8
-from parts.waiting import ticking
+from parts.flags import DEMO_CORPUS, VOCAB_SIZE, Config
+from parts.run.directory import RunDir
+from parts.run.terminal import ticking
+from parts.text.not_utf8 import not_a_text, not_utf8
 
 log = logging.getLogger("train")
 

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from parts import report
-from parts.checkpoint import Progress
-from parts.config import Config
-from parts.corpus import Corpus
-from parts.files import RunDir
-from parts.waiting import ticking
+from parts.flags import Config
+from parts.progress import Progress
+from parts.report import words
+from parts.run.directory import RunDir
+from parts.run.terminal import ticking
+from parts.text.corpus import Corpus
 
 log = logging.getLogger("train")
 # Without tqdm's own estimate, which counts the first step and the pauses before this start.
@@ -38,19 +38,19 @@ class StepLog:
         tokens_per_sec = (p.tokens - self.line_tokens) / (now - self.line_time)
         if p.step == self.first_step:
             self.first_done = now
-        self.bar.set_postfix_str(report.bar_text(loss, tokens_per_sec, self.seconds_left()), refresh=False)
+        self.bar.set_postfix_str(words.bar_text(loss, tokens_per_sec, self.seconds_left()), refresh=False)
         self.bar.update()
         if p.skipped_in_a_row:
             log.warning(f"step {p.step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
         if p.step == 1 or p.step % config.log_every == 0 or p.stop_reason(config) or val_loss is not None:
             self.line_time, self.line_tokens = now, p.tokens
-            row = report.step_row(
+            row = words.step_row(
                 config, p, self.corpus, loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_sec=tokens_per_sec,
                 val_loss=val_loss,
             )  # fmt: skip
             self.run.append_metrics(row)
-            log.info(report.step_line(row, config.steps))
-            if not self.hinted and (hint := report.stuck_hint(p, config)):
+            log.info(words.step_line(row, config.steps))
+            if not self.hinted and (hint := words.stuck_hint(p, config)):
                 log.warning(hint)
                 self.hinted = True
         p.untold = False
@@ -70,7 +70,7 @@ class StepLog:
         """Tell the same in the log."""
         seconds = self.seconds_left()
         if seconds is not None and not self.progress.stop_reason(self.config):
-            log.info(report.eta_line(self.config, seconds))
+            log.info(words.eta_line(self.config, seconds))
 
 
 @contextmanager

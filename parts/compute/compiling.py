@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from parts.config import Config
-from parts.machine import is_out_of_memory, release_memory
+from parts.compute.device import is_out_of_memory, release_memory
+from parts.flags import Config
 
 
 def compile_proven(

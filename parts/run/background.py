@@ -7,8 +7,8 @@ from threading import Thread
 
 import torch
 
-from parts.files import RunDir
-from parts.machine import in_short, is_out_of_memory
+from parts.compute.device import in_short, is_out_of_memory
+from parts.run.directory import RunDir
 
 log = logging.getLogger("train")
 

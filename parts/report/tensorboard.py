@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from parts.config import Config
-from parts.files import METRICS, RunDir, append_whole, read_json
-from parts.samples import BLOCK
+from parts.flags import Config
+from parts.run.directory import RunDir, append_whole, read_json
+from parts.run.layout import BLOCK, METRICS
 
 log = logging.getLogger("train")
 EVENTS = "events.out.tfevents.{}.train"  # name of a file; those of other programs end otherwise

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from parts.samples import BEGINNING
+from parts.run.layout import BEGINNING
 
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \| [A-Z]+ \| ", re.MULTILINE)
 FLAG = re.compile(r"(?<!\S)--([a-zA-Z][\w-]*)")  # on a command line

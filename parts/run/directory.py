@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from parts.samples import block_of, drawn_at_ctrl_c
+from parts.run.layout import METRICS, block_of, drawn_at_ctrl_c
 
 if sys.platform == "win32":
     import msvcrt
@@ -27,20 +27,6 @@ else:
 log = logging.getLogger("train")
 
 HELD = PermissionError if sys.platform == "win32" else BlockingIOError  # by another program, of a lock
-METRICS = {  # column of the CSV: number format
-    "step": "d",
-    "loss": ".8f",
-    "lr": ".8e",
-    "tokens_per_sec": ".2f",
-    "elapsed_sec": ".2f",
-    "tokens": "d",
-    "window_loss": ".8f",
-    "grad_norm": ".6f",
-    "val_loss": ".8f",  # empty but at measurements
-    "val_perplexity": ".4f",
-    "bits_per_byte": ".6f",  # of window_loss
-    "val_bits_per_byte": ".6f",
-}
 
 
 # What is answered where nothing can be synced (SMB, FUSE, shared folders), or not by this program.
@@ -96,7 +82,8 @@ def make_folder(folder: Path, parents: bool = False) -> None:
     if parents:
         make_folder(folder.parent, parents)
     folder.mkdir(exist_ok=True)
-    settle(folder.parent)
+    for path in (folder, folder.parent):  # ext2 may have the name of a folder without a block for it
+        settle(path)
 
 
 def move(source: Path, target: Path) -> None:
