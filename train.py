@@ -354,8 +354,7 @@ def continuations(
 ) -> Iterator[list[int]]:
     """The next token of every prompt, max_new_tokens times; the prompts are equally long.
 
-    After the token `end`, a prompt gets nothing else; when all have it, there are no more (-1: never).
-
+    A prompt that got the token `end` gets no other; once all have it, this stops (-1: never).
     `context` is the longest slice the model was trained on: positions beyond it are untrained, so each token
     depends on the `context` tokens before it. Each prompt has a (CPU) generator of its own. Temperature 0 takes
     the likeliest token; top_k 0 samples among all, top_p among the likeliest that make up this probability

@@ -196,8 +196,8 @@ class ReportingFlags:
     temperature: Annotated[float, Between(0, 100)] = 0.9
     """divides the logits before sampling; 0: always the likeliest token"""
     tensorboard: bool = False
-    """write events for TensorBoard (pip install tensorboard) of the whole run, whenever this is turned on; a start
-    without it empties those of earlier starts, in which its own steps would be missing"""
+    """write TensorBoard events (pip install tensorboard), earlier steps included; a start without this flag empties
+    them"""
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class Config(Computed):
 
     @property
     def share(self) -> int:
-        """Of them, those of each process."""
+        """Slices in one step of each process."""
         return self.global_batch // self.processes
 
     @property

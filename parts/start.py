@@ -76,8 +76,9 @@ def choose_spins(loadavg: str, cores: int) -> tuple[str, str]:
     return SPINS_BESIDE_OTHERS, f"waiting asleep: others keep {load:.1f} of {cores} cores busy"
 
 
-if usable_cores()[1]:
-    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()[0]))
+allowed_cores, limit = usable_cores()
+if limit:
+    os.environ.setdefault("OMP_NUM_THREADS", str(allowed_cores))
 WAITING = ""  # why threads that wait hardly spin, if that was chosen here
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     spins, WAITING = choose_spins(text_of(Path("/proc/loadavg")), os.cpu_count() or 1)

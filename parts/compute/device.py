@@ -1,4 +1,4 @@
-"""What the machine is and does: device, precision, compilation, threads, other processes, signals."""
+"""What a run is computed on: device, precision, compilation, threads, memory."""
 
 import ctypes
 import importlib.util

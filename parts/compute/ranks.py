@@ -14,8 +14,6 @@ import torch.distributed as dist
 from parts.compute.device import in_short
 
 TO_MEET = timedelta(minutes=3)  # gloo's connections sometimes fail without a word
-
-
 TO_WAIT = timedelta(minutes=30)  # for the first, which evaluates, samples and saves alone
 
 

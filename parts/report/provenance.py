@@ -1,4 +1,4 @@
-"""What a run was made with, for its records: commit, versions, hardware."""
+"""What a run was made with, for its records: command and launches, commit, versions, hardware."""
 
 import os
 import platform

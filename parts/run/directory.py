@@ -1,4 +1,4 @@
-"""Whole files or none; one writer per run; training never waits for a disk."""
+"""Whole files or none, on the disk when they are spoken of; one writer per run."""
 
 import errno
 import glob

@@ -235,16 +235,17 @@ def load(
     flag: str = "--input_file",
 ) -> Documents:
     """The ids of these texts under the tokenizer of that `identity`, from the file in `folder` if it is whole and
-    younger than they are, else encoded anew.
+    of the bytes that they have, else encoded anew.
 
     Raises FileNotFoundError, ValueError (not UTF-8 text, empty) or OSError; then no file is left behind.
     """
     files = find_files(inputs, flag)
-    names = "\n".join([identity, *(str(path.resolve()) for path in files)])
+    known = sources(files)
+    names = "\n".join([identity, *(name for name, _, _ in known)])
     stem = re.sub(r"\W+", "-", files[0].stem)[:40]
     path = folder / f"{stem}-{hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}.tokens"
     with suppress(OSError, ValueError):
-        return read(path, files, identity)  # needs no lock, and no right to write
+        return read(path, files, known, identity)  # needs no lock, and no right to write
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open_locked(path.with_suffix(".lock"), wait=True)
@@ -252,13 +253,13 @@ def load(
         raise OSError(f"--cache_dir {folder}: {error.strerror}; choose a folder that can be written") from error
     with lock:
         try:
-            return read(path, files, identity)  # another program may have written it meanwhile
+            return read(path, files, known, identity)  # another program may have written it meanwhile
         except FileNotFoundError:
             pass
         except ValueError as reason:
             log.warning("%s: %s; encoding the text anew", path, reason)
-        build(path, files, tokenizer, identity, threads)
-        return read(path, files, identity)
+        build(path, files, known, tokenizer, identity, threads)
+        return read(path, files, known, identity)
 
 
 def sources(files: list[Path]) -> list[list]:
@@ -298,12 +299,11 @@ def encoded(files: list[Path], tokenizer: Tokenizer, threads: int, hashes: list)
             pool.shutdown(cancel_futures=True)
 
 
-def build(path: Path, files: list[Path], tokenizer: Tokenizer, identity: str, threads: int) -> None:
+def build(path: Path, files: list[Path], known: list[list], tokenizer: Tokenizer, identity: str, threads: int) -> None:
     """Encode the files into `path`, as nothing but ids, and write a JSON with what they are beside
     it. Each appears when it is whole. Raises ValueError or OSError."""
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
-    facts: dict = {"tokenizer": identity, "dtype": dtype.str, "sources": sources(files)}
-    n_bytes, free = sum(size for _, size, _ in facts["sources"]), free_bytes(path.parent)
+    n_bytes, free = sum(size for _, size, _ in known), free_bytes(path.parent)
     needed = n_bytes * dtype.itemsize // 2  # about three bytes of text a token
     if needed > free:
         raise OSError(
@@ -321,7 +321,9 @@ def build(path: Path, files: list[Path], tokenizer: Tokenizer, identity: str, th
             raise ValueError(f"{files[0]} is empty: a run needs --seq_len + 1 tokens at least")
     digests = [one.hexdigest() for one in hashes]
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    facts |= {"sha256": whole, "n_bytes": n_bytes}
+    # The hashes are those of the bytes that were encoded, even if a text changed in between.
+    read_now = [[name, size, digest] for (name, size, _), digest in zip(known, digests, strict=True)]
+    facts = {"tokenizer": identity, "dtype": dtype.str, "sources": read_now, "sha256": whole, "n_bytes": n_bytes}
     with replacing(path.with_suffix(".json")) as file:
         file.write(json.dumps(facts | {"digest": digest_of(facts, ids)}, indent=2).encode())
 
@@ -332,17 +334,17 @@ def digest_of(facts: dict, ids: "hashlib._Hash") -> str:
     return ids.hexdigest()
 
 
-def read(path: Path, files: list[Path], identity: str) -> Documents:
-    """Map the file, or read it where none can be mapped.
+def read(path: Path, files: list[Path], known: list[list], identity: str) -> Documents:
+    """Map the file, or read it where none can be mapped; `known` are the texts' `sources`.
 
-    Raises OSError when there is none, ValueError when it is damaged or older than the texts.
+    Raises OSError when there is none, ValueError when it is damaged or of other bytes than the texts have.
     """
     with open(path, "rb") as file:
         facts = read_json(path.with_suffix(".json"))
         written = facts.pop("digest", None)
         if written != digest_of(facts, hashlib.file_digest(file, "sha256")):
             raise ValueError("it is damaged, or of another version")
-    if (facts["sources"], facts["tokenizer"]) != (sources(files), identity):
+    if (facts["sources"], facts["tokenizer"]) != (known, identity):
         raise ValueError("the text has changed since")
     try:
         tokens: np.ndarray = np.memmap(path, facts["dtype"], "r")
