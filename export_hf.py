@@ -40,7 +40,13 @@ with packages_of("export_hf.py", __name__):
     )
     from parts.run.directory import existing_part, make_folder, new_folder, read_if_there, read_json
     from parts.run.screen import log, speaking
-    from parts.text.vocabulary import DOCUMENT_END, OwnVocabulary, read_text, saved_tokenizer, vocabulary_folder
+    from parts.text.vocabulary import (
+        DOCUMENT_END,
+        OwnVocabulary,
+        read_text,
+        saved_tokenizer,
+        vocabulary_folder,
+    )
 
 FIRST_WORDS = "Once upon a time"
 SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")  # as both programs call it
@@ -49,10 +55,16 @@ SAME = {  # what transformers may vary and train.py does not
     "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "add_cross_attention": False,
 }  # fmt: skip
 WINDOW, CORPUS = "training loss (window)", "corpus loss, nats per token"
-RECITES = 0.5  # nats per token: below this training loss most of what a model writes stands in its text
+RECITES = (
+    0.5  # nats per token: below this training loss most of what a model writes stands in its text
+)
 NO_LICENSE = "unknown"  # the Hub's word for it
 HUB_LICENSES = "https://huggingface.co/docs/hub/repositories-licenses"
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers' Conv1D stores (in, out)
+TRANSPOSED = (
+    "c_attn.weight",
+    "c_proj.weight",
+    "c_fc.weight",
+)  # transformers' Conv1D stores (in, out)
 
 
 @dataclass(frozen=True)
@@ -79,13 +91,19 @@ class Options:
 def export(path: Path, out: Path, license: str, over: bool = False) -> None:
     """Write the folder, which appears when it is whole, also `over` an earlier export. Raises OSError or ValueError."""
     if out.exists() and not over:
-        raise FileExistsError(f"--out {out} is there already: give --replace, or choose another folder")
+        raise FileExistsError(
+            f"--out {out} is there already: give --replace, or choose another folder"
+        )
     if not re.fullmatch(r"[a-z][a-z0-9.-]*", license):
-        raise ValueError(f"--license {license!r} is none of the Hub's, such as mit, cc0-1.0, other: see {HUB_LICENSES}")
+        raise ValueError(
+            f"--license {license!r} is none of the Hub's, such as mit, cc0-1.0, other: see {HUB_LICENSES}"
+        )
     if not (existing := existing_part(out.parent)).is_dir():
         raise NotADirectoryError(f"--out {out}: {existing} is no folder; choose another")
     checkpoint = load_checkpoint(path, "--checkpoint")
-    end = saved_tokenizer(checkpoint).eot_token  # complains if the tokenizer is not that of the weights
+    end = saved_tokenizer(
+        checkpoint
+    ).eot_token  # complains if the tokenizer is not that of the weights
     config, run = Config.from_dict(checkpoint["config"]), own_run(path, checkpoint)
     measured = losses(checkpoint, config, {} if run is None else read_json(run / "results.json"))
     vocabulary = hf_tokenizer(checkpoint["tokenizer"]["content"])
@@ -105,17 +123,30 @@ def export(path: Path, out: Path, license: str, over: bool = False) -> None:
     }  # fmt: skip
     texts = {file: json.dumps(values, indent=2) + "\n" for file, values in files.items()} | {
         "tokenizer.json": OwnVocabulary(vocabulary.to_str(), "tokenizer.json").content,
-        "prompts.json": json.dumps([FIRST_WORDS] if run is None else beginnings(run), ensure_ascii=False) + "\n",
+        "prompts.json": json.dumps(
+            [FIRST_WORDS] if run is None else beginnings(run), ensure_ascii=False
+        )
+        + "\n",
         "README.md": model_card(checkpoint, config, measured, license),
     }
-    present = {file.name for file in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    present = (
+        {file.name for file in out.iterdir()}
+        if out.is_dir()
+        else {out.name}
+        if out.exists()
+        else set()
+    )
     if foreign := present - {"model.safetensors", *texts}:
-        raise FileExistsError(f"--out {out}: {min(foreign)} is of no export: move it away, or choose another folder")
+        raise FileExistsError(
+            f"--out {out}: {min(foreign)} is of no export: move it away, or choose another folder"
+        )
     with writing(out), new_folder(out) as folder:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8", newline="\n")
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which is born for its owner alone
+        shutil.copymode(
+            folder / "config.json", folder / "model.safetensors"
+        )  # which is born for its owner alone
 
 
 @contextmanager
@@ -125,7 +156,9 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         cause = getattr(error, "strerror", None) or error
-        raise OSError(f"--out {out} cannot be written ({cause}): free room there, or choose another place") from error
+        raise OSError(
+            f"--out {out} cannot be written ({cause}): free room there, or choose another place"
+        ) from error
 
 
 def own_run(path: Path, checkpoint: dict) -> Path | None:
@@ -141,7 +174,9 @@ def beginnings(run: Path) -> list[str]:
     with a colon."""
     samples = read_if_there(run / "samples" / "samples.txt").split("=" * 80)[-1]
     prompt = samples.partition("PROMPT:\n")[2].partition("\nOUTPUT:")[0]
-    names = [line + "\n" for line in samples.splitlines() if line.endswith(":") and not line.isupper()]
+    names = [
+        line + "\n" for line in samples.splitlines() if line.endswith(":") and not line.isupper()
+    ]
     return [text for text in dict.fromkeys([prompt, *names]) if text][:5] or [FIRST_WORDS]
 
 
@@ -173,7 +208,9 @@ def hf_tokenizer(content: str) -> Tokenizer:
     folder = vocabulary_folder()
     merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-    tokenizer = Tokenizer(models.BPE(ids, [(left, right) for left, right in map(str.split, filter(None, merges))]))
+    tokenizer = Tokenizer(
+        models.BPE(ids, [(left, right) for left, right in map(str.split, filter(None, merges))])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(DOCUMENT_END, special=True, normalized=False)])
@@ -186,7 +223,10 @@ def losses(checkpoint: dict, config: Config, results: dict) -> dict[str, float]:
     if results.get("final_step") == checkpoint["step"]:
         found = {WINDOW: results.get("window_loss"), CORPUS: results.get("corpus_loss")}
         if found[CORPUS] is not None:  # the run was over, and all was measured at its last step
-            found |= {"validation loss": results.get("val_loss"), "bits per byte": results.get("bits_per_byte")}
+            found |= {
+                "validation loss": results.get("val_loss"),
+                "bits per byte": results.get("bits_per_byte"),
+            }
     if "loss" in checkpoint:
         found["validation loss" if config.validates else WINDOW] = checkpoint["loss"]
     return {name: value for name, value in found.items() if isinstance(value, float)}
@@ -194,7 +234,11 @@ def losses(checkpoint: dict, config: Config, results: dict) -> dict[str, float]:
 
 def without_folders(*paths: Path | str) -> str:
     """Names alone, for the card: where a file lay is nobody else's business. Strings are paths of either system."""
-    return in_markdown(", ".join((path if isinstance(path, Path) else PureWindowsPath(path)).name for path in paths))
+    return in_markdown(
+        ", ".join(
+            (path if isinstance(path, Path) else PureWindowsPath(path)).name for path in paths
+        )
+    )
 
 
 def model_card(checkpoint: dict, config: Config, measured: dict[str, float], license: str) -> str:
@@ -209,7 +253,10 @@ def model_card(checkpoint: dict, config: Config, measured: dict[str, float], lic
         "vocabulary": f"{config.vocab_size:,} ({without_folders(config.tokenizer)})",
     }
     if not checkpoint["corpus_sha256"]:
-        title, origin = "GPT-2, imported", "What these weights were trained on is not recorded here. The model"
+        title, origin = (
+            "GPT-2, imported",
+            "What these weights were trained on is not recorded here. The model",
+        )
     elif config.init_from is None:
         title = f"GPT-2 trained from scratch on {text}"
         origin = "The model was trained on this text alone, has had no safety training, and"
@@ -280,7 +327,9 @@ def import_hf(folder: Path, out: Path, over: bool = False) -> None:
     """Write a checkpoint of weights alone, also `over` an earlier one. Raises OSError or ValueError for what is no such
     GPT-2."""
     if out.exists() and not over:
-        raise FileExistsError(f"--out {out} is there already: give --replace, or choose another file")
+        raise FileExistsError(
+            f"--out {out} is there already: give --replace, or choose another file"
+        )
     if out.exists() and load_checkpoint(out, "--out")["corpus_sha256"]:
         raise FileExistsError(f"--out {out} is the checkpoint of a run: choose another file")
     if not folder.is_dir():
@@ -292,21 +341,38 @@ def import_hf(folder: Path, out: Path, over: bool = False) -> None:
                 "tokenizer.json, as save_pretrained of a model and of its fast tokenizer writes them"
             )
     values = read_json(folder / "config.json")
-    if other := [f"{name} {values[name]!r}" for name in SAME.keys() & values.keys() if values[name] != SAME[name]]:
-        raise ValueError(f"--from_hf {folder}: config.json is not that of a GPT-2 like train.py's ({', '.join(other)})")
-    vocabulary = OwnVocabulary(read_text(folder / "tokenizer.json", "--from_hf")[0], "tokenizer.json")
+    if other := [
+        f"{name} {values[name]!r}"
+        for name in SAME.keys() & values.keys()
+        if values[name] != SAME[name]
+    ]:
+        raise ValueError(
+            f"--from_hf {folder}: config.json is not that of a GPT-2 like train.py's ({', '.join(other)})"
+        )
+    vocabulary = OwnVocabulary(
+        read_text(folder / "tokenizer.json", "--from_hf")[0], "tokenizer.json"
+    )
     own = not is_gpt2(vocabulary.content)
     try:
         context = read_json(folder / "tokenizer_config.json").get("model_max_length")
-        context = context if type(context) is int and 1 <= context <= values["n_positions"] else values["n_positions"]
-        shape = {name: values[name] for name in SHAPE} | {"block_size": values["n_positions"], "seq_len": context}
+        context = (
+            context
+            if type(context) is int and 1 <= context <= values["n_positions"]
+            else values["n_positions"]
+        )
+        shape = {name: values[name] for name in SHAPE} | {
+            "block_size": values["n_positions"],
+            "seq_len": context,
+        }
         if any(type(size) is not int for size in shape.values()):
             raise TypeError("sizes that are no whole numbers in config.json")
         config = decide(shape | {"device": "cpu"}, vocab_size=values["vocab_size"])
         problems = out_of_range(config) or config.contradictions()
         weights = load((folder / "model.safetensors").read_bytes())  # not each disk can map it
     except (KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"--from_hf {folder} is incomplete or damaged ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"--from_hf {folder} is incomplete or damaged ({type(error).__name__}: {error})"
+        ) from error
     if problems:
         raise ValueError("\n".join(f"--from_hf {folder}: {problem}" for problem in problems))
     names = {
@@ -316,12 +382,19 @@ def import_hf(folder: Path, out: Path, over: bool = False) -> None:
     }
     model = {short: weights[name] for name, short in names.items()}
     described = {
-        name: tuple(transposed(name, torch.empty(s, device="meta")).shape) for name, s in shapes(config).items()
+        name: tuple(transposed(name, torch.empty(s, device="meta")).shape)
+        for name, s in shapes(config).items()
     }
-    if {name: tuple(value.shape) for name, value in model.items()} != described or len(model) < len(names):
-        raise ValueError(f"--from_hf {folder}: the weights are not those that its config.json describes")
+    if {name: tuple(value.shape) for name, value in model.items()} != described or len(model) < len(
+        names
+    ):
+        raise ValueError(
+            f"--from_hf {folder}: the weights are not those that its config.json describes"
+        )
     if config.vocab_size < vocabulary.n_vocab:
-        raise ValueError(f"--from_hf {folder}: {vocabulary.n_vocab:,} tokens, but weights for {config.vocab_size:,}")
+        raise ValueError(
+            f"--from_hf {folder}: {vocabulary.n_vocab:,} tokens, but weights for {config.vocab_size:,}"
+        )
     model["wte.weight"] = model["wte.weight"][: vocabulary.n_vocab]  # behind them some have padding
     tokenizer = (folder / "tokenizer.json").as_posix() if own else "gpt2"
     config = replace(config, vocab_size=vocabulary.n_vocab, tokenizer=tokenizer)
@@ -340,7 +413,9 @@ def import_hf(folder: Path, out: Path, over: bool = False) -> None:
 
 def how_to_download(folder: Path) -> str:
     """The command that brings a model here from the Hugging Face Hub, whose names look like folders."""
-    name = folder.name if folder.name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") else "gpt2"
+    name = (
+        folder.name if folder.name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") else "gpt2"
+    )
     files = "config.json model.safetensors tokenizer.json"  # a tenth of what lies there
     return (
         f"from the Hugging Face Hub it comes with: hf download openai-community/{name} {files} --local-dir {name} "
@@ -358,7 +433,9 @@ def is_gpt2(content: str) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 0, 2 for bad input, 130 after Ctrl-C."""
     try:
-        options = read_flags(Options, sys.argv[1:] if argv is None else argv, "export_hf.py", __doc__)
+        options = read_flags(
+            Options, sys.argv[1:] if argv is None else argv, "export_hf.py", __doc__
+        )
         if options.checkpoint is not None and options.from_hf is None:
             source = checkpoint_in(options.checkpoint, "--checkpoint")
             export(source, options.out, options.license, options.replace)

@@ -36,7 +36,14 @@ with packages_of("sample.py", __name__):
     from parts.flags import Amp, Between, Config, out_of_range
     from parts.run.checkpoint import checkpoint_in, load_checkpoint, newest_run
     from parts.run.screen import log, speaking
-    from parts.text.vocabulary import Tokenizer, encode_prompt, pieces, read_text, saved_tokenizer, whole_characters
+    from parts.text.vocabulary import (
+        Tokenizer,
+        encode_prompt,
+        pieces,
+        read_text,
+        saved_tokenizer,
+        whole_characters,
+    )
 
 SEPARATOR = "=" * 80
 GRAM = 8  # tokens whose order is looked up in the corpus
@@ -106,7 +113,9 @@ class Sampler:
         )  # fmt: skip
         one_at_a_time = len(start) + options.max_new_tokens <= self.context
         with autocast(for_sampling(self.config, one_at_a_time)):
-            yield from whole_characters(self.tokenizer, (token for (token,) in steps if token != end))
+            yield from whole_characters(
+                self.tokenizer, (token for (token,) in steps if token != end)
+            )
 
 
 class Corpus:

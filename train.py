@@ -58,7 +58,13 @@ with packages_of("train.py", __name__):
     from parts.compute.kernels import HeadLoss, attention, causal_attention, linear
     from parts.compute.muon import Muon
     from parts.compute.ranks import Ranks
-    from parts.compute.signals import Interrupted, Interruption, exit_code, look_for_signals, terminating
+    from parts.compute.signals import (
+        Interrupted,
+        Interruption,
+        exit_code,
+        look_for_signals,
+        terminating,
+    )
     from parts.flags import Config, From, Origin, decided
     from parts.progress import COMPLETE, Progress
     from parts.report import words
@@ -67,7 +73,13 @@ with packages_of("train.py", __name__):
     from parts.report.tensorboard import shown
     from parts.report.verdict import how_to_continue, verdict
     from parts.run.background import Snapshot, Task, Writer
-    from parts.run.checkpoint import CHECKPOINT_FORMAT, STATE_BYTES, WEIGHT_BYTES, restore_optimizers, write_checkpoint
+    from parts.run.checkpoint import (
+        CHECKPOINT_FORMAT,
+        STATE_BYTES,
+        WEIGHT_BYTES,
+        restore_optimizers,
+        write_checkpoint,
+    )
     from parts.run.directory import LogFile, RunDir, gigabytes, move, read_json, replacing
     from parts.run.layout import AT_CTRL_C
     from parts.run.screen import logging_to, speaking
@@ -124,7 +136,9 @@ def pass_starts(seed: int, number: int, n_starts: int, seq_len: int) -> np.ndarr
     """Starts, int64, of the slices of one pass: every seq_len-th of a ring of all starts, from a random one on,
     in random order. So each start stays equally likely, and a pass leaves no token out."""
     words = random_words(seed, number, 1 + math.ceil(n_starts / seq_len))
-    return (int(words[0] % np.uint64(n_starts)) + np.argsort(words[1:], kind="stable") * seq_len) % n_starts
+    return (
+        int(words[0] % np.uint64(n_starts)) + np.argsort(words[1:], kind="stable") * seq_len
+    ) % n_starts
 
 
 def covering_starts(seed: int, first: int, count: int, n_starts: int, seq_len: int) -> np.ndarray:
@@ -132,7 +146,9 @@ def covering_starts(seed: int, first: int, count: int, n_starts: int, seq_len: i
     per_pass = math.ceil(n_starts / seq_len)
     numbers = np.arange(first, first + count)
     parts = [
-        pass_starts(seed, number, n_starts, seq_len)[numbers[numbers // per_pass == number] % per_pass]
+        pass_starts(seed, number, n_starts, seq_len)[
+            numbers[numbers // per_pass == number] % per_pass
+        ]
         for number in range(first // per_pass, (first + count - 1) // per_pass + 1)
     ]
     return np.concatenate(parts)
@@ -185,11 +201,17 @@ class Past:
         """Store k and v behind what is there; q sees all up to its own position. All (B, n_head, T, head_dim)."""
         if self.keys is None or self.values is None:
             B, n_head, _, head_dim = k.shape
-            self.keys, self.values = (k.new_zeros(B, n_head, self.slots, head_dim) for _ in range(2))
+            self.keys, self.values = (
+                k.new_zeros(B, n_head, self.slots, head_dim) for _ in range(2)
+            )
         first, self.length = self.length, self.length + k.shape[2]
         self.keys[:, :, first : self.length], self.values[:, :, first : self.length] = k, v
-        unseen = torch.ones(k.shape[2], self.length, dtype=torch.bool, device=q.device).triu(first + 1)
-        return attention(q, self.keys[:, :, : self.length], self.values[:, :, : self.length], unseen)
+        unseen = torch.ones(k.shape[2], self.length, dtype=torch.bool, device=q.device).triu(
+            first + 1
+        )
+        return attention(
+            q, self.keys[:, :, : self.length], self.values[:, :, : self.length], unseen
+        )
 
 
 class MLP(nn.Module):
@@ -298,12 +320,17 @@ def build_optimizers(model: GPT, config: Config) -> dict[str, torch.optim.Optimi
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "muon":
         dtype = torch.bfloat16 if config.amp == "bf16" else torch.float32
-        optimizers["muon"] = Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, dtype=dtype)
+        optimizers["muon"] = Muon(
+            matrices, lr=config.lr, weight_decay=config.weight_decay, dtype=dtype
+        )
     else:
         others += matrices
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizers["adamw"] = torch.optim.AdamW(
-        [{"params": others, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [
+            {"params": others, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         fused=torch.device(config.device).type in ("cuda", "cpu", "mps"),
@@ -330,7 +357,9 @@ def learning_rate(step: int, config: Config) -> float:
 VAL_TOKENS = 2**15  # of the validation split that are measured
 
 
-def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list[int]]:
+def generate(
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, **options
+) -> list[list[int]]:
     """The prompts with what `continuations` adds to them, without the `end`."""
     rows = [list(prompt) for prompt in prompts]
     for chosen in continuations(model, prompts, max_new_tokens, **options):
@@ -366,7 +395,12 @@ def continuations(
     with evaluating(model):
         for _ in range(max_new_tokens):
             look_for_signals()
-            logits = model.logits(last_features(model, tokens, context, pasts)).float().cpu().nan_to_num()  # (B, V)
+            logits = (
+                model.logits(last_features(model, tokens, context, pasts))
+                .float()
+                .cpu()
+                .nan_to_num()
+            )  # (B, V)
             chosen = [
                 end if over else choose(scores, temperature, top_k, top_p, g)
                 for scores, g, over in zip(logits, generators, ended, strict=True)
@@ -378,7 +412,9 @@ def continuations(
                 return
 
 
-def last_features(model: GPT, tokens: torch.Tensor, context: int, pasts: list[Past]) -> torch.Tensor:
+def last_features(
+    model: GPT, tokens: torch.Tensor, context: int, pasts: list[Past]
+) -> torch.Tensor:
     """Hidden states (B, C) of the last of the tokens (B, T), which sees the `context` - 1 tokens before it.
 
     Up to the context, what the pasts hold is not computed again. Beyond it every token would stand at a new position
@@ -389,21 +425,31 @@ def last_features(model: GPT, tokens: torch.Tensor, context: int, pasts: list[Pa
     return model.features(tokens[:, -context:])[:, -1]
 
 
-def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+def choose(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> int:
     """A token by its logits (V,)."""
     if temperature == 0:
         return int(logits.argmax())
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -math.inf)
-    probabilities = ((logits - logits.max()).double() / temperature).softmax(-1)  # however low the temperature
+        logits = logits.masked_fill(
+            logits < logits.topk(min(top_k, len(logits))).values[-1], -math.inf
+        )
+    probabilities = ((logits - logits.max()).double() / temperature).softmax(
+        -1
+    )  # however low the temperature
     if top_p < 1:
         largest, order = probabilities.sort(descending=True)
         before = largest.cumsum(-1) - largest  # the probability of all likelier ones
-        probabilities = torch.zeros_like(probabilities).scatter(0, order, largest.masked_fill(before >= top_p, 0.0))
+        probabilities = torch.zeros_like(probabilities).scatter(
+            0, order, largest.masked_fill(before >= top_p, 0.0)
+        )
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def corpus_losses(model: GPT, tokens: np.ndarray, config: Config, step: int, first: int, end: int) -> torch.Tensor:
+def corpus_losses(
+    model: GPT, tokens: np.ndarray, config: Config, step: int, first: int, end: int
+) -> torch.Tensor:
     """Losses, float64 (end - first,), nats per token, of slices number `first` to `end` - 1 of the
     random ones that are drawn for the measurement after this step alone."""
     starts = slice_starts(config.seed, EVALUATION_STREAM + step, end, len(tokens) - config.seq_len)
@@ -427,13 +473,19 @@ def validation_loss(model: GPT, tokens: np.ndarray, config: Config) -> tuple[flo
 def slice_losses(model: GPT, slices: torch.Tensor, config: Config) -> torch.Tensor:
     """Mean loss of each slice (n, T + 1), float64 (n,), nats per token."""
     losses = []
-    with waiting("Measuring the loss", len(slices), "slices") as bar, evaluating(model), autocast(config):
+    with (
+        waiting("Measuring the loss", len(slices), "slices") as bar,
+        evaluating(model),
+        autocast(config),
+    ):
         for chunk in slices.split(config.micro_batch):
             look_for_signals()
             chunk = chunk.to(config.device)
             features, targets = model.features(chunk[:, :-1]).flatten(0, 1), chunk[:, 1:].flatten()
             parts = zip(features.split(HeadLoss.BLOCK), targets.split(HeadLoss.BLOCK), strict=True)
-            loss = torch.cat([F.cross_entropy(model.logits(f).float(), t, reduction="none") for f, t in parts])
+            loss = torch.cat(
+                [F.cross_entropy(model.logits(f).float(), t, reduction="none") for f, t in parts]
+            )
             losses.append(loss.view(len(chunk), -1).mean(1).cpu())
             bar.update(len(chunk))
     return torch.cat(losses).double()
@@ -456,7 +508,9 @@ class TrainingFailed(RuntimeError):
 class Trainer:
     """Model, optimizer, gradient scale and progress of one run: it learns, and knows no file."""
 
-    def __init__(self, config: Config, corpus: Corpus, checkpoint: dict | None, ranks: Ranks | None = None):
+    def __init__(
+        self, config: Config, corpus: Corpus, checkpoint: dict | None, ranks: Ranks | None = None
+    ):
         self.config = config
         self.corpus = corpus
         self.ranks = ranks or Ranks()
@@ -486,7 +540,9 @@ class Trainer:
             "step": self.progress.step,
             "model": self.model.state_dict(),
             # The flags say the rest.
-            "optimizer": {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()},
+            "optimizer": {
+                name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()
+            },
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
         }
@@ -494,7 +550,11 @@ class Trainer:
     def description(self) -> dict:
         """What every checkpoint says about itself."""
         config, corpus = self.config, self.corpus
-        tokenizer = {"name": config.tokenizer, "n_vocab": config.vocab_size, "content": corpus.vocabulary}
+        tokenizer = {
+            "name": config.tokenizer,
+            "n_vocab": config.vocab_size,
+            "content": corpus.vocabulary,
+        }
         return {
             "format": CHECKPOINT_FORMAT,
             "config": config.as_dict(),
@@ -521,7 +581,11 @@ class Trainer:
         except Exception as error:  # Inductor, Triton and C++ compilers fail in many ways
             if is_out_of_memory(error):
                 raise
-            log.warning("torch.compile failed, going on without: %s: %s", type(error).__name__, first_words(error))
+            log.warning(
+                "torch.compile failed, going on without: %s: %s",
+                type(error).__name__,
+                first_words(error),
+            )
             failed = Origin(From.MACHINE, "torch.compile failed, see the log")
             self.config, self.forward = decided(self.config, "compile", "off", failed), self.model
         finally:
@@ -544,7 +608,9 @@ class Trainer:
         c, tokens = self.config, self.corpus.tokens
         n_starts = len(tokens) - c.seq_len
         if c.slices == "shuffled":
-            starts = covering_starts(c.seed, (step - 1) * c.global_batch, c.global_batch, n_starts, c.seq_len)
+            starts = covering_starts(
+                c.seed, (step - 1) * c.global_batch, c.global_batch, n_starts, c.seq_len
+            )
         else:
             starts = slice_starts(c.seed, step, c.global_batch, n_starts)
         first = self.ranks.rank * c.share
@@ -586,7 +652,9 @@ class Trainer:
         n_tokens = sum(part[:, 1:].numel() for part in slices)
         n_whole = sum(part[:, 1:].numel() for part in slices if self._are_whole(part))
         mean = torch.zeros((), device=self.device)
-        for micro_batch in chain.from_iterable(micro_batches(part, at_once * self.config.seq_len) for part in slices):
+        for micro_batch in chain.from_iterable(
+            micro_batches(part, at_once * self.config.seq_len) for part in slices
+        ):
             inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]
             with autocast(self.config):
                 loss = self.forward(inputs, targets)
@@ -623,7 +691,9 @@ class Trainer:
         lr = learning_rate(step, config)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if self.copying is not None:
-            torch.cuda.current_stream().wait_stream(self.copying)  # a snapshot of the weights may be under way
+            torch.cuda.current_stream().wait_stream(
+                self.copying
+            )  # a snapshot of the weights may be under way
         if finite:
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
@@ -670,7 +740,9 @@ class Trainer:
         if p.val_step != p.step:
             return None
         if not math.isfinite(p.val_loss):
-            raise TrainingFailed(f"the validation loss of step {p.step} is not finite: go on with a lower --lr")
+            raise TrainingFailed(
+                f"the validation loss of step {p.step} is not finite: go on with a lower --lr"
+            )
         return p.val_loss
 
     def sample(self, tokenizer: Tokenizer) -> tuple[str, list[str]]:
@@ -680,11 +752,18 @@ class Trainer:
         prompt = decode_escapes(c.prompt) or "".join(first_words)
         start = encode_prompt(prompt, tokenizer)
         seeds = random_words(c.seed, SAMPLES_STREAM + p.step, c.num_prompts)
-        options = dict(context=p.trained_context, temperature=c.temperature, top_k=c.top_k, end=tokenizer.eot_token)
+        options = dict(
+            context=p.trained_context,
+            temperature=c.temperature,
+            top_k=c.top_k,
+            end=tokenizer.eot_token,
+        )
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         with autocast(for_sampling(c, len(start) + c.max_new_tokens <= p.trained_context)):
             prompts = [start] * c.num_prompts
-            outputs = generate(self.model, prompts, c.max_new_tokens, generators=generators, **options)
+            outputs = generate(
+                self.model, prompts, c.max_new_tokens, generators=generators, **options
+            )
         return prompt, ["".join(whole_characters(tokenizer, output)) for output in outputs]
 
     def check_target(self) -> None:
@@ -721,7 +800,9 @@ class Trainer:
                 chunk = corpus_losses(self.model, self.corpus.tokens, c, p.step, first, end)
                 losses = torch.cat([losses, chunk])
             mean, error = mean_and_error(losses)
-            is_above = mean - (2 if n_slices >= LOOK else 3) * error > c.target_loss  # few tell little of their spread
+            is_above = (
+                mean - (2 if n_slices >= LOOK else 3) * error > c.target_loss
+            )  # few tell little of their spread
             is_exact = n_slices >= LOOK and error <= EXACT * c.target_loss
             if n_slices == most or is_above or is_exact:
                 break
@@ -747,8 +828,13 @@ class Saver:
         self.run, self.trainer, self.launch, self.saved_step = run, trainer, launch, saved_step
         self.floor = loss_floor(trainer.corpus.tokens, trainer.config.seq_len)
         self.writer = Writer(run)
-        self.redrawn = time.monotonic() - REDRAW_SEC / 2  # so that there is something in the first minute
-        self.snapshot, self.best_snapshots = Snapshot(), (Snapshot(), Snapshot())  # one best may be under way
+        self.redrawn = (
+            time.monotonic() - REDRAW_SEC / 2
+        )  # so that there is something in the first minute
+        self.snapshot, self.best_snapshots = (
+            Snapshot(),
+            (Snapshot(), Snapshot()),
+        )  # one best may be under way
         self.best: dict | None = None  # what best.pt is to hold, while it is not on disk
         self.best_under_way: Snapshot | None = None
         self.best_before: Path | None = None  # where the next one moves what is there
@@ -791,7 +877,10 @@ class Saver:
         does not compare with that, and replaces it.
         """
         p, config = self.trainer.progress, self.trainer.config
-        window_loss, full_windows_before = p.window_loss(config), p.best_step >= config.target_window
+        window_loss, full_windows_before = (
+            p.window_loss(config),
+            p.best_step >= config.target_window,
+        )
         if window_loss is None and at_end and p.recent_losses:
             window_loss = statistics.fmean(p.recent_losses)
         if window_loss is not None and (window_loss < p.best_loss or not full_windows_before):
@@ -802,7 +891,9 @@ class Saver:
         there is no memory for a copy."""
         p = self.trainer.progress
         before, (p.best_loss, p.best_step) = (p.best_loss, p.best_step), (loss, p.step)
-        free = next(snapshot for snapshot in self.best_snapshots if snapshot is not self.best_under_way)
+        free = next(
+            snapshot for snapshot in self.best_snapshots if snapshot is not self.best_under_way
+        )
         weights = free.take(self.trainer.model.state_dict(), self.trainer.copying)
         self.best = {"step": p.step, "loss": loss, "model": weights, "snapshot": free}
         if not free.is_copy:
@@ -842,7 +933,9 @@ class Saver:
         description = self.trainer.description()
         state = self.snapshot.take(self.trainer.state() | self.run.mark(), copying)
         self.best_under_way = None if best is None else best["snapshot"]
-        previous = None if step == self.saved_step else self.run.prev  # which stays that of an earlier step
+        previous = (
+            None if step == self.saved_step else self.run.prev
+        )  # which stays that of an earlier step
 
         def write() -> None:
             try:
@@ -875,7 +968,9 @@ class Saver:
 
     def _report_best(self, best: dict | None) -> None:
         if best is not None:
-            log.info(words.best_line(best["loss"], best["step"], self.trainer.config, self.run.best))
+            log.info(
+                words.best_line(best["loss"], best["step"], self.trainer.config, self.run.best)
+            )
         if self.best is best:
             self.best = None
 
@@ -902,7 +997,9 @@ class Saver:
             self.run.check_owner()
             draw_loss_curve(self.run.root)
         except Exception as error:
-            raise error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}") from error
+            raise (
+                error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
+            ) from error
 
     def publish(self, stop: str) -> None:
         """Write how the run stands, and wait until it is written."""
@@ -1042,10 +1139,14 @@ def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
         if is_out_of_memory(error) or setup.checkpoint is None:
             raise
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{setup.resumed_from} does not fit this model ({type(error).__name__}: {reason})") from error
+        raise ValueError(
+            f"{setup.resumed_from} does not fit this model ({type(error).__name__}: {reason})"
+        ) from error
     if setup.start is not None:
         trainer.model.load_state_dict(setup.start.model)
-        trainer.progress.trained_context = max(trainer.progress.trained_context, setup.start.trained_context)
+        trainer.progress.trained_context = max(
+            trainer.progress.trained_context, setup.start.trained_context
+        )
     if not setup.best_compares:
         trainer.progress.forget_best()
     return trainer
@@ -1068,7 +1169,9 @@ def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
         if changes := words.changes(setup.checkpoint["config"], config):
             log.info("Changed from here on: %s", changes)
         before = learning_rate(progress.step, Config.from_dict(setup.checkpoint["config"]))
-        if (lr := learning_rate(progress.step + 1, config)) > 1.1 * before and progress.step > config.warmup_steps:
+        if (
+            lr := learning_rate(progress.step + 1, config)
+        ) > 1.1 * before and progress.step > config.warmup_steps:
             log.warning("The learning rate rises here, from %.2e to %.2e", before, lr)
     if setup.start is not None:
         log.info("Starting from the weights of %s", setup.start.path)
@@ -1100,7 +1203,9 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
         if missing := run.missing():
             since = f" from step {saver.saved_step}"
             again = how_to_continue(setup.argv, setup.config, saver.saved_step > 0, since)
-            log.error(f"At the end, step {trainer.progress.step}, these could not be written: {missing}. {again}")
+            log.error(
+                f"At the end, step {trainer.progress.step}, these could not be written: {missing}. {again}"
+            )
             return 1
         if stop not in COMPLETE:
             again = how_to_continue(setup.argv, setup.config, saver.saved_step > 0)
@@ -1115,7 +1220,11 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
     except TrainingFailed as failure:
         saver.rescue()
         step = saver.saved_step
-        good = f"the last good checkpoint is {run.last}, of step {step}" if step else "there is no checkpoint yet"
+        good = (
+            f"the last good checkpoint is {run.last}, of step {step}"
+            if step
+            else "there is no checkpoint yet"
+        )
         log.error("Training failed: %s; %s", failure, good)
     except ConnectionError as error:
         saver.writer.finish()
@@ -1166,7 +1275,9 @@ def open_and_train(setup: Setup, trainer: Trainer, log_file: LogFile) -> int:
         if setup.damage:
             damaged = run.last.with_name("damaged.pt")
             move(run.last, damaged)
-            log.warning("%s: set aside as %s; going on from %s", setup.damage, damaged, setup.resumed_from)
+            log.warning(
+                "%s: set aside as %s; going on from %s", setup.damage, damaged, setup.resumed_from
+            )
         run.restore(setup.checkpoint if setup.checkpoint and setup.continues else {})
         with shown(run, setup.config):
             return run_training(setup, trainer)
@@ -1174,7 +1285,9 @@ def open_and_train(setup: Setup, trainer: Trainer, log_file: LogFile) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 or 143 interrupted."""
-    logging.raiseExceptions = False  # a closed pipe must not flood the terminal; the log file goes on
+    logging.raiseExceptions = (
+        False  # a closed pipe must not flood the terminal; the log file goes on
+    )
     ranks = Ranks()
     try:
         ranks = Ranks.join()

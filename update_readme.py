@@ -32,7 +32,15 @@ with packages_of("update_readme.py", __name__):
 
     from parts.commandline import flag_words, read_flags, to_type, value_of
     from parts.flags import Flags
-    from parts.report.comparison import REPORTING, Comparison, absolute, common_parent, compare, find_runs, is_glob
+    from parts.report.comparison import (
+        REPORTING,
+        Comparison,
+        absolute,
+        common_parent,
+        compare,
+        find_runs,
+        is_glob,
+    )
     from parts.report.reader import (
         Run,
         duration,
@@ -67,10 +75,29 @@ if TYPE_CHECKING:
 COMPARISON_PLOT = "compare.png"
 LOG_LINES, SAMPLE_LINES, TABLE_ROWS, LAUNCHES = 20, 60, 12, 10
 
-LEVELS = (("ln_vocab", "ln V", "#969696"), ("target_loss", "target", "#238b45"), ("loss_floor", "floor", "#cb181d"))
+LEVELS = (
+    ("ln_vocab", "ln V", "#969696"),
+    ("target_loss", "target", "#238b45"),
+    ("loss_floor", "floor", "#cb181d"),
+)
 UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1, "tokens"))
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")  # see `styles`
-EAST_ASIAN = ("Noto Sans CJK JP", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Arial Unicode MS")  # see `fonts`
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#8C8C8C",
+)  # see `styles`
+EAST_ASIAN = (
+    "Noto Sans CJK JP",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+)  # see `fonts`
 COLUMNS: dict[str, Callable[[float], str]] = {  # of the METRICS table
     "step": "{:,.0f}".format,
     "loss": "{:.4f}".format,
@@ -112,7 +139,9 @@ def draw_loss_curve(out_dir: Path) -> Path:
         measured = table.dropna(subset=["val_loss"])
         present = measured["step"].isin(validation(run)["step"])
         if present.any():
-            axis.plot("step", "val_loss", data=measured[present], color="#d94801", label="validation loss")
+            axis.plot(
+                "step", "val_loss", data=measured[present], color="#d94801", label="validation loss"
+            )
         if not present.all():
             label = "validation loss before, on another text or seq_len"
             axis.plot("step", "val_loss", data=measured[~present], color="#fdbe85", label=label)
@@ -125,9 +154,22 @@ def draw_loss_curve(out_dir: Path) -> Path:
             drawn += [] if far else [value]
     best, step = number(run.results, "best_loss"), number(run.results, "best_step")
     if (start := overfitting(run)) is not None:
-        axis.axvline(start, color="#d94801", linewidth=1, linestyle=":", label=f"overfitting from step {start:.0f}")
+        axis.axvline(
+            start,
+            color="#d94801",
+            linewidth=1,
+            linestyle=":",
+            label=f"overfitting from step {start:.0f}",
+        )
     if best and step and best > 0:
-        axis.plot([step], [best], "*", color="#6a51a3", markersize=11, label=f"best {best:.4f} at step {step:.0f}")
+        axis.plot(
+            [step],
+            [best],
+            "*",
+            color="#6a51a3",
+            markersize=11,
+            label=f"best {best:.4f} at step {step:.0f}",
+        )
         drawn.append(best)
 
     show_losses(axis, min(drawn) / 1.3, max(drawn) * 1.3)
@@ -135,12 +177,22 @@ def draw_loss_curve(out_dir: Path) -> Path:
     axis.set_ylabel("loss, nats per token (log scale)")
     if has_values(table, "lr"):
         right = axis.twinx()
-        right.plot("step", "lr", data=table, color="#fdae6b", linewidth=0.8, alpha=0.8, label="learning rate")
+        right.plot(
+            "step",
+            "lr",
+            data=table,
+            color="#fdae6b",
+            linewidth=0.8,
+            alpha=0.8,
+            label="learning rate",
+        )
         right.set_ylabel("learning rate")
         right.set_ylim(bottom=0)
         right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     name = visible(out_dir.resolve().name)
-    axis.set_title(name, fontsize=11, fontfamily=fonts(), parse_math=False)  # a name may hold dollars
+    axis.set_title(
+        name, fontsize=11, fontfamily=fonts(), parse_math=False
+    )  # a name may hold dollars
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
 
     return write_plot(figure, out_dir / "logs" / "loss_curve.png")
@@ -193,7 +245,9 @@ def curves(comparison: Comparison, run: Run) -> dict[str, pd.DataFrame]:
     }
     found = {}
     for dash, loss in losses.items():
-        drawn = pd.DataFrame({"tokens": table["tokens"], "loss": math.nan if loss is None else loss}).dropna()
+        drawn = pd.DataFrame(
+            {"tokens": table["tokens"], "loss": math.nan if loss is None else loss}
+        ).dropna()
         if (drawn["loss"] > 0).any():
             found[dash] = drawn[drawn["loss"] > 0]
     return found
@@ -244,11 +298,16 @@ def comparison_figure(comparison: Comparison) -> "Figure | None":
             look = style | {"linewidth": 1.6, "linestyle": dash}
             if len(table) == 1:
                 look |= {"marker": "o", "markevery": None}
-            elif dash == "-" and "--" in found and len(drawn) > len(COLOURS):  # or there are too many lines
+            elif (
+                dash == "-" and "--" in found and len(drawn) > len(COLOURS)
+            ):  # or there are too many lines
                 look |= {"linewidth": 0.8, "alpha": 0.45, "marker": ""}
             axis.plot(table["tokens"] / unit, table["loss"], **look)
         handles.append(Line2D([], [], linewidth=2, **style | {"markevery": None}))
-    shown = [table.loc[(table["tokens"] >= end / 20) | (table.index == table.index[-1]), "loss"] for table in tables]
+    shown = [
+        table.loc[(table["tokens"] >= end / 20) | (table.index == table.index[-1]), "loss"]
+        for table in tables
+    ]
     low, high = min(losses.min() for losses in shown), max(losses.max() for losses in shown)
     show_losses(axis, low / 1.05, high * 1.05)
     axis.set_xlim(0, end / unit * 1.01)
@@ -256,8 +315,12 @@ def comparison_figure(comparison: Comparison) -> "Figure | None":
     kinds = {"-": "window_loss", "--": "validation loss (dashed)"}
     seen = [kind for dash, kind in kinds.items() if any(dash in found for found in drawn.values())]
     axis.set_ylabel(f"{', '.join(seen)}, {comparison.unit}")
-    names = [name if len(name) <= 44 else f"{name[:20]} ... {name[-19:]}" for name in map(visible, drawn)]
-    legend = figure.legend(handles, names, loc="outside right upper", alignment="left", fontsize=9, frameon=False)
+    names = [
+        name if len(name) <= 44 else f"{name[:20]} ... {name[-19:]}" for name in map(visible, drawn)
+    ]
+    legend = figure.legend(
+        handles, names, loc="outside right upper", alignment="left", fontsize=9, frameon=False
+    )
     legend.set_title(f"by {comparison.label}, the best first")
     for text in legend.get_texts():
         text.set(parse_math=False, fontfamily=fonts())  # as in a title
@@ -300,12 +363,19 @@ def summary_section(run: Run, _readme: Path) -> str:
 
     flags, corpus = run.flags, run.corpus
     if flags:
-        shape = ", ".join(f"{name} {flags.get(name)}" for name in ("n_layer", "n_head", "n_embd", "seq_len"))
+        shape = ", ".join(
+            f"{name} {flags.get(name)}" for name in ("n_layer", "n_head", "n_embd", "seq_len")
+        )
         rows.append(["model", cell(f"{flags.get('preset')} ({shape})")])
         rows.append(["device", cell(", ".join(str(flags.get(name)) for name in ("device", "amp")))])
     if corpus:
         tokens = number(corpus, "tokens")
-        rows.append(["corpus", cell(f"{corpus.get('file')}, {'?' if tokens is None else f'{tokens:,.0f}'} tokens")])
+        rows.append(
+            [
+                "corpus",
+                cell(f"{corpus.get('file')}, {'?' if tokens is None else f'{tokens:,.0f}'} tokens"),
+            ]
+        )
     rows.append(["outcome", outcome(run)])
     if r.get("target_loss") == 0:
         rows.append(["target", "none"])
@@ -319,10 +389,17 @@ def summary_section(run: Run, _readme: Path) -> str:
     add("perplexity", "{:.4f}", "perplexity")
     add("bits per byte", "{:.4f}", "bits_per_byte")
     metric = "val_loss" if run.results.get("best_metric") == "val_loss" else "window_loss"
-    too_short = metric == "window_loss" and (r.get("best_step") or math.inf) < (r.get("target_window") or 0)
+    too_short = metric == "window_loss" and (r.get("best_step") or math.inf) < (
+        r.get("target_window") or 0
+    )
     in_bits = ["best_bits_per_byte"] * ("best_bits_per_byte" in r)
     error = ["best_loss_standard_error"] * (r.get("best_loss_standard_error") is not None)
-    words = "**{:.6f}**" + " ± {:.6f}" * len(error) + " at step {:,.0f}" + ", {:.4f} bits per byte" * len(in_bits)
+    words = (
+        "**{:.6f}**"
+        + " ± {:.6f}" * len(error)
+        + " at step {:,.0f}"
+        + ", {:.4f} bits per byte" * len(in_bits)
+    )
     label = "mean loss of all steps" if too_short else f"best {metric}"
     add(label, words, "best_loss", *error, "best_step", *in_bits)
     add("last step", "loss {:.6f} at step {:,.0f}", "final_loss", "final_step")
@@ -338,7 +415,9 @@ def summary_section(run: Run, _readme: Path) -> str:
     if elapsed and elapsed == elapsed:
         rows.append(["time", duration(elapsed)])
         if tokens := r.get("tokens"):
-            rows.append(["tokens per second, saves and samples included", f"{tokens / elapsed:,.0f}"])
+            rows.append(
+                ["tokens per second, saves and samples included", f"{tokens / elapsed:,.0f}"]
+            )
     if not run.results and len(last):
         rows.append(["last row", f"loss {last['loss']:.6f} at step {last['step']:,.0f}"])
     return markdown_table(["", "result"], rows, align="---")
@@ -362,7 +441,10 @@ def metrics_section(run: Run, _readme: Path) -> str:
     picked = [round(i * (len(table) - 1) / max(1, count - 1)) for i in range(count)]
     columns = [name for name in COLUMNS if has_values(table, name)]
     rows = [
-        ["" if value != value else COLUMNS[name](value) for name, value in table.loc[index, columns].items()]
+        [
+            "" if value != value else COLUMNS[name](value)
+            for name, value in table.loc[index, columns].items()
+        ]
         for index in dict.fromkeys(picked)
     ]
     return markdown_table(columns, rows)
@@ -376,7 +458,12 @@ def samples_section(run: Run, _readme: Path) -> str:
     return preformatted("\n".join(shortened(blocks[-1].split("\n"), SAMPLE_LINES)))
 
 
-NO_NUMBERS = REPORTING | {"val_sha256", "steps", "target_loss", "patience"}  # changed on the way, these alter no step
+NO_NUMBERS = REPORTING | {
+    "val_sha256",
+    "steps",
+    "target_loss",
+    "patience",
+}  # changed on the way, these alter no step
 
 
 def repro_section(run: Run, _readme: Path) -> str:
@@ -406,7 +493,9 @@ def repro_section(run: Run, _readme: Path) -> str:
         add("runtime", {key: run.flags.get(key) for key in ("device", "amp", "compile", "threads")})
     lines = shortened(lines, 40)
     if run.flags:
-        changed = sorted({f"--{name}" for _, flags in run.changes for name in flags if name not in NO_NUMBERS})
+        changed = sorted(
+            {f"--{name}" for _, flags in run.changes for name in flags if name not in NO_NUMBERS}
+        )
         every = "The same with every flag, whatever the defaults will be, into another directory:"
         if changed:
             every = f"No one command repeats this run, since {', '.join(changed)} changed on the way. The last start's:"
@@ -457,14 +546,22 @@ def plot_beside(readme: Path) -> Path:
     """Where the plot of a README's comparison lies: beside the file that is written, also where a link leads to that,
     and under a name of its own, since READMEs may share a folder."""
     readme = readme.resolve()
-    name = COMPARISON_PLOT if readme.name == "README.md" else f"compare-{readme.name.removesuffix('.md')}.png"
+    name = (
+        COMPARISON_PLOT
+        if readme.name == "README.md"
+        else f"compare-{readme.name.removesuffix('.md')}.png"
+    )
     return readme.with_name(name)
 
 
 def comparison_section(comparison: Comparison, readme: Path) -> str:
     """The plot beside the README, if there is anything to draw, and the table."""
     drawn = any(curves(comparison, run) for run in comparison.runs.values())
-    image = [f"![{len(comparison.runs)} runs compared]({quote(plot_beside(readme).name)})"] if drawn else []
+    image = (
+        [f"![{len(comparison.runs)} runs compared]({quote(plot_beside(readme).name)})"]
+        if drawn
+        else []
+    )
     return "\n\n".join([*image, comparison.markdown()])
 
 
@@ -491,7 +588,11 @@ class Arguments:
 
 
 def fill(
-    readme: Path, contents: Mapping[str, Callable[[], str]], source: str, check: bool, draw: Callable[[], Path | None]
+    readme: Path,
+    contents: Mapping[str, Callable[[], str]],
+    source: str,
+    check: bool,
+    draw: Callable[[], Path | None],
 ) -> int:
     """Fill these sections of the README, which is made if it is not there, and draw what it shows; or compare it.
     Returns the exit code.
@@ -502,7 +603,11 @@ def fill(
     after = filled(before if readme.exists() else new_readme(source, contents), contents, readme)
     if check:
         diff = difflib.unified_diff(
-            before.splitlines(), after.splitlines(), str(readme), f"{readme} from {source}", lineterm=""
+            before.splitlines(),
+            after.splitlines(),
+            str(readme),
+            f"{readme} from {source}",
+            lineterm="",
         )
         print(*(diff if before != after else [f"{readme}: up to date with {source}"]), sep="\n")
         return int(before != after)
@@ -540,8 +645,13 @@ def report_comparison(comparison: Comparison, readme: Path | None, check: bool) 
     if check:
         raise ValueError("--check compares a README with the runs: name it with --readme")
     print(comparison.text())
-    here, folder = Path.cwd(), common_parent([absolute(run.out_dir) for run in comparison.runs.values()])
-    path = (folder if folder is not None and folder.is_relative_to(here) else here) / COMPARISON_PLOT
+    here, folder = (
+        Path.cwd(),
+        common_parent([absolute(run.out_dir) for run in comparison.runs.values()]),
+    )
+    path = (
+        folder if folder is not None and folder.is_relative_to(here) else here
+    ) / COMPARISON_PLOT
     try:
         plot = draw_comparison(comparison, path)
     except OSError as error:
@@ -560,15 +670,21 @@ def update(arguments: Arguments) -> int:
     if not paths:
         raise ValueError("--out_dir is empty: name a run directory, or several to compare them")
     if len(paths) == 1 and not is_glob(paths[0]):
-        return report_run(read_run(paths[0]), arguments.readme or Path("README.md"), arguments.check)
-    return report_comparison(compare(list(map(read_run, find_runs(paths)))), arguments.readme, arguments.check)
+        return report_run(
+            read_run(paths[0]), arguments.readme or Path("README.md"), arguments.check
+        )
+    return report_comparison(
+        compare(list(map(read_run, find_runs(paths)))), arguments.readme, arguments.check
+    )
 
 
 @speaking("update_readme.py")
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 0, 1 when --check finds a stale README, 2 for bad input."""
     try:
-        arguments = read_flags(Arguments, sys.argv[1:] if argv is None else argv, "update_readme.py", __doc__)
+        arguments = read_flags(
+            Arguments, sys.argv[1:] if argv is None else argv, "update_readme.py", __doc__
+        )
         return update(arguments)
     except SystemExit as answered:  # after --help
         return int(answered.code or 0)

@@ -55,13 +55,19 @@ def in_a_process_of_its_own(name: str, options: Options, here: Path, seconds: fl
         process = subprocess.Popen(line, stdout=output, stderr=output, start_new_session=True)
         try:
             process.wait(timeout=seconds)
-            found = read_json(answer) or {"outcome": "FAILED", "figure": f"exit code {process.returncode}"}
+            found = read_json(answer) or {
+                "outcome": "FAILED",
+                "figure": f"exit code {process.returncode}",
+            }
         except subprocess.TimeoutExpired:
             found = {"outcome": "FAILED", "figure": f"not done within {seconds:.0f} s"}
         finally:
             end_with_all_it_started(process)
     if found["outcome"] == "FAILED":
-        print((here / "output.txt").read_text(encoding="utf-8", errors="replace")[-3000:], file=sys.stderr)
+        print(
+            (here / "output.txt").read_text(encoding="utf-8", errors="replace")[-3000:],
+            file=sys.stderr,
+        )
     if options.work is None:
         shutil.rmtree(here, ignore_errors=True)
     return found
@@ -79,7 +85,9 @@ def end_with_all_it_started(process: subprocess.Popen) -> None:
 
 def answer_for(arguments: list[str]) -> None:
     """The child's part: make one check, and write its answer."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores, and children with it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a shell's background ignores, and children with it
     name, values, here, answer = arguments
     flags = json.loads(values)
     flags |= {key: Path(flags[key]) for key in ("input_file", "nanogpt") if flags[key]}
@@ -93,27 +101,39 @@ def main() -> int:
         answer_for(sys.argv[2:])
     options = tyro.cli(Options, description=__doc__, use_underscores=True)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("accept_gpu.py: error: this PyTorch sees no CUDA device: there is nothing to prove here", file=sys.stderr)
+        print(
+            "accept_gpu.py: error: this PyTorch sees no CUDA device: there is nothing to prove here",
+            file=sys.stderr,
+        )
         return 2
     if not options.input_file.is_file():
         print(
-            f"accept_gpu.py: error: {options.input_file} is not there: name a text with --input_file", file=sys.stderr
+            f"accept_gpu.py: error: {options.input_file} is not there: name a text with --input_file",
+            file=sys.stderr,
         )
         return 2
     options = replace(options, input_file=options.input_file.resolve())
     names = [name for name in CHECKS[options.part] if options.only in name]
     if not names:
-        print(f"accept_gpu.py: error: --only {options.only}: no check of this part has that name", file=sys.stderr)
+        print(
+            f"accept_gpu.py: error: --only {options.only}: no check of this part has that name",
+            file=sys.stderr,
+        )
         return 2
     record = options.record
     if record is None and options.device == "cuda" and not options.only:
         record = ROOT / "benchmarks" / "records" / f"accept-gpu-{options.part}.json"
     rows, end = [], time.monotonic() + 60 * options.minutes
     with contextlib.ExitStack() as stack:
-        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        work = options.work or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        )
         for number, name in enumerate(names):
             began, seconds = time.monotonic(), CHECKS[options.part][name][1]
-            found, left = {"outcome": "left out", "figure": f"the {options.minutes:g} minutes were over"}, end - began
+            found, left = (
+                {"outcome": "left out", "figure": f"the {options.minutes:g} minutes were over"},
+                end - began,
+            )
             if left > 10:
                 here = work.resolve() / f"{options.part}-{number:02}"
                 tried = in_a_process_of_its_own(name, options, here, min(left, seconds))

@@ -66,7 +66,9 @@ def ours() -> None:
     """Logits and greedy tokens of train.py's model."""
     sampler = sample.Sampler(Path("best.pt"), "cpu", "off")
     tokens = tokens_of(sampler.config.vocab_size)
-    options = dict(context=sampler.context, temperature=0.0, top_k=0, generators=[torch.Generator()])
+    options = dict(
+        context=sampler.context, temperature=0.0, top_k=0, generators=[torch.Generator()]
+    )
     with torch.no_grad():
         greedy = train.generate(sampler.model, tokens[:, :16].tolist(), 16, **options)
         torch.save([sampler.model(tokens), greedy], "ours.pt")
@@ -80,7 +82,9 @@ def theirs() -> dict:
     tokens, (logits, greedy) = tokens_of(model.config.vocab_size), torch.load("ours.pt")
     with torch.no_grad():
         difference = (model(tokens).logits - logits).abs().max() / logits.std()
-        options = dict(attention_mask=torch.ones(1, 16), do_sample=False, max_length=None, max_new_tokens=16)
+        options = dict(
+            attention_mask=torch.ones(1, 16), do_sample=False, max_length=None, max_new_tokens=16
+        )
         found = model.generate(tokens[:, :16], **options)
     return {"largest_difference": difference.item(), "same_greedy": found.tolist() == greedy}
 
@@ -88,7 +92,10 @@ def theirs() -> dict:
 def back() -> dict:
     """Whether the weights that come back are the same, bit for bit."""
     before, after = (load_checkpoint(Path(name))["model"] for name in ("best.pt", "back.pt"))
-    return {"same_weights": before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)}
+    return {
+        "same_weights": before.keys() == after.keys()
+        and all(torch.equal(before[k], after[k]) for k in before)
+    }
 
 
 def stage(name: str, *arguments: str) -> None:
@@ -110,7 +117,9 @@ def main() -> None:
 
             def run(*stage: str, folder: str = folder) -> tuple[float, float, dict | int | None]:
                 command = [sys.executable, Path(__file__).resolve(), "--stage", *stage]
-                answer = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
+                answer = subprocess.run(
+                    command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True
+                ).stdout
                 return json.loads(answer.splitlines()[-1])
 
             run("make", preset)

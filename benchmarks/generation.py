@@ -58,7 +58,11 @@ def main() -> None:
 
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    peer = GPT2LMHeadModel(GPT2Config(eos_token_id=None, bos_token_id=None, pad_token_id=0)).to(config.device).eval()
+    peer = (
+        GPT2LMHeadModel(GPT2Config(eos_token_id=None, bos_token_id=None, pad_token_id=0))
+        .to(config.device)
+        .eval()
+    )
     tokens = torch.tensor([prompt], device=config.device)
 
     def hugging_face() -> None:
@@ -73,7 +77,9 @@ def main() -> None:
         sys.path.insert(0, str(options.nanogpt))
         from model import GPT, GPTConfig
 
-        nano = GPT(GPTConfig(vocab_size=VOCAB_SIZE, bias=True, dropout=0.0)).to(config.device).eval()
+        nano = (
+            GPT(GPTConfig(vocab_size=VOCAB_SIZE, bias=True, dropout=0.0)).to(config.device).eval()
+        )
         programs["nanoGPT"] = lambda: nano.generate(tokens, options.new_tokens, top_k=1)
 
     def timed(program: Callable[[], object], precision: str) -> float:
@@ -95,7 +101,10 @@ def main() -> None:
             rate = timed(programs[name], precision)
             if number:  # the first is warm-up
                 found.append(rate)
-    fastest = {name: max(statistics.median(found) for (n, _), found in rates.items() if n == name) for name in programs}
+    fastest = {
+        name: max(statistics.median(found) for (n, _), found in rates.items() if n == name)
+        for name in programs
+    }
     rows = []
     for (name, precision), found in rates.items():
         same = statistics.median(rates["train.py", precision])

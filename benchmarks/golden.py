@@ -22,7 +22,15 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
-    *("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--seq_len=16", "--batch_size=4", "--steps=12"),
+    *(
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=32",
+        "--block_size=32",
+        "--seq_len=16",
+        "--batch_size=4",
+        "--steps=12",
+    ),
     *(
         "--decay_steps=12",
         "--warmup_steps=2",
@@ -31,17 +39,41 @@ TINY = [
         "--log_every=1",
         "--save_every=5",
     ),
-    *("--sample_every=6", "--max_new_tokens=24", "--device=cpu", "--compile=off", "--threads=1", "--amp=bf16"),
+    *(
+        "--sample_every=6",
+        "--max_new_tokens=24",
+        "--device=cpu",
+        "--compile=off",
+        "--threads=1",
+        "--amp=bf16",
+    ),
 ]
-DEEP = ["--n_layer=12", "--n_head=12", "--n_embd=48", "--block_size=64", "--seq_len=32"]  # GPT-2's depth and heads
+DEEP = [
+    "--n_layer=12",
+    "--n_head=12",
+    "--n_embd=48",
+    "--block_size=64",
+    "--seq_len=32",
+]  # GPT-2's depth and heads
 RUNS: dict[str, list[list[str]]] = {  # flags of each command; later ones go on with the same run
-    "demo": [["--preset=demo", "--steps=30", "--decay_steps=30", "--device=cpu", "--compile=off", "--threads=1"]],
+    "demo": [
+        [
+            "--preset=demo",
+            "--steps=30",
+            "--decay_steps=30",
+            "--device=cpu",
+            "--compile=off",
+            "--threads=1",
+        ]
+    ],
     "124M-shaped": [[*TINY, *DEEP]],
     "adamw": [[*TINY, "--optimizer=adamw", "--amp=off"]],
     "muon": [[*TINY, "--optimizer=muon", "--amp=off", "--grad_accum=2"]],
     "fp16": [[*TINY, "--amp=fp16"]],
     "dropout": [[*TINY, "--dropout=0.2", "--micro_batch=2"]],
-    "independent, cosine": [[*TINY, "--slices=independent", "--schedule=cosine", "--temperature=0"]],
+    "independent, cosine": [
+        [*TINY, "--slices=independent", "--schedule=cosine", "--temperature=0"]
+    ],
     "validation": [[*TINY, "--val_fraction=0.2", "--eval_every=4"]],
     "own vocabulary": [[*TINY, "--tokenizer=bpe:300", "--cache_dir=cache"]],
     "resumed": [[*TINY, "--steps=7"], TINY],
@@ -68,7 +100,8 @@ def text() -> str:
     """A few thousand tokens of English with line ends, digits and signs beyond ASCII."""
     words = WORDS.split()
     lines = (
-        " ".join(words[i * k % len(words)] for k in range(1, 3 + i % 9)) + f" {i * 7919 % 1000}." for i in range(400)
+        " ".join(words[i * k % len(words)] for k in range(1, 3 + i % 9)) + f" {i * 7919 % 1000}."
+        for i in range(400)
     )
     return "\n".join(lines)
 
@@ -88,7 +121,11 @@ def fingerprint(run: Path) -> str:
     digest = hashlib.sha256()
     with open(run / "logs" / "train_metrics.csv", encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            digest.update(repr({k: v for k, v in row.items() if k not in ("tokens_per_sec", "elapsed_sec")}).encode())
+            digest.update(
+                repr(
+                    {k: v for k, v in row.items() if k not in ("tokens_per_sec", "elapsed_sec")}
+                ).encode()
+            )
     digest.update((run / "samples" / "samples.txt").read_bytes())
     for name in ("last.pt", "best.pt"):
         add(digest, torch.load(run / "checkpoints" / name, weights_only=True))
@@ -113,10 +150,16 @@ def main() -> int:
         for number, name in enumerate(tqdm(options.only, disable=None)):
             for flags in RUNS[name]:
                 result = subprocess.run(
-                    command(flags, f"run{number}"), cwd=folder, capture_output=True, text=True, encoding="utf-8"
+                    command(flags, f"run{number}"),
+                    cwd=folder,
+                    capture_output=True,
+                    text=True,
+                    encoding="utf-8",
                 )
                 if result.returncode != 0:
-                    print(f"{name}: exit code {result.returncode}\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+                    print(
+                        f"{name}: exit code {result.returncode}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+                    )
                     return 1
             found[name] = fingerprint(Path(folder, f"run{number}"))
     expected = json.loads(options.against.read_text(encoding="utf-8")) if options.against else found

@@ -104,7 +104,9 @@ class Device:
         if process is not None:
             process.send_signal(signal.SIGSTOP)
         folder = os.open(self.place, os.O_RDONLY)
-        with suppress(OSError):  # a file system without it goes on sending for as long as the copy takes
+        with suppress(
+            OSError
+        ):  # a file system without it goes on sending for as long as the copy takes
             fcntl.ioctl(folder, SHUT_DOWN, struct.pack("I", WITHOUT_FLUSH))
         os.close(folder)
         left = self.image.with_name("left")
@@ -125,7 +127,11 @@ class Cutter(OurTrainer):
     """Runs on a device, what they were heard to say, and what is wrong after a cut."""
 
     def __init__(self, options: Options, device: Device, shim: Path | None):
-        super().__init__(Arguments(steps=600, work=options.work, flags="--amp=bf16 --dropout=0.1 --tokenizer=bpe:257"))
+        super().__init__(
+            Arguments(
+                steps=600, work=options.work, flags="--amp=bf16 --dropout=0.1 --tokenizer=bpe:257"
+            )
+        )
         self.device, self.random = device, Random(options.seed)
         self.environment = os.environ | ({"LD_PRELOAD": str(shim)} if shim else {})
         self.said, self.out = options.work / "said.txt", device.place / "above" / "run"
@@ -155,7 +161,9 @@ class Cutter(OurTrainer):
         elif number % 4 == 0:
             time.sleep(self.random.uniform(0, 8))
         elif number % 4 < 3:
-            aim_into_a_write(process, self, self.out, self.random.randint(1, 3), self.random.uniform(0, 0.02))
+            aim_into_a_write(
+                process, self, self.out, self.random.randint(1, 3), self.random.uniform(0, 0.02)
+            )
         else:
             self.wait_for(process, " | Corpus loss ")
             time.sleep(self.random.uniform(0, 0.02))
@@ -251,7 +259,11 @@ class Cutter(OurTrainer):
 
 def contents(folder: Path) -> set[bytes]:
     """Of all files that are no lock and not empty."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".pid")]
+    paths = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".lock", ".pid")
+    ]
     return {path.read_bytes() for path in paths} - {b""}
 
 

@@ -46,8 +46,15 @@ class Options:
 def one_process(options: Options, slices: int) -> None:
     """Seconds of each step, and bytes per second of averaging (0 alone), printed by rank 0."""
     ranks = Ranks.join()
-    flags = ["--optimizer=adamw", "--compile=off", "--threads=1", f"--input_file={options.input_file}"]
-    config = parse_config([f"--preset={options.preset}", f"--batch_size={slices}", *flags], processes=ranks.count)
+    flags = [
+        "--optimizer=adamw",
+        "--compile=off",
+        "--threads=1",
+        f"--input_file={options.input_file}",
+    ]
+    config = parse_config(
+        [f"--preset={options.preset}", f"--batch_size={slices}", *flags], processes=ranks.count
+    )
     config = choose_runtime(config, None)
     configure_torch(config)
     trainer = train.Trainer(config, load_corpus(config, load_tokenizer()), None, ranks)
@@ -67,7 +74,9 @@ def one_process(options: Options, slices: int) -> None:
     ranks.end(0)
 
 
-def run(command: list[str], options: Options, slices: int, copies: int = 1) -> tuple[list[float], float, int]:
+def run(
+    command: list[str], options: Options, slices: int, copies: int = 1
+) -> tuple[list[float], float, int]:
     """The answer of the first of so many processes at once."""
     values = json.dumps(asdict(options), default=str)
     commands = [[*command, __file__, "--serve", values, str(slices)]] * copies
@@ -79,7 +88,9 @@ def run(command: list[str], options: Options, slices: int, copies: int = 1) -> t
 def main() -> None:
     if sys.argv[1:2] == ["--serve"]:
         values = json.loads(sys.argv[2])
-        return one_process(Options(**values | {"input_file": Path(values["input_file"])}), int(sys.argv[3]))
+        return one_process(
+            Options(**values | {"input_file": Path(values["input_file"])}), int(sys.argv[3])
+        )
     options = tyro.cli(Options, description=__doc__)
     python, count = [sys.executable], options.ranks
     torchrun = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]

@@ -69,7 +69,9 @@ def draw(rows: list[dict], path: Path) -> None:
         names = [str(row[column]).replace("-", "\n") for row in part]
         axis.bar(names, [row["tokens_per_sec"] for row in part], color="#9ecae1", width=0.6)
         axis.set_ylabel("tokens per second")
-        axis.set_xlabel(f"{varied} ({'1,024 tokens a step' if varied == 'seq_len' else '128 tokens a slice'})")
+        axis.set_xlabel(
+            f"{varied} ({'1,024 tokens a step' if varied == 'seq_len' else '128 tokens a slice'})"
+        )
         if varied == "model":
             axis.set_yscale("log")
         right = axis.twinx()

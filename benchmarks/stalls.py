@@ -50,7 +50,10 @@ class Options:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        flags = [f"--{name}={getattr(options, name)}" for name in ("preset", "batch_size", "optimizer", "input_file")]
+        flags = [
+            f"--{name}={getattr(options, name)}"
+            for name in ("preset", "batch_size", "optimizer", "input_file")
+        ]
         config = parse_config([*flags, f"--out_dir={folder}/run"])
         config = choose_runtime(config, None)
         configure_torch(config)
@@ -69,7 +72,9 @@ def main() -> None:
                         found.append(time.perf_counter() - started)
                     saver.writer.finish()
         held = sum(
-            b.numel() * b.element_size() for s in (saver.snapshot, *saver.best_snapshots) for b in s.buffers.values()
+            b.numel() * b.element_size()
+            for s in (saver.snapshot, *saver.best_snapshots)
+            for b in s.buffers.values()
         )
     step = statistics.median(seconds["none"]) / options.steps
     rows = []
@@ -90,7 +95,9 @@ def one_round(trainer: train.Trainer, saver: train.Saver, steps: int, kind: str)
     for number in range(steps):
         loss, grad_norm, lr = trainer.update()
         p = trainer.progress
-        saver.run.append_metrics({"step": p.step, "loss": loss, "lr": lr, "tokens": p.tokens, "grad_norm": grad_norm})
+        saver.run.append_metrics(
+            {"step": p.step, "loss": loss, "lr": lr, "tokens": p.tokens, "grad_norm": grad_norm}
+        )
         saver.writer.collect()
         if number or kind == "none":
             continue

@@ -48,7 +48,10 @@ def record(name: str) -> dict:
 def source(name: str) -> str:
     """Where a table comes from and on what it was measured."""
     found = record(name)
-    gpu, cpu = found["hardware"].get("gpu"), f"{found['hardware']['cores']} cores of an {found['hardware']['cpu']}"
+    gpu, cpu = (
+        found["hardware"].get("gpu"),
+        f"{found['hardware']['cores']} cores of an {found['hardware']['cpu']}",
+    )
     return (
         f"[{name}.json](benchmarks/records/{name}.json): {gpu or cpu}, PyTorch {found['versions']['torch']}, "
         f"{found['date']}, commit {found['commit'][:7]}"
@@ -62,7 +65,9 @@ def flags(kind: type) -> str:
     rows = []
     for group in groups or [kind]:
         if groups:
-            rows.append([f"**{group.__name__.removesuffix('Flags').lower()}**", "", group.__doc__ or ""])
+            rows.append(
+                [f"**{group.__name__.removesuffix('Flags').lower()}**", "", group.__doc__ or ""]
+            )
         for field in fields(group):
             default = default_words(types[field.name], field.default)
             if field.default is MISSING:
@@ -76,10 +81,18 @@ def presets() -> str:
     rows = []
     for name in (name for name in PRESETS if name != "write"):
         config = cards.config_of(name)
-        shape = (config.n_layer, config.n_head, config.n_embd, config.block_size, config.batch_size, config.seq_len)
+        shape = (
+            config.n_layer,
+            config.n_head,
+            config.n_embd,
+            config.block_size,
+            config.batch_size,
+            config.seq_len,
+        )
         rows.append([f"`{name}`", f"{config.n_params:,}", *map(str, shape)])
     return markdown_table(
-        ["preset", "parameters", "layers", "heads", "width", "positions", "batch_size", "seq_len"], rows
+        ["preset", "parameters", "layers", "heads", "width", "positions", "batch_size", "seq_len"],
+        rows,
     )
 
 
@@ -88,16 +101,27 @@ def on_cards() -> str:
     rows = []
     for card in cards.CARDS:
         largest = cards.largest_that_fits(card)
-        named = f"`{largest.preset}`" + f" `--micro_batch {largest.micro_batch}`" * (largest.micro_batch < 32)
+        named = f"`{largest.preset}`" + f" `--micro_batch {largest.micro_batch}`" * (
+            largest.micro_batch < 32
+        )
         default = need(card, cards.config_of("gpt2"))
         rows.append([f"{card.name}, {card.gib} GB", *default, named, *need(card, largest)])
-    header = ["card", "`gpt2`: memory", "`gpt2`: time", "largest preset with room", "its memory", "its time"]
+    header = [
+        "card",
+        "`gpt2`: memory",
+        "`gpt2`: time",
+        "largest preset with room",
+        "its memory",
+        "its time",
+    ]
     return markdown_table(header, rows, align="---")
 
 
 def need(card: cards.Card, config: cards.Config) -> tuple[str, str]:
     """Memory, and the range of time."""
-    least, most = (max(1, round(cards.seconds(card, config, achieved) / 60)) for achieved in cards.ACHIEVED)
+    least, most = (
+        max(1, round(cards.seconds(card, config, achieved) / 60)) for achieved in cards.ACHIEVED
+    )
     return f"{cards.total(config) / 1e9:.1f} GB", f"{least} to {most} min"
 
 
@@ -116,9 +140,13 @@ def card_time() -> str:
     rows = []
     for card in cards.CARDS:
         cells = [f"{card.cuda_cores:,}", f"{card.boost_ghz:.2f}", f"{card.peak / 1e12:.1f}"]
-        rows.append([card.name, *cells, *(f"{card.peak * part / 1e12:.1f}" for part in cards.ACHIEVED)])
+        rows.append(
+            [card.name, *cells, *(f"{card.peak * part / 1e12:.1f}" for part in cards.ACHIEVED)]
+        )
     assumed = [f"{part:.0%} of it" for part in cards.ACHIEVED]
-    return markdown_table(["card", "CUDA cores", "boost clock, GHz", "peak in bf16, TFLOP/s", *assumed], rows)
+    return markdown_table(
+        ["card", "CUDA cores", "boost clock, GHz", "peak in bf16, TFLOP/s", *assumed], rows
+    )
 
 
 def card_check() -> str:
@@ -130,29 +158,67 @@ def card_check() -> str:
     ]
     for row in record("throughput-32x128")["rows"]:
         if row["program"] != "products":  # on a CPU 2,048 of a step's tokens at once
-            measured.append(("muon" if "muon" in row["program"] else "adamw", "gpt2", 16, 128, row["peak_gb"]))
+            measured.append(
+                ("muon" if "muon" in row["program"] else "adamw", "gpt2", 16, 128, row["peak_gb"])
+            )
     rows = []
-    for optimizer, preset, micro_batch, seq_len, peak_gb in sorted(measured, key=lambda row: row[-1]):
+    for optimizer, preset, micro_batch, seq_len, peak_gb in sorted(
+        measured, key=lambda row: row[-1]
+    ):
         config = replace(cards.config_of(preset, micro_batch), optimizer=optimizer, seq_len=seq_len)
-        cells = [f"{micro_batch} x {seq_len}", optimizer, f"{cards.total(config) / 1e9:.1f}", f"{peak_gb:.1f}"]
+        cells = [
+            f"{micro_batch} x {seq_len}",
+            optimizer,
+            f"{cards.total(config) / 1e9:.1f}",
+            f"{peak_gb:.1f}",
+        ]
         rows.append([f"`{preset}`", *cells])
-    header = ["preset", "slices x tokens at once", "optimizer", "the sum, GB", "measured on a CPU, GB"]
-    return "\n\n".join([markdown_table(header, rows), f"{source('scaling')}; {source('throughput-32x128')}"])
+    header = [
+        "preset",
+        "slices x tokens at once",
+        "optimizer",
+        "the sum, GB",
+        "measured on a CPU, GB",
+    ]
+    return "\n\n".join(
+        [markdown_table(header, rows), f"{source('scaling')}; {source('throughput-32x128')}"]
+    )
 
 
 def throughput(*names: str) -> str:
     """Tokens per second, the ratio to train.py in the same rounds, and memory; the fair comparison first."""
     rows, seen = [], set()
-    for row in sorted((row for name in names for row in record(name)["rows"]), key=lambda row: rank_of(row["program"])):
+    for row in sorted(
+        (row for name in names for row in record(name)["rows"]),
+        key=lambda row: rank_of(row["program"]),
+    ):
         if row["program"] in seen:
             continue
         seen.add(row["program"])
         low, high = row["quartiles of that"]
-        ratio = "" if row["program"] == "train.py" else f"{row['train.py is faster by']:.2f} ({low:.2f} to {high:.2f})"
-        label = "matrix products alone, the ceiling" if row["program"] == "products" else row["program"]
-        cells = [label, f"{row['tokens_per_sec']:,.0f}", ratio, f"{row['peak_gb']:.1f}", str(row["n"])]
+        ratio = (
+            ""
+            if row["program"] == "train.py"
+            else f"{row['train.py is faster by']:.2f} ({low:.2f} to {high:.2f})"
+        )
+        label = (
+            "matrix products alone, the ceiling" if row["program"] == "products" else row["program"]
+        )
+        cells = [
+            label,
+            f"{row['tokens_per_sec']:,.0f}",
+            ratio,
+            f"{row['peak_gb']:.1f}",
+            str(row["n"]),
+        ]
         rows.append([f"**{cell}**" if label == "train.py" and cell else cell for cell in cells])
-    header = ["program", "tokens per second", "`train.py` is faster by (quartiles)", "peak memory, GB", "n"]
+    header = [
+        "program",
+        "tokens per second",
+        "`train.py` is faster by (quartiles)",
+        "peak memory, GB",
+        "n",
+    ]
     return "\n\n".join([markdown_table(header, rows), "; ".join(map(source, names))])
 
 
@@ -182,7 +248,9 @@ def tokenizing() -> str:
         for row in record("tokenizing")["rows"]
     ]
     header = ["encoding", "text, MB", "MB per second", "memory beyond the imports, MB"]
-    return "\n\n".join([markdown_table(header, rows), f"The same ids each way; {source('tokenizing')}"])
+    return "\n\n".join(
+        [markdown_table(header, rows), f"The same ids each way; {source('tokenizing')}"]
+    )
 
 
 def generation() -> str:
@@ -222,7 +290,13 @@ def saves() -> str:
         for row in record("stalls")["rows"]
     ]
     every = record("stalls")["rows"][0]["save_every"]
-    header = ["saves", "seconds each (range)", f"of the wall clock, one in {every} steps", "buffers, GB", "n"]
+    header = [
+        "saves",
+        "seconds each (range)",
+        f"of the wall clock, one in {every} steps",
+        "buffers, GB",
+        "n",
+    ]
     return "\n\n".join([markdown_table(header, rows), source("stalls")])
 
 
@@ -239,7 +313,14 @@ def scaling() -> str:
         ]
         for row in record("scaling")["rows"]
     ]
-    header = ["varied", "preset", "slices x tokens", "seconds a step (range)", "tokens per second", "peak memory, GB"]
+    header = [
+        "varied",
+        "preset",
+        "slices x tokens",
+        "seconds a step (range)",
+        "tokens per second",
+        "peak memory, GB",
+    ]
     return "\n\n".join([markdown_table(header, rows), source("scaling")])
 
 
@@ -254,9 +335,16 @@ def ladder() -> str:
         if len(losses) > 1:
             spread = f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}"
             reached = sum(row["tokens_to_target"] is not None for row in found)
-            rows.append((statistics.fmean(losses), [recipe, spread, f"{reached} of {len(found)}", str(len(found))]))
+            rows.append(
+                (
+                    statistics.fmean(losses),
+                    [recipe, spread, f"{reached} of {len(found)}", str(len(found))],
+                )
+            )
     header = ["recipe", "corpus loss (mean ± standard deviation)", "reached the target", "seeds"]
-    return "\n\n".join([markdown_table(header, [row for _, row in sorted(rows)]), source("tokens-to-target")])
+    return "\n\n".join(
+        [markdown_table(header, [row for _, row in sorted(rows)]), source("tokens-to-target")]
+    )
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
@@ -268,7 +356,11 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "EXPORT": lambda: flags(export_hf.Options),
         "REPORT": lambda: flags(update_readme.Arguments),
     },
-    "docs/texts-and-devices.md": {"CARD_MEMORY": card_memory, "CARD_TIME": card_time, "CARD_CHECK": card_check},
+    "docs/texts-and-devices.md": {
+        "CARD_MEMORY": card_memory,
+        "CARD_TIME": card_time,
+        "CARD_CHECK": card_check,
+    },
     "docs/speed.md": {
         "FAIR": lambda: fair("throughput-8x128"),
         "THROUGHPUT": lambda: throughput("throughput-8x128", "throughput-8x128-more"),

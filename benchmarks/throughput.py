@@ -72,8 +72,13 @@ Step = Callable[[], object]
 
 def ours(options: Options, *flags: str) -> Step:
     """train.py as the command line would run it, one `Trainer.update` a step."""
-    shape = [f"--{name}={getattr(options, name)}" for name in ("batch_size", "seq_len", "grad_accum", "input_file")]
-    config = parse_config([f"--preset={options.preset}", *shape, f"--device={options.device}", *flags])
+    shape = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("batch_size", "seq_len", "grad_accum", "input_file")
+    ]
+    config = parse_config(
+        [f"--preset={options.preset}", *shape, f"--device={options.device}", *flags]
+    )
     config = choose_runtime(config, None)
     configure_torch(config)
     trainer = train.Trainer(config, load_corpus(config, load_tokenizer()), None)
@@ -82,10 +87,16 @@ def ours(options: Options, *flags: str) -> Step:
     return trainer.update
 
 
-def peer(options: Options, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable) -> Step:
+def peer(
+    options: Options, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable
+) -> Step:
     """The usual loop around a model: bf16 autocast, accumulation, clipping to 1, one optimizer step."""
     corpus = load_corpus(decide(dict(input_file=(options.input_file,))), load_tokenizer())
-    count, T, device = options.batch_size * options.grad_accum, options.seq_len, next(model.parameters()).device
+    count, T, device = (
+        options.batch_size * options.grad_accum,
+        options.seq_len,
+        next(model.parameters()).device,
+    )
     step = 0
 
     def update() -> float:
@@ -93,9 +104,14 @@ def peer(options: Options, model: torch.nn.Module, optimizer: torch.optim.Optimi
         step += 1
         starts = train.slice_starts(0, step, count, len(corpus.tokens) - T)
         total = 0.0
-        for slices in train.take_slices(corpus.tokens, starts, T).to(device).split(options.batch_size):
+        for slices in (
+            train.take_slices(corpus.tokens, starts, T).to(device).split(options.batch_size)
+        ):
             with torch.autocast(device.type, torch.bfloat16):
-                value = loss(slices[:, :-1].contiguous(), slices[:, 1:].contiguous()) / options.grad_accum
+                value = (
+                    loss(slices[:, :-1].contiguous(), slices[:, 1:].contiguous())
+                    / options.grad_accum
+                )
             value.backward()
             total += value.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -123,8 +139,14 @@ def hugging_face(options: Options, compiled: bool) -> Step:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     device = choose_device()[0] if options.device == "auto" else options.device
-    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    model = (
+        GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        .to(device)
+        .train()
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     forward = torch.compile(model) if compiled else model
 
     def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -140,7 +162,9 @@ def products(options: Options) -> Step:
     C, N = config.n_embd, options.batch_size * options.seq_len
     shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * config.n_layer + [(C, VOCAB_SIZE)]
     made = {
-        (i, o): tuple(torch.randn(*size, device=device).bfloat16() for size in ((N, i), (o, i), (N, o)))
+        (i, o): tuple(
+            torch.randn(*size, device=device).bfloat16() for size in ((N, i), (o, i), (N, o))
+        )
         for i, o in shapes
     }
 
@@ -178,7 +202,12 @@ def serve(name: str, options: Options) -> None:
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        print(seconds, torch.cuda.max_memory_allocated() / 1e6 if cuda else peak_rss_mb(), file=answers, flush=True)
+        print(
+            seconds,
+            torch.cuda.max_memory_allocated() / 1e6 if cuda else peak_rss_mb(),
+            file=answers,
+            flush=True,
+        )
 
 
 def peak_rss_mb() -> float:
@@ -195,15 +224,29 @@ def measure(options: Options, names: list[str]) -> tuple[dict[str, dict], dict[s
         for name in names:
             largest = max((one["peak_mb"] for one in found.values()), default=0)
             if available_mb() < ROOM * largest:
-                left_out[name] = f"{available_mb() / 1000:.1f} GB of memory are left, one like the others may need more"
+                left_out[name] = (
+                    f"{available_mb() / 1000:.1f} GB of memory are left, one like the others may need more"
+                )
                 continue
-            command = [sys.executable, __file__, "--serve", name, json.dumps(asdict(options), default=str)]
+            command = [
+                sys.executable,
+                __file__,
+                "--serve",
+                name,
+                json.dumps(asdict(options), default=str),
+            ]
             server = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | PROGRAMS[name][1]
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | PROGRAMS[name][1],
             )
             stack.callback(server.kill)
             try:
-                peak = max(ask(server)[1] for _ in tqdm(range(options.warm_up), desc=f"warm-up {name}"))
+                peak = max(
+                    ask(server)[1] for _ in tqdm(range(options.warm_up), desc=f"warm-up {name}")
+                )
             except ChildProcessError as error:
                 left_out[name] = str(error)
                 continue
@@ -238,7 +281,9 @@ def ask(server: subprocess.Popen) -> tuple[float, float]:
     answer = server.stdout.readline()
     if not answer:
         code = server.wait()
-        raise ChildProcessError("killed, probably for want of memory" if code == -9 else f"exit code {code}, see above")
+        raise ChildProcessError(
+            "killed, probably for want of memory" if code == -9 else f"exit code {code}, see above"
+        )
     seconds, peak = map(float, answer.split())
     return seconds, peak
 
@@ -257,9 +302,13 @@ def main() -> None:
     for name, one in found.items():
         row = {"program": name, "peak_gb": round(one["peak_mb"] / 1000, 2), "n": options.rounds}
         row["tokens_per_sec"] = round(tokens / statistics.median(one["seconds"]), 1)
-        row["quartiles"] = [round(tokens / q, 1) for q in statistics.quantiles(one["seconds"], n=4)[::-2]]
+        row["quartiles"] = [
+            round(tokens / q, 1) for q in statistics.quantiles(one["seconds"], n=4)[::-2]
+        ]
         if "train.py" in found:
-            ratios = [b / a for a, b in zip(found["train.py"]["seconds"], one["seconds"], strict=True)]
+            ratios = [
+                b / a for a, b in zip(found["train.py"]["seconds"], one["seconds"], strict=True)
+            ]
             row["train.py is faster by"] = round(statistics.median(ratios), 3)
             row["quartiles of that"] = [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]]
         rows.append(row)

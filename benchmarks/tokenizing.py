@@ -78,7 +78,11 @@ def one_way(text: Path, threads: int, folder: Path) -> None:
     else:
         ids = np.array(tokenizer.encode_ordinary(text.read_bytes().decode()), dtype=np.uint16)
     seconds, memory = time.perf_counter() - started, peak_rss_mb() - before
-    print(json.dumps([seconds, memory, len(ids), hashlib.sha256(np.ascontiguousarray(ids)).hexdigest()]))
+    print(
+        json.dumps(
+            [seconds, memory, len(ids), hashlib.sha256(np.ascontiguousarray(ids)).hexdigest()]
+        )
+    )
 
 
 def main() -> None:
@@ -98,7 +102,14 @@ def main() -> None:
             (f"stream, {cores} threads", part, cores),
             (f"stream, {cores} threads", whole, cores),
         ):
-            command = [sys.executable, __file__, "--serve", str(text), str(threads), str(folder / f"ids-{threads}")]
+            command = [
+                sys.executable,
+                __file__,
+                "--serve",
+                str(text),
+                str(threads),
+                str(folder / f"ids-{threads}"),
+            ]
             answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             seconds, memory, count, digest = json.loads(answer)
             size = text.stat().st_size / 1e6

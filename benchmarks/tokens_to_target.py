@@ -93,7 +93,9 @@ def run(recipe: dict, seed: int, options: Options, corpus: Corpus, name: str) ->
     steps = options.tokens // (flags["batch_size"] * flags["seq_len"])
     flags.setdefault("min_lr", flags["lr"] / 10)
     flags["mixed_steps"] = int(flags.get("mixed_steps", 0) * steps)
-    flags |= dict(seed=seed, steps=steps, device="cpu", amp="bf16", compile="off", threads=options.threads)
+    flags |= dict(
+        seed=seed, steps=steps, device="cpu", amp="bf16", compile="off", threads=options.threads
+    )
     config = decide(flags, vocab_size=int(corpus.tokens.max()) + 1, machine=choose_runtime)
     configure_torch(config)
     train.Muon, muon.POLAR_EXPRESS = variant(own), muon.POLAR_EXPRESS[:iterations]
@@ -128,13 +130,17 @@ def variant(own: dict | str) -> type[torch.optim.Optimizer] | partial:
     """Muon with other settings, or PyTorch's."""
     if own != "torch":
         return partial(muon.Muon, **own)
-    return lambda matrices, dtype, **rest: torch.optim.Muon(matrices, **rest, adjust_lr_fn="match_rms_adamw")
+    return lambda matrices, dtype, **rest: torch.optim.Muon(
+        matrices, **rest, adjust_lr_fn="match_rms_adamw"
+    )
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     whole = load_corpus(decide(dict(input_file=(options.input_file,))), load_tokenizer())
-    _, tokens = np.unique(whole.tokens[: int(len(whole.tokens) * options.fraction)], return_inverse=True)
+    _, tokens = np.unique(
+        whole.tokens[: int(len(whole.tokens) * options.fraction)], return_inverse=True
+    )
     corpus = replace(whole, tokens=tokens.astype(np.uint16))
     polar_express = muon.POLAR_EXPRESS
     for seed in options.seeds:
@@ -142,7 +148,10 @@ def main() -> None:
             recipe = RECIPES.get(text)
             if recipe is None:
                 recipe = dict(change.split("=", 1) for change in text.split(","))
-                recipe = {flag: json.loads(value) if value[0].isdigit() else value for flag, value in recipe.items()}
+                recipe = {
+                    flag: json.loads(value) if value[0].isdigit() else value
+                    for flag, value in recipe.items()
+                }
             known = read_json(options.record).get("rows", [])
             wanted = (text, seed, options.fraction, options.tokens)
             if any((r["recipe"], r["seed"], r["fraction"], r["budget"]) == wanted for r in known):

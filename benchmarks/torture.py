@@ -65,14 +65,26 @@ class OurTrainer:
         self.text = arguments.work / "input.txt"
         self.text.write_text(TEXT, encoding="utf-8")
         self.flags = [f"--{name}={value}" for name, value in (SHAPE | {"seq_len": 16}).items()]
-        self.flags += [f"--steps={arguments.steps}", f"--save_every={arguments.save_every}", "--sample_every=30"]
-        self.flags += ["--log_every=1", "--target_window=3", "--target_loss=0", "--max_new_tokens=32", "--device=cpu"]
+        self.flags += [
+            f"--steps={arguments.steps}",
+            f"--save_every={arguments.save_every}",
+            "--sample_every=30",
+        ]
+        self.flags += [
+            "--log_every=1",
+            "--target_window=3",
+            "--target_loss=0",
+            "--max_new_tokens=32",
+            "--device=cpu",
+        ]
         self.flags += ["--threads=1", f"--input_file={self.text}", *arguments.flags.split()]
 
     def start(self, out: Path) -> subprocess.Popen:
         """The command that the user types, first and again."""
         command = [sys.executable, str(ROOT / "train.py"), *self.flags, f"--out_dir={out}"]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
 
     def checkpoints(self, out: Path) -> list[Path]:
         """The files that must be whole at every instant at which they are there."""
@@ -127,9 +139,18 @@ class NanoGPT(OurTrainer):
     def start(self, out: Path) -> subprocess.Popen:
         out.mkdir(parents=True, exist_ok=True)
         origin = "resume" if (out / "ckpt.pt").exists() else "scratch"
-        command = [sys.executable, "-u", "train.py", *self.flags, f"--out_dir={out.resolve()}", f"--init_from={origin}"]
+        command = [
+            sys.executable,
+            "-u",
+            "train.py",
+            *self.flags,
+            f"--out_dir={out.resolve()}",
+            f"--init_from={origin}",
+        ]
         with open(out / "log.txt", "a", encoding="utf-8") as log:
-            return subprocess.Popen(command, cwd=self.repo, stdout=log, stderr=subprocess.PIPE, text=True)
+            return subprocess.Popen(
+                command, cwd=self.repo, stdout=log, stderr=subprocess.PIPE, text=True
+            )
 
     def checkpoints(self, out: Path) -> list[Path]:
         return [out / "ckpt.pt"]
@@ -176,7 +197,9 @@ class Tally:
     complaints: Counter[str] = field(default_factory=Counter)
 
 
-def torture(arguments: Arguments, trainer: OurTrainer, startup_sec: float, write_sec: float) -> Tally:
+def torture(
+    arguments: Arguments, trainer: OurTrainer, startup_sec: float, write_sec: float
+) -> Tally:
     """Start, kill, look; until all kills are done, and then to the end."""
     random, tally, out = Random(arguments.seed), Tally(), arguments.work / "killed"
     new = True  # a run that has not been killed yet
@@ -193,7 +216,9 @@ def torture(arguments: Arguments, trainer: OurTrainer, startup_sec: float, write
             if new:
                 aim_into_a_write(process, trainer, out, 1, random.uniform(0, write_sec))
             elif moment == "write":
-                aim_into_a_write(process, trainer, out, random.randint(1, 3), random.uniform(0, write_sec))
+                aim_into_a_write(
+                    process, trainer, out, random.randint(1, 3), random.uniform(0, write_sec)
+                )
             elif moment == "last sample":
                 while process.poll() is None and not trainer.samples_at_the_end(out, behind):
                     time.sleep(0.002)
@@ -227,7 +252,9 @@ def torture(arguments: Arguments, trainer: OurTrainer, startup_sec: float, write
         inspect(trainer, out, existed, tally)
 
 
-def aim_into_a_write(process: subprocess.Popen, trainer: OurTrainer, out: Path, number: int, delay: float) -> None:
+def aim_into_a_write(
+    process: subprocess.Popen, trainer: OurTrainer, out: Path, number: int, delay: float
+) -> None:
     """Wait for the `number`-th write of a checkpoint to begin, and then a little longer."""
     was_writing = True  # what an earlier kill left does not count
     while number and process.poll() is None:
@@ -249,7 +276,9 @@ def inspect(trainer: OurTrainer, out: Path, existed: set[Path], tally: Tally) ->
                 tally.checkpoints_lost += 1
                 tally.complaints[f"{path.name}: {type(error).__name__}"] += 1
     if steps:
-        tally.steps_repeated_at_most = max(tally.steps_repeated_at_most, trainer.logged_step(out) - max(steps))
+        tally.steps_repeated_at_most = max(
+            tally.steps_repeated_at_most, trainer.logged_step(out) - max(steps)
+        )
     else:
         tally.before_the_first_checkpoint += 1
 
@@ -263,12 +292,16 @@ def differences(whole: Path, killed: Path) -> dict[str, object]:
         columns = [i for i, name in enumerate(lines[0].split(",")) if name not in timing]
         tables.append([tuple(line.split(",")[i] for i in columns) for line in lines[1:]])
     expected, found = tables
-    steps, unequal = [row[0] for row in found], sum(a != b for a, b in zip(expected, found, strict=False))
+    steps, unequal = (
+        [row[0] for row in found],
+        sum(a != b for a, b in zip(expected, found, strict=False)),
+    )
     answer = {
         "rows lost": len({row[0] for row in expected} - set(steps)),
         "rows doubled": len(steps) - len(set(steps)),
         "rows that differ": unequal + abs(len(expected) - len(found)),
-        "samples differ": (whole / "samples/samples.txt").read_bytes() != (killed / "samples/samples.txt").read_bytes(),
+        "samples differ": (whole / "samples/samples.txt").read_bytes()
+        != (killed / "samples/samples.txt").read_bytes(),
     }
     for name in ("last.pt", "best.pt"):
         first, second = (load_checkpoint(run / "checkpoints" / name) for run in (whole, killed))
@@ -292,7 +325,9 @@ def differences(whole: Path, killed: Path) -> dict[str, object]:
 
 def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> int:
     """How many tensors are not the same bit for bit."""
-    return len(first.keys() ^ second.keys()) + sum(not torch.equal(first[key], second[key]) for key in first)
+    return len(first.keys() ^ second.keys()) + sum(
+        not torch.equal(first[key], second[key]) for key in first
+    )
 
 
 def undisturbed(trainer: OurTrainer, out: Path) -> tuple[float, float]:
@@ -325,14 +360,18 @@ def main() -> None:
     if arguments.nanogpt:
         trainer.full_size = (arguments.work / "whole" / "ckpt.pt").stat().st_size
         write_sec = 0.02  # as train.py's: the files have one size
-    print(f"PyTorch {torch.__version__}; first step after {startup_sec:.1f} s, a write takes {write_sec:.3f} s")
+    print(
+        f"PyTorch {torch.__version__}; first step after {startup_sec:.1f} s, a write takes {write_sec:.3f} s"
+    )
     started = time.perf_counter()
     tally = torture(arguments, trainer, startup_sec, write_sec)
     for name, value in vars(tally).items():
         print(f"{name.replace('_', ' ')}: {value}")
     print(f"seconds: {time.perf_counter() - started:.0f}")
     if arguments.nanogpt:
-        models = [torch.load(arguments.work / run / "ckpt.pt")["model"] for run in ("whole", "killed")]
+        models = [
+            torch.load(arguments.work / run / "ckpt.pt")["model"] for run in ("whole", "killed")
+        ]
         print(f"weights that differ: {differing(*models)} of {len(models[0])}")
         return
     for name, value in differences(arguments.work / "whole", arguments.work / "killed").items():

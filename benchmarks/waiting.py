@@ -28,9 +28,14 @@ from benchmarks.record import write_record
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = "GNU OpenMP's own"
 SETTINGS: dict[str, dict[str, str]] = {
-    DEFAULT: {"GOMP_SPINCOUNT": "300000"},  # what it uses where nothing is set and the cores suffice
+    DEFAULT: {
+        "GOMP_SPINCOUNT": "300000"
+    },  # what it uses where nothing is set and the cores suffice
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
-    **{f"GOMP_SPINCOUNT={count}": {"GOMP_SPINCOUNT": str(count)} for count in (100, 1000, 10_000, 100_000)},
+    **{
+        f"GOMP_SPINCOUNT={count}": {"GOMP_SPINCOUNT": str(count)}
+        for count in (100, 1000, 10_000, 100_000)
+    },
     "train.py's choice": {},
 }
 
@@ -52,7 +57,13 @@ class Options:
 def speed(environment: dict[str, str], steps: int, folder: str) -> float:
     """Tokens a second of one run between its steps 10 and the last."""
     clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    flags = ["--preset=demo", f"--steps={steps}", "--target_loss=0", "--num_prompts=0", "--compile=off"]
+    flags = [
+        "--preset=demo",
+        f"--steps={steps}",
+        "--target_loss=0",
+        "--num_prompts=0",
+        "--compile=off",
+    ]
     with tempfile.TemporaryDirectory(dir=folder) as out_dir:
         command = [sys.executable, str(ROOT / "train.py"), *flags, f"--out_dir={out_dir}"]
         subprocess.run(command, env=clean | environment, check=True, capture_output=True)
@@ -72,7 +83,9 @@ def main() -> None:
                         other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
                         others.callback(other.kill)
                     for name, environment in SETTINGS.items():
-                        found.setdefault((machine, name), []).append(speed(environment, options.steps, folder))
+                        found.setdefault((machine, name), []).append(
+                            speed(environment, options.steps, folder)
+                        )
     rows = []
     for (machine, name), speeds in found.items():
         ratios = [a / b for a, b in zip(speeds, found[machine, DEFAULT], strict=True)]

@@ -13,7 +13,17 @@ from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
 from types import UnionType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from parts.flags import PRESETS, ByDefault, Config, Flags, brief, out_of_range
 from parts.recipe import TINY_SHAKESPEARE, Text, decide
@@ -56,7 +66,9 @@ REMARKS = {  # where the flag here does not say the same
     "prompt_file": "sample.py has a --prompt_file",
 }
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
-ESCAPE = re.compile(r"\\[nt\\]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}")  # but no half of a surrogate pair
+ESCAPE = re.compile(
+    r"\\[nt\\]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}"
+)  # but no half of a surrogate pair
 
 
 def decode_escapes(text: str) -> str:
@@ -96,7 +108,9 @@ def read_flags(kind: type[T], argv: list[str], script: str, about: str | None) -
     return kind(**given)
 
 
-def parse(kind: type, argv: list[str], script: str, about: str | None, defaults: object = None) -> dict[str, Any]:
+def parse(
+    kind: type, argv: list[str], script: str, about: str | None, defaults: object = None
+) -> dict[str, Any]:
     """The values of the flags that are typed, by name. `defaults` has what the help shows.
 
     Raises as `read_flags` does.
@@ -121,7 +135,13 @@ class Parser(argparse.ArgumentParser):
     """The flags that a dataclass declares. Its bases, if it has any, are the groups of the help."""
 
     def __init__(self, kind: type, script: str, about: str, defaults: object):
-        super().__init__(script, "%(prog)s [options]", about, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        super().__init__(
+            script,
+            "%(prog)s [options]",
+            about,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
         types = get_type_hints(kind, include_extras=True)
         explained = help_of(kind)
         for group in [base for base in reversed(kind.__mro__[1:]) if is_dataclass(base)] or [kind]:

@@ -49,7 +49,9 @@ class TextFlags:
 class RunFlags:
     """Where the run lies, and what it starts from."""
 
-    preset: Literal["write", "demo", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    preset: Literal["write", "demo", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = (
+        "gpt2"
+    )
     """named set of defaults, which any other flag overrides. write: new text from your text, in minutes; its defaults
     follow from the text, and are shown for one of 1 MB"""
     out_dir: Path | None = None
@@ -182,7 +184,9 @@ class ReportingFlags:
     """steps between log lines and CSV rows"""
     save_every: Annotated[int, Between(1, 10**9)] = 100
     """steps between checkpoints"""
-    sample_every: Annotated[int | None, Between(1, 10**9), ByDefault("1/10 of the steps, at least 10")] = None
+    sample_every: Annotated[
+        int | None, Between(1, 10**9), ByDefault("1/10 of the steps, at least 10")
+    ] = None
     """steps between text samples; the first one after half of them"""
     prompt: str = ""
     """start of sampled text; \\n, \\t, \\\\ and \\uXXXX are decoded; empty: the text's first words, or a sentence of
@@ -318,22 +322,32 @@ class Config(Computed):
         """What is wrong with the texts, their vocabulary and their validation split."""
         problems = []
         if not self.input_file or Path() in self.input_file:
-            problems.append("--input_file is empty or the current folder: name a text, or a folder with texts")
+            problems.append(
+                "--input_file is empty or the current folder: name a text, or a folder with texts"
+            )
         if Path() in self.val_file:
-            problems.append("--val_file is empty or the current folder: name a text, or a folder with texts")
+            problems.append(
+                "--val_file is empty or the current folder: name a text, or a folder with texts"
+            )
         if self.cache_dir == Path():
-            problems.append("--cache_dir is empty or the current folder: name a folder for token ids")
+            problems.append(
+                "--cache_dir is empty or the current folder: name a folder for token ids"
+            )
         vocabulary = re.fullmatch(r"bpe:(\d{3,7})|gpt2|.+\.json", self.tokenizer)
         if not vocabulary or not 257 <= int(vocabulary[1] or 257) <= 10**6:
             problems.append(
                 f"--tokenizer {self.tokenizer} is none of gpt2, bpe:N with N from 257 to 1,000,000, PATH.json"
             )
         if self.tokenizer != "gpt2" and DEMO_CORPUS in self.input_file:
-            problems.append(f"{DEMO_CORPUS} goes with --tokenizer gpt2 only: name a text with --input_file")
+            problems.append(
+                f"{DEMO_CORPUS} goes with --tokenizer gpt2 only: name a text with --input_file"
+            )
         if self.val_fraction and self.val_file:
             problems.append("--val_fraction and --val_file are two ways to validate: choose one")
         if self.patience and not self.validates:
-            problems.append(f"--patience {self.patience} needs a validation split: --val_fraction or --val_file")
+            problems.append(
+                f"--patience {self.patience} needs a validation split: --val_fraction or --val_file"
+            )
         return problems
 
     def problems_of_shape(self) -> list[str]:
@@ -371,7 +385,9 @@ class Config(Computed):
             among = f", shared by {self.processes} processes" if self.processes > 1 else ""
             problems.append(f"--micro_batch {self.micro_batch} does not divide {slices}{among}")
         if self.mixed_steps and self.seq_len % 4:
-            problems.append(f"--seq_len {self.seq_len} has no quarters: choose a multiple of 4, or --mixed_steps 0")
+            problems.append(
+                f"--seq_len {self.seq_len} has no quarters: choose a multiple of 4, or --mixed_steps 0"
+            )
         if self.mixed_steps and self.global_batch < 4:
             problems.append(
                 f"{slices} slices are too few for --mixed_steps {self.mixed_steps}, which cuts three of four: "
@@ -384,7 +400,9 @@ class Config(Computed):
         problems = []
         if self.warmup_steps > self.decay_steps:
             default = " (--steps, if it is not given)" if self.decay_steps == self.steps else ""
-            problems.append(f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}{default}")
+            problems.append(
+                f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}{default}"
+            )
         if self.mixed_steps > self.steps:
             problems.append(f"--mixed_steps {self.mixed_steps} exceeds --steps {self.steps}")
         if self.min_lr > self.lr:
@@ -395,15 +413,23 @@ class Config(Computed):
         """What is wrong with the name of the run directory, a sentence each."""
         if self.out_dir == Path():
             return ["--out_dir is empty or the current folder: name a folder for the run"]
-        if any(len(os.fsencode(part) if sys.platform == "linux" else part) > 255 for part in self.out_dir.parts):
-            return [f"--out_dir {brief(self.out_dir)}: a name over 255 letters (on Linux bytes); choose a shorter one"]
+        if any(
+            len(os.fsencode(part) if sys.platform == "linux" else part) > 255
+            for part in self.out_dir.parts
+        ):
+            return [
+                f"--out_dir {brief(self.out_dir)}: a name over 255 letters (on Linux bytes); choose a shorter one"
+            ]
         return []
 
     def as_dict(self) -> dict[str, str | int | float | list[str] | None]:
         """Plain values for JSON and checkpoints, without the origins; paths with forward slashes."""
         values = {k: v.as_posix() if isinstance(v, Path) else v for k, v in asdict(self).items()}
         del values["origins"]
-        return values | {name: [path.as_posix() for path in getattr(self, name)] for name in ("input_file", "val_file")}
+        return values | {
+            name: [path.as_posix() for path in getattr(self, name)]
+            for name in ("input_file", "val_file")
+        }
 
     def origins_as_dict(self) -> dict[str, dict[str, str]]:
         """Where the values come from, for JSON and checkpoints."""
@@ -420,7 +446,9 @@ class Config(Computed):
                 known[name] = Path(known[name])
         for name in known.keys() & {"input_file", "val_file"}:
             known[name] = tuple(map(Path, known[name]))
-        known["origins"] = {name: origin_of(o) for name, o in origins.items()} if isinstance(origins, dict) else {}
+        known["origins"] = (
+            {name: origin_of(o) for name, o in origins.items()} if isinstance(origins, dict) else {}
+        )
         return cls(**known)
 
 

@@ -30,7 +30,9 @@ def load_start(config: Config, vocabulary: str) -> Start | None:
     path = checkpoint_in(config.init_from, "--init_from")
     checkpoint = load_checkpoint(path, "--init_from")
     saved, weights = checkpoint["config"], checkpoint["model"]
-    needed = [f"--{name} {saved.get(name)}" for name in SHAPE if saved.get(name) != getattr(config, name)]
+    needed = [
+        f"--{name} {saved.get(name)}" for name in SHAPE if saved.get(name) != getattr(config, name)
+    ]
     if one_form(checkpoint["tokenizer"]["content"]) != vocabulary:
         needed.append(f"--tokenizer {vocabulary_of(path, checkpoint)}")
     if needed:
@@ -40,7 +42,9 @@ def load_start(config: Config, vocabulary: str) -> Start | None:
             f"{' '.join(needed)}"
         )
     if (rows := len(weights["wte.weight"])) != config.vocab_size:
-        raise ValueError(f"--init_from {config.init_from} has weights for {rows:,} tokens, not {config.vocab_size:,}")
+        raise ValueError(
+            f"--init_from {config.init_from} has weights for {rows:,} tokens, not {config.vocab_size:,}"
+        )
     return Start(path, weights, checkpoint["trained_context"])
 
 
@@ -61,7 +65,9 @@ def difference(saved: dict, config: Config, flags: tuple[str, ...]) -> str | Non
     return None
 
 
-def check_same_run(path: Path, checkpoint: dict, config: Config, vocabulary: str, sha256: str, n_tokens: int) -> None:
+def check_same_run(
+    path: Path, checkpoint: dict, config: Config, vocabulary: str, sha256: str, n_tokens: int
+) -> None:
     """Raises ValueError when the checkpoint has other weights or another corpus than the flags ask for."""
     remedy = "choose another --out_dir, or --resume never to move that run aside and start anew"
     saved, texts = checkpoint["config"], names(config.input_file)

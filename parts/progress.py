@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 
 from parts.flags import Config
 
-COMPLETE = ("target", "patience", "steps")  # reasons to stop that end a run; signals only interrupt it
+COMPLETE = (
+    "target",
+    "patience",
+    "steps",
+)  # reasons to stop that end a run; signals only interrupt it
 
 
 @dataclass
@@ -22,7 +26,9 @@ class Progress:
     recent_losses: list[float] = field(default_factory=list)  # at most target_window, oldest first
     best_loss: float = math.inf
     best_step: int = 0
-    best_error: float = 0.0  # standard error of best_loss, where that is a validation loss; 0: not measured
+    best_error: float = (
+        0.0  # standard error of best_loss, where that is a validation loss; 0: not measured
+    )
     skipped_steps: int = 0  # because of a non-finite loss or gradient
     skipped_in_a_row: int = 0
     trained_context: int = 0  # the longest slices trained

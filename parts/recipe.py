@@ -12,7 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from parts.flags import DEMO_CORPUS, DEMO_PROMPT, PRESETS, VOCAB_SIZE, Config, Flags, From, Origin, TextFlags
+from parts.flags import (
+    DEMO_CORPUS,
+    DEMO_PROMPT,
+    PRESETS,
+    VOCAB_SIZE,
+    Config,
+    Flags,
+    From,
+    Origin,
+    TextFlags,
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,10 @@ def usual_steps(v: Any, text: Text) -> int:
 # ---------------------------------------------------------------------------------------------
 
 Rule = Callable[[Any, Text], tuple[object, Origin]]
-OPTIMIZERS = {"muon": (3.5e-3, 0.99, 30), "adamw": (1e-3, 0.95, 10)}  # rate, beta2, the part of the steps that warms up
+OPTIMIZERS = {
+    "muon": (3.5e-3, 0.99, 30),
+    "adamw": (1e-3, 0.95, 10),
+}  # rate, beta2, the part of the steps that warms up
 MIXED_PART = 0.8
 
 
@@ -119,7 +132,9 @@ RULES: dict[str, Rule] = {  # a rule sees the flags without one, and those above
     "decay_steps": lambda v, text: follows(v.steps, "the last step"),
     "warmup_steps": warmup_steps,
     "mixed_steps": mixed_steps,
-    "sample_every": lambda v, text: follows(max(10, v.steps // 10), "1/10 of the steps, at least 10"),
+    "sample_every": lambda v, text: follows(
+        max(10, v.steps // 10), "1/10 of the steps, at least 10"
+    ),
     "eval_every": lambda v, text: follows(max(1, v.steps // 20), "1/20 of the steps"),
 }
 
@@ -128,7 +143,10 @@ RULES: dict[str, Rule] = {  # a rule sees the flags without one, and those above
 # The preset write: the lowest validation loss in minutes, on 20 KB to 10 MB of text
 # ---------------------------------------------------------------------------------------------
 
-WRITE_RANGE = (20_000, 10_000_000)  # bytes of text; what follows from them was tried from 30 KB to 3 MB
+WRITE_RANGE = (
+    20_000,
+    10_000_000,
+)  # bytes of text; what follows from them was tried from 30 KB to 3 MB
 
 
 def size_of(text: Text) -> float:
@@ -165,13 +183,17 @@ def write_steps(v: Any, text: Text) -> tuple[object, Origin]:
     """Fewer passes over more text."""
     passes = 10 * size_of(text) ** -0.15
     steps = math.ceil(passes * text.n_tokens / (v.batch_size * v.grad_accum * v.seq_len))
-    return min(10**9, max(1, steps)), Origin(From.TEXT, f"{passes:.1f} passes over {text.n_tokens:,} tokens")
+    return min(10**9, max(1, steps)), Origin(
+        From.TEXT, f"{passes:.1f} passes over {text.n_tokens:,} tokens"
+    )
 
 
 def write_heads(v: Any, text: Text) -> tuple[object, Origin]:
     """Heads of about 32 channels."""
     most = max(1, v.n_embd // 32)
-    return follows(next(n for n in range(most, 0, -1) if v.n_embd % n == 0), "32 channels each, or more")
+    return follows(
+        next(n for n in range(most, 0, -1) if v.n_embd % n == 0), "32 channels each, or more"
+    )
 
 
 def write_rate(v: Any, text: Text) -> tuple[object, Origin]:
@@ -197,7 +219,9 @@ WRITE: dict[str, Rule] = {
     ),
     "patience": lambda v, text: follows(5 if validates(v) else 0, "with a validation split"),
 }
-PRESET_RULES: dict[str, dict[str, Rule]] = {"write": {**WRITE, **RULES, "lr": write_rate, "steps": write_steps}}
+PRESET_RULES: dict[str, dict[str, Rule]] = {
+    "write": {**WRITE, **RULES, "lr": write_rate, "steps": write_steps}
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,13 +230,23 @@ PRESET_RULES: dict[str, dict[str, Rule]] = {"write": {**WRITE, **RULES, "lr": wr
 
 # What follows from other flags follows them in a run that goes on, too; all else stays as it was decided at its start.
 FOLLOW_ON_THE_WAY = {"decay_steps", "warmup_steps", "mixed_steps", "sample_every", "eval_every"}
-BY_MACHINE = {"device", "amp", "compile", "threads", "micro_batch"}  # compute/device.py chooses, and keeps what it can
+BY_MACHINE = {
+    "device",
+    "amp",
+    "compile",
+    "threads",
+    "micro_batch",
+}  # compute/device.py chooses, and keeps what it can
 OF_ONE_START = {"preset", "out_dir", "resume", "dry_run", "tensorboard"}
 
 
 def is_open(name: str, value: object) -> bool:
     """Whether this asks for a decision, and is none."""
-    return value is None or (name in BY_MACHINE and value == "auto") or (name == "prompt" and value == "")
+    return (
+        value is None
+        or (name in BY_MACHINE and value == "auto")
+        or (name == "prompt" and value == "")
+    )
 
 
 def decide(
@@ -233,7 +267,9 @@ def decide(
     kept = previous if previous and previous.preset == preset else None
     rules = PRESET_RULES.get(preset, RULES)
     v = SimpleNamespace(preset=preset, processes=processes, vocab_size=vocab_size)
-    origins = {"preset": Origin(From.TYPED if "preset" in typed else From.RUN if kept else From.DEFAULT)}
+    origins = {
+        "preset": Origin(From.TYPED if "preset" in typed else From.RUN if kept else From.DEFAULT)
+    }
     names = [field.name for field in fields(Flags) if field.name not in rules]
     for name in [*names, *rules]:
         if name == "preset":
@@ -249,7 +285,9 @@ def decide(
     return config if machine is None else machine(config, previous)
 
 
-def untyped(name: str, v: Any, text: Text, rules: dict[str, Rule], kept: Config | None) -> tuple[object, Origin]:
+def untyped(
+    name: str, v: Any, text: Text, rules: dict[str, Rule], kept: Config | None
+) -> tuple[object, Origin]:
     """The value of a flag that was not typed, and its origin."""
     if kept is not None and name not in BY_MACHINE | OF_ONE_START:
         before = kept.origins.get(name, Origin(From.RUN))

@@ -63,8 +63,14 @@ class Setup:
         if published.get("stop_reason") not in COMPLETE or published.get("final_step") != step:
             return None
         progress, before = self.checkpoint["progress"], self.checkpoint["config"]
-        if "corpus_step" not in progress and published["stop_reason"] == "target":  # by the rule of older programs
-            return words.finished(step, "target") if self.config.target_loss >= before["target_loss"] else None
+        if (
+            "corpus_step" not in progress and published["stop_reason"] == "target"
+        ):  # by the rule of older programs
+            return (
+                words.finished(step, "target")
+                if self.config.target_loss >= before["target_loss"]
+                else None
+            )
         reason = Progress(**progress).stop_reason(self.config)
         return reason and words.finished(step, reason)
 
@@ -76,7 +82,9 @@ class Setup:
             "the text": [corpus.sha256, len(corpus.tokens), corpus.val_sha256],
             "the vocabulary": corpus.vocabulary,
         }
-        return facts | {f"--{name}": value for name, value in self.config.as_dict().items() if name not in own}
+        return facts | {
+            f"--{name}": value for name, value in self.config.as_dict().items() if name not in own
+        }
 
 
 def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = None) -> Setup:
@@ -93,7 +101,11 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
     if ranks.rank == 0 and run.owner.exists():
         held.enter_context(run.locked())  # or its files could change between here and training
     path, checkpoint, damage = load_newest(find_checkpoints(first, run))
-    if checkpoint is None and run.config_json.exists() and "launches" not in read_json(run.config_json):
+    if (
+        checkpoint is None
+        and run.config_json.exists()
+        and "launches" not in read_json(run.config_json)
+    ):
         raise ValueError(f"{run.config_json} was not written by train.py: choose another --out_dir")
     previous = None if checkpoint is None else flags_of(checkpoint, run)
     if previous is not None and typed.get("init_from", previous.init_from) != previous.init_from:
@@ -103,14 +115,18 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
         )
     config, tokenizer, corpus = choose_text(typed, previous, checkpoint, ranks.count)
     if path is not None and checkpoint is not None:
-        check_same_run(path, checkpoint, config, corpus.vocabulary, corpus.sha256, len(corpus.tokens))
+        check_same_run(
+            path, checkpoint, config, corpus.vocabulary, corpus.sha256, len(corpus.tokens)
+        )
     start = load_start(config, corpus.vocabulary) if checkpoint is None else None
     return Setup(argv, config, corpus, tokenizer, run, path, checkpoint, start, damage)
 
 
 def flags_of(checkpoint: dict, run: RunDir) -> Config:
     """The flags of the run that a checkpoint continues, in this directory."""
-    return replace(Config.from_dict(checkpoint["config"], checkpoint.get("origins")), out_dir=run.root)
+    return replace(
+        Config.from_dict(checkpoint["config"], checkpoint.get("origins")), out_dir=run.root
+    )
 
 
 def choose_text(
@@ -158,9 +174,14 @@ def raise_all(problems: list[str]) -> None:
 def problems_of_all(ranks: Ranks, setup: Setup | None, problem: str) -> list[str]:
     """The problems of all processes, a line each, this one's among them; or that they were not given the same."""
     problems = ranks.gather(problem)
-    facts = [json.loads(text) for text in ranks.gather("{}" if setup is None else json.dumps(setup.agreement()))]
+    facts = [
+        json.loads(text)
+        for text in ranks.gather("{}" if setup is None else json.dumps(setup.agreement()))
+    ]
     if not any(problems) and (
-        differing := [name for name in facts[0] if any(other[name] != facts[0][name] for other in facts)]
+        differing := [
+            name for name in facts[0] if any(other[name] != facts[0][name] for other in facts)
+        ]
     ):
         return [
             f"the processes do not agree on {', '.join(differing)}: all need the same flags, and the same files at "

@@ -46,19 +46,29 @@ class Writer:
     def __init__(self, folder: Path):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError("it found none")
-        if (kind := json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]) != "gpt2":
+        if (
+            kind := json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        ) != "gpt2":
             raise ValueError(f"what is there is a {kind}")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         if found["missing_keys"]:  # or transformers makes them up
-            raise ValueError(f"weights are missing from what is there, such as {min(found['missing_keys'])}")
+            raise ValueError(
+                f"weights are missing from what is there, such as {min(found['missing_keys'])}"
+            )
         self.model.eval()
         self.context = self.model.generation_config.max_length or self.model.config.n_positions
         self.most_tokens = max(1, min(MOST_TOKENS, self.context - 1))
         prompts = folder / "prompts.json"
-        self.prompts = json.loads(prompts.read_text(encoding="utf-8")) if prompts.is_file() else ["Once upon a time"]
+        self.prompts = (
+            json.loads(prompts.read_text(encoding="utf-8"))
+            if prompts.is_file()
+            else ["Once upon a time"]
+        )
 
-    def write(self, prompt: str, length: float, temperature: float, top_k: float, seed: float) -> Iterator[str]:
+    def write(
+        self, prompt: str, length: float, temperature: float, top_k: float, seed: float
+    ) -> Iterator[str]:
         """The prompt and what follows, longer with every item; ends early when the visitor stops or leaves.
 
         A prompt longer than the trained context leaves room for is continued from its end.
@@ -72,10 +82,14 @@ class Writer:
             return
         length = int(bounded(length, 1, self.most_tokens, self.most_tokens))
         temperature = bounded(temperature, 0, 2, 0.9)
-        ids = self.tokenizer(prompt or "\n", return_tensors="pt")["input_ids"][:, -max(1, self.context - length) :]
+        ids = self.tokenizer(prompt or "\n", return_tensors="pt")["input_ids"][
+            :, -max(1, self.context - length) :
+        ]
         shown = dict(skip_prompt=True, skip_special_tokens=True)  # the end of a document is no text
         stopped, streamer, failures = Event(), TextIteratorStreamer(self.tokenizer, **shown), []
-        options = dict(do_sample=temperature >= 0.01, max_new_tokens=length, max_length=None, streamer=streamer)
+        options = dict(
+            do_sample=temperature >= 0.01, max_new_tokens=length, max_length=None, streamer=streamer
+        )
         if temperature >= 0.01:
             options |= dict(temperature=temperature, top_k=int(bounded(top_k, 1, 200, 50)))
 
@@ -154,7 +168,11 @@ def writing_page(writer: Writer) -> gr.Blocks:
             "only likely, and may be copied from what it was trained on."
         )
         text = gr.Textbox(
-            label="Your text, and what follows", lines=10, max_lines=24, max_length=MOST_CHARACTERS, elem_id="text"
+            label="Your text, and what follows",
+            lines=10,
+            max_lines=24,
+            max_length=MOST_CHARACTERS,
+            elem_id="text",
         )
         with gr.Row():
             go = gr.Button("Continue", variant="primary", elem_id="go")
@@ -163,10 +181,20 @@ def writing_page(writer: Writer) -> gr.Blocks:
         with gr.Accordion("How it writes", open=False):
             most = max(2, writer.most_tokens)
             length = gr.Slider(1, most, min(100, most), step=1, label="tokens to add")
-            temperature = gr.Slider(0, 2, 0.9, step=0.05, label="temperature (0: always the likeliest)")
+            temperature = gr.Slider(
+                0, 2, 0.9, step=0.05, label="temperature (0: always the likeliest)"
+            )
             top_k = gr.Slider(1, 200, 50, step=1, label="top-k: choose among so many tokens")
-            seed = gr.Number(1337, precision=0, minimum=0, maximum=2**31 - 1, label="seed (the same gives the same)")
-        writing = go.click(writer.write, [text, length, temperature, top_k, seed], text, concurrency_limit=1)
+            seed = gr.Number(
+                1337,
+                precision=0,
+                minimum=0,
+                maximum=2**31 - 1,
+                label="seed (the same gives the same)",
+            )
+        writing = go.click(
+            writer.write, [text, length, temperature, top_k, seed], text, concurrency_limit=1
+        )
         stop.click(None, cancels=[writing])
     return blocks.queue(max_size=QUEUE, api_open=False)
 

@@ -33,7 +33,14 @@ TINY_MODEL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, seq_len=16, bat
 # vocabulary, or needs files that are not tiny, adds `GPT2`.
 TINY_FLAGS = [
     *(f"--{name}={value}" for name, value in TINY_MODEL.items()),
-    *("--log_every=2", "--save_every=4", "--sample_every=4", "--target_window=3", "--max_new_tokens=8", "--steps=8"),
+    *(
+        "--log_every=2",
+        "--save_every=4",
+        "--sample_every=4",
+        "--target_window=3",
+        "--max_new_tokens=8",
+        "--steps=8",
+    ),
     *("--target_loss=0", "--device=cpu", "--tokenizer=bpe:257"),
 ]
 GPT2 = "--tokenizer=gpt2"
@@ -52,7 +59,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def no_plots():
     """What runs in the tests' own process draws no plot, which takes as long as a tiny run; see `plots`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update_readme, "draw_loss_curve", lambda out_dir: out_dir / "logs" / "loss_curve.png")
+        patch.setattr(
+            update_readme, "draw_loss_curve", lambda out_dir: out_dir / "logs" / "loss_curve.png"
+        )
         patch.setattr(update_readme, "draw_comparison", lambda comparison, path: path)
         yield
 
@@ -67,7 +76,15 @@ def plots(monkeypatch):
 @pytest.fixture
 def config() -> Config:
     """A model small enough for a test, everything decided, fp32 on the CPU."""
-    own = dict(steps=8, device="cpu", amp="off", compile="off", threads=2, target_window=3, optimizer="adamw")
+    own = dict(
+        steps=8,
+        device="cpu",
+        amp="off",
+        compile="off",
+        threads=2,
+        target_window=3,
+        optimizer="adamw",
+    )
     return decide(TINY_MODEL | own | dict(micro_batch=TINY_MODEL["batch_size"]))
 
 
@@ -81,7 +98,8 @@ def text_file(tmp_path) -> Path:
     """A few hundred tokens of English with line ends, digits and punctuation."""
     path = tmp_path / "input.txt"
     lines = [
-        f"Line {i}: the {'quick brown fox'[: i % 16]} jumps over {i * 7919 % 1000} lazy dogs.\n" for i in range(60)
+        f"Line {i}: the {'quick brown fox'[: i % 16]} jumps over {i * 7919 % 1000} lazy dogs.\n"
+        for i in range(60)
     ]
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
     return path
@@ -94,13 +112,19 @@ def tiny_shakespeare() -> Path:
     for path in places:
         if path.is_file() and path.stat().st_size == 1_115_394:
             return path
-    pytest.skip("Tiny Shakespeare is neither at data/input.txt nor at ../shared/data/tinyshakespeare.txt")
+    pytest.skip(
+        "Tiny Shakespeare is neither at data/input.txt nor at ../shared/data/tinyshakespeare.txt"
+    )
 
 
-def run_script(*arguments: object, cwd: Path, script: str = "train.py") -> subprocess.CompletedProcess:
+def run_script(
+    *arguments: object, cwd: Path, script: str = "train.py"
+) -> subprocess.CompletedProcess:
     """Run one of the project's scripts as its user would, from another directory."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=400)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=400
+    )
 
 
 def rows(run: Path, *columns: str) -> list[tuple[str, ...]]:
@@ -128,11 +152,15 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def assert_same_run(first: Path, second: Path) -> None:
     """Weights, optimizer and gradient scale bit for bit, CSV and progress but for timing, samples, best, results."""
     assert rows(first) == rows(second)
-    assert (first / "samples/samples.txt").read_bytes() == (second / "samples/samples.txt").read_bytes()
+    assert (first / "samples/samples.txt").read_bytes() == (
+        second / "samples/samples.txt"
+    ).read_bytes()
     for name in ("last.pt", "best.pt"):
         expected, found = (without_timing(run / "checkpoints" / name) for run in (first, second))
         assert unequal(expected, found) == [], name
-    expected, found = (json.loads((run / "results.json").read_text(encoding="utf-8")) for run in (first, second))
+    expected, found = (
+        json.loads((run / "results.json").read_text(encoding="utf-8")) for run in (first, second)
+    )
     assert found | {"elapsed_sec": 0} == expected | {"elapsed_sec": 0}
 
 
@@ -142,7 +170,9 @@ def unequal(expected: object, found: object, path: str = "") -> list[str]:
         return [] if torch.equal(expected, found) and expected.dtype == found.dtype else [path]
     if isinstance(expected, dict):
         keys = expected.keys() | found.keys()
-        return [p for key in keys for p in unequal(expected.get(key), found.get(key), f"{path}/{key}")]
+        return [
+            p for key in keys for p in unequal(expected.get(key), found.get(key), f"{path}/{key}")
+        ]
     return [] if expected == found else [path]
 
 
@@ -172,7 +202,11 @@ def small_disk(tmp_path):
                 pytest.skip("no mkfs.ext4")
             subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
             command = ["mount", "-o", "loop", image, place]
-        result = subprocess.run(command, capture_output=True, text=True) if shutil.which("mount") else None
+        result = (
+            subprocess.run(command, capture_output=True, text=True)
+            if shutil.which("mount")
+            else None
+        )
         if result is None or result.returncode:
             pytest.skip("mounting a file system is not allowed here")
         return place

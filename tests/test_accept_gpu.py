@@ -24,7 +24,10 @@ def accept(*flags: object, cwd: Path) -> subprocess.CompletedProcess:
 def test_without_a_card_it_says_so(tmp_path):
     result = accept("--part", "speed", cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == "" and not list(tmp_path.iterdir())
-    assert result.stderr == "accept_gpu.py: error: this PyTorch sees no CUDA device: there is nothing to prove here\n"
+    assert (
+        result.stderr
+        == "accept_gpu.py: error: this PyTorch sees no CUDA device: there is nothing to prove here\n"
+    )
 
 
 @pytest.mark.slow
@@ -34,7 +37,10 @@ def test_a_line_and_a_record_for_each_check(tmp_path, text_file):
     assert result.returncode == 0, result.stdout + result.stderr
     line = re.fullmatch(r"passed +\d+ s  (.*?): (device \w+ \(.*)", result.stdout.splitlines()[0])
     (row,) = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["rows"]
-    assert line.groups() == ("what auto chooses for the default run", row["figure"]) and row["outcome"] == "passed"
+    assert (
+        line.groups() == ("what auto chooses for the default run", row["figure"])
+        and row["outcome"] == "passed"
+    )
     assert "; amp " in row["figure"] and "; micro_batch " in row["figure"]
 
 
@@ -51,16 +57,30 @@ def test_whatever_becomes_of_a_check_is_its_answer(monkeypatch, tmp_path, error,
         raise error
 
     monkeypatch.setitem(CHECKS["speed"], "fails", (fail, 1))
-    assert accept_gpu.one_check("fails", Options("speed"), tmp_path) == {"outcome": outcome, "figure": figure}
+    assert accept_gpu.one_check("fails", Options("speed"), tmp_path) == {
+        "outcome": outcome,
+        "figure": figure,
+    }
 
 
 @pytest.mark.slow
 def test_a_name_that_is_none(tmp_path):
-    result = accept("--part=numerics", "--only=no such check", "--device=cpu", f"--input_file={__file__}", cwd=tmp_path)
-    assert result.returncode == 2 and "--only no such check: no check of this part has that name" in result.stderr
+    result = accept(
+        "--part=numerics",
+        "--only=no such check",
+        "--device=cpu",
+        f"--input_file={__file__}",
+        cwd=tmp_path,
+    )
+    assert (
+        result.returncode == 2
+        and "--only no such check: no check of this part has that name" in result.stderr
+    )
 
 
 @pytest.mark.slow
 def test_a_check_that_hangs_is_ended(tmp_path):
-    found = accept_gpu.in_a_process_of_its_own("what auto chooses", Options("numerics"), tmp_path / "x", 0.2)
+    found = accept_gpu.in_a_process_of_its_own(
+        "what auto chooses", Options("numerics"), tmp_path / "x", 0.2
+    )
     assert found == {"outcome": "FAILED", "figure": "not done within 0 s"}

@@ -29,7 +29,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(launch, monkeypatch):
         spans.append((path.name, checkpoint["step"], began, len(steps)))
 
     monkeypatch.setattr(train, "write_checkpoint", slow)
-    monkeypatch.setattr(train.Trainer, "update", lambda trainer: (steps.append(1), update(trainer))[1])
+    monkeypatch.setattr(
+        train.Trainer, "update", lambda trainer: (steps.append(1), update(trainer))[1]
+    )
     assert launch("run", "--steps=60", "--save_every=5", "--num_prompts=0") == 0
     first = next(span for span in spans if span[0] == "last.pt")
     assert first[1] == 5 and first[3] > first[2], "steps went by while it was written"
@@ -38,9 +40,20 @@ def test_training_goes_on_while_a_checkpoint_is_written(launch, monkeypatch):
     assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 60
     prev = load_checkpoint(Path("run/checkpoints/prev.pt"))
     assert prev["step"] == saved[-2]
-    assert launch("short", f"--steps={prev['step']}", "--decay_steps=60", "--warmup_steps=2", "--num_prompts=0") == 0
+    assert (
+        launch(
+            "short",
+            f"--steps={prev['step']}",
+            "--decay_steps=60",
+            "--warmup_steps=2",
+            "--num_prompts=0",
+        )
+        == 0
+    )
     expected = load_checkpoint(Path("short/checkpoints/last.pt"))
-    assert unequal(expected["model"], prev["model"]) == [], "the last save did not reach into the one before"
+    assert unequal(expected["model"], prev["model"]) == [], (
+        "the last save did not reach into the one before"
+    )
 
 
 @pytest.mark.slow
@@ -57,8 +70,12 @@ def test_a_checkpoint_holds_its_own_step_however_late_it_is_written(launch, monk
 
     monkeypatch.setattr(train, "write_checkpoint", late)
     assert launch("late", "--steps=5000", "--decay_steps=4", "--warmup_steps=0") == 130
-    expected, found = (load_checkpoint(Path(run) / "checkpoints/last.pt") for run in ("at_once", "late"))
-    assert found["step"] == 4 and all(torch.equal(found["model"][key], x) for key, x in expected["model"].items())
+    expected, found = (
+        load_checkpoint(Path(run) / "checkpoints/last.pt") for run in ("at_once", "late")
+    )
+    assert found["step"] == 4 and all(
+        torch.equal(found["model"][key], x) for key, x in expected["model"].items()
+    )
 
 
 def test_last_is_not_written_before_its_best(launch, monkeypatch):
@@ -84,7 +101,9 @@ def test_snapshots_are_copies_in_memory_allocated_once():
     first = snapshot.take(values)
     addresses = [tensor.data_ptr() for tensor in first["model"].values()]
     values["model"]["a"].fill_(5)
-    assert first["model"]["a"].tolist() == [1, 1, 1] and first["step"] == 7 and first["list"] == [1, 2]
+    assert (
+        first["model"]["a"].tolist() == [1, 1, 1] and first["step"] == 7 and first["list"] == [1, 2]
+    )
     second = snapshot.take(values)
     assert [tensor.data_ptr() for tensor in second["model"].values()] == addresses
     assert second["model"]["a"].tolist() == [5, 5, 5]
@@ -133,20 +152,30 @@ def test_a_best_that_was_neither_copied_nor_written_is_none(launch, monkeypatch)
 @pytest.mark.cuda
 def test_on_cuda_a_snapshot_is_that_of_its_step(launch):
     assert launch("run", GPT2, "--device=cuda", "--steps=4") == 0
-    assert launch("longer", GPT2, "--device=cuda", "--steps=8", "--decay_steps=4", "--warmup_steps=0") == 0
-    short, longer = (load_checkpoint(Path(name)) for name in ("run/checkpoints/last.pt", "longer/checkpoints/prev.pt"))
+    assert (
+        launch("longer", GPT2, "--device=cuda", "--steps=8", "--decay_steps=4", "--warmup_steps=0")
+        == 0
+    )
+    short, longer = (
+        load_checkpoint(Path(name))
+        for name in ("run/checkpoints/last.pt", "longer/checkpoints/prev.pt")
+    )
     assert longer["step"] == 4
     torch.testing.assert_close(short["model"], longer["model"])
 
 
-@pytest.mark.parametrize(("redraw_sec", "expected"), [(0, [1, 2, 3, 4, 5, 6, 7, 8, 8, 8]), (10**6, [8])])
+@pytest.mark.parametrize(
+    ("redraw_sec", "expected"), [(0, [1, 2, 3, 4, 5, 6, 7, 8, 8, 8]), (10**6, [8])]
+)
 def test_results_and_plot_of_a_run_that_goes_on_are_there_before_its_first_save(
     launch, prompt_disk, monkeypatch, redraw_sec, expected
 ):
     drawn = []
 
     def draw(out_dir: Path) -> None:
-        drawn.append(json.loads((out_dir / "results.json").read_text(encoding="utf-8"))["final_step"])
+        drawn.append(
+            json.loads((out_dir / "results.json").read_text(encoding="utf-8"))["final_step"]
+        )
 
     monkeypatch.setattr(update_readme, "draw_loss_curve", draw)
     monkeypatch.setattr(train, "REDRAW_SEC", redraw_sec)

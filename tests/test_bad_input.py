@@ -21,7 +21,11 @@ from parts.flags import Flags
 from parts.text.vocabulary import read_text
 
 HINTS = get_type_hints(Flags, include_extras=True)
-LIMITS = {f.name: HINTS[f.name].__metadata__[0] for f in fields(Flags) if hasattr(HINTS[f.name], "__metadata__")}
+LIMITS = {
+    f.name: HINTS[f.name].__metadata__[0]
+    for f in fields(Flags)
+    if hasattr(HINTS[f.name], "__metadata__")
+}
 
 
 def out_of_range() -> list[tuple[str, str]]:
@@ -43,14 +47,23 @@ def refused(tmp_path, text_file, monkeypatch, capsys):
 
     def run(*flags: str, out_dir: str = "run") -> str:
         def state():
-            return {p: p.is_file() and (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*")}
+            return {
+                p: p.is_file() and (p.read_bytes(), p.stat().st_mtime_ns)
+                for p in tmp_path.rglob("*")
+            }
 
         before = state()
-        code = train.main([*TINY_FLAGS, GPT2, "--input_file", str(text_file), "--out_dir", out_dir, *flags])
+        code = train.main(
+            [*TINY_FLAGS, GPT2, "--input_file", str(text_file), "--out_dir", out_dir, *flags]
+        )
         captured = capsys.readouterr()
         assert code == 2, captured.out
         assert state() == before
-        beforehand = [line for line in captured.out.splitlines() if not line.endswith("; encoding the text anew")]
+        beforehand = [
+            line
+            for line in captured.out.splitlines()
+            if not line.endswith("; encoding the text anew")
+        ]
         assert beforehand == [] and "Traceback" not in captured.err
         assert 0 < len(captured.err) < 1500
         return captured.err
@@ -134,12 +147,27 @@ WESTERN = "Élan, café, naïve: “the Windows code page” — Zoë\u2019s.\n"
         (b"\xef\xbb\xbf", "is empty"),
         (b"too short", "tokens, but a slice needs --seq_len + 1 = 17"),
         (b"good text, then \xff bad", "is not UTF-8: byte 0xff at offset 16"),
-        ("text\n".encode("utf-16"), "is UTF-16, which is what '>' writes in Windows PowerShell 5.1"),
+        (
+            "text\n".encode("utf-16"),
+            "is UTF-16, which is what '>' writes in Windows PowerShell 5.1",
+        ),
         (b"\xef\xbb\xbfgood text, then \xff bad", "is not UTF-8: byte 0xff at offset 19"),
-        (b"caf\xe9", "byte 0xe9 at offset 3; if all of it is in another encoding, such as windows-1252"),
-        (zipped(**{"[Content_Types].xml": "<Types/>"}), "is a zip archive, or a document of Word or another program"),
-        (b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\n" * 9, 'a PDF: run pdftotext -enc UTF-8 "'),
-        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "has a NUL byte at offset 8, which no text has: it is binary"),
+        (
+            b"caf\xe9",
+            "byte 0xe9 at offset 3; if all of it is in another encoding, such as windows-1252",
+        ),
+        (
+            zipped(**{"[Content_Types].xml": "<Types/>"}),
+            "is a zip archive, or a document of Word or another program",
+        ),
+        (
+            b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\n" * 9,
+            'a PDF: run pdftotext -enc UTF-8 "',
+        ),
+        (
+            b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+            "has a NUL byte at offset 8, which no text has: it is binary",
+        ),
         (b"\0", "offset 0, which no text has"),
         (b"Good text. " * 50 + b"\0" + b"Good text. " * 50, "at offset 550, which no text has"),
         ((WESTERN * 40).encode("utf-16le"), "UTF-16 without a mark"),
@@ -152,19 +180,27 @@ def test_corpora(refused, tmp_path, data, expected):
     assert expected in message and "bad.txt" in message and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", [["--input_file=books"], ["--val_file=books/two.txt"], ["--tokenizer=bpe:300"]])
+@pytest.mark.parametrize(
+    "flags", [["--input_file=books"], ["--val_file=books/two.txt"], ["--tokenizer=bpe:300"]]
+)
 def test_a_byte_in_a_text_that_is_read_in_pieces(refused, tmp_path, monkeypatch, flags):
     """Found where it is, whatever came before; no token ids are left behind."""
     monkeypatch.setattr("parts.text.vocabulary.CHUNK", 1000)
     monkeypatch.setattr("parts.text.corpus.SMALL_TEXT", 100)
     (tmp_path / "books").mkdir()
     (tmp_path / "books/one.txt").write_text(WESTERN * 50, encoding="utf-8")
-    (tmp_path / "books/two.txt").write_bytes(b"Good text, and more. " * 500 + b"\0" + b"The end. " * 200)
+    (tmp_path / "books/two.txt").write_bytes(
+        b"Good text, and more. " * 500 + b"\0" + b"The end. " * 200
+    )
     cache = tmp_path.parent / f"{tmp_path.name}-cache"
     flags = ["--input_file=books/two.txt", *flags, f"--cache_dir={cache}"]
     message = refused(*flags).replace("\\", "/")
     assert "books/two.txt has a NUL byte at offset 10500, which no text has" in message
-    assert message.count("\n") == 1 and not list(cache.glob("*two*.tokens")) and not list(cache.glob("books*.tokens"))
+    assert (
+        message.count("\n") == 1
+        and not list(cache.glob("*two*.tokens"))
+        and not list(cache.glob("books*.tokens"))
+    )
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe:300"])
@@ -172,17 +208,24 @@ def test_a_document_among_texts(refused, tmp_path, tokenizer):
     """However the text is read, the file is called what it is; of a folder only the .txt files are read."""
     (tmp_path / "books").mkdir()
     (tmp_path / "books/one.txt").write_text(WESTERN * 50, encoding="utf-8")
-    (tmp_path / "books/two.odt").write_bytes(zipped(mimetype="application/vnd.oasis.opendocument.text"))
+    (tmp_path / "books/two.odt").write_bytes(
+        zipped(mimetype="application/vnd.oasis.opendocument.text")
+    )
     flags = [f"--tokenizer={tokenizer}", f"--cache_dir={tmp_path.parent / 'cache'}"]
     assert "two.odt is a zip archive, or a document" in refused("--input_file=books/*", *flags)
     (tmp_path / "books/one.txt").unlink()
     message = refused("--input_file=books", *flags)
-    assert "--input_file books holds no .txt file, nor do the folders in it; name others with a glob" in message
+    assert (
+        "--input_file books holds no .txt file, nor do the folders in it; name others with a glob"
+        in message
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("iconv") is None, reason="no iconv")
-@pytest.mark.parametrize(("mark", "encoding"), [("", "cp1252"), ("\ufeff", "utf-16-le"), ("\ufeff", "utf-16-be")])
+@pytest.mark.parametrize(
+    ("mark", "encoding"), [("", "cp1252"), ("\ufeff", "utf-16-le"), ("\ufeff", "utf-16-be")]
+)
 def test_the_conversion_that_a_message_names(refused, tmp_path, mark, encoding):
     (tmp_path / "my text.txt").write_bytes((mark + WESTERN).encode(encoding))
     message = refused("--input_file=my text.txt")
@@ -205,7 +248,9 @@ def test_a_file_where_a_folder_must_be(refused, tmp_path, name):
     assert f"{name} is no directory" in refused()
 
 
-@pytest.mark.parametrize("name", ["config.json", "results.json", "logs/train.log", "checkpoints/best.pt"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "results.json", "logs/train.log", "checkpoints/best.pt"]
+)
 def test_a_folder_where_a_file_must_be(refused, tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     assert "is no file; choose another --out_dir" in refused().replace("\\", "/")
@@ -215,7 +260,10 @@ def test_an_argument_that_is_not_utf8(refused):
     assert "is not UTF-8" in refused("--prompt=ab\udcff")
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere, Windows has no such modes")
+@pytest.mark.skipif(
+    os.name == "nt" or os.geteuid() == 0,
+    reason="root may write anywhere, Windows has no such modes",
+)
 def test_out_dir_not_writable(refused, tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
@@ -230,14 +278,26 @@ def earlier_run(tmp_path, text_file, monkeypatch) -> Path:
 
 
 def test_a_run_of_another_shape_or_text(earlier_run, refused, tmp_path):
-    assert "last.pt has --n_layer 2 (--preset gpt2), not 3: choose another --out_dir" in refused("--n_layer=3")
+    assert "last.pt has --n_layer 2 (--preset gpt2), not 3: choose another --out_dir" in refused(
+        "--n_layer=3"
+    )
     assert "last.pt has --block_size 16 (--preset gpt2), not 32" in refused("--block_size=32")
-    assert "last.pt has --optimizer muon (--preset gpt2), not adamw: choose" in refused("--optimizer=adamw")
+    assert "last.pt has --optimizer muon (--preset gpt2), not adamw: choose" in refused(
+        "--optimizer=adamw"
+    )
     (tmp_path / "other.txt").write_text("Another text. " * 50, encoding="utf-8")
     message = refused("--input_file=other.txt").replace("\\", "/")
-    assert "was trained on another text than other.txt: to go on from its weights with this one, give" in message
-    assert " give --init_from run/checkpoints/last.pt and another --out_dir; for a new model, choose" in message
-    assert "not 100: set --max_tokens 0 --val_fraction 0.0, or choose" in refused("--max_tokens=100")
+    assert (
+        "was trained on another text than other.txt: to go on from its weights with this one, give"
+        in message
+    )
+    assert (
+        " give --init_from run/checkpoints/last.pt and another --out_dir; for a new model, choose"
+        in message
+    )
+    assert "not 100: set --max_tokens 0 --val_fraction 0.0, or choose" in refused(
+        "--max_tokens=100"
+    )
     assert "holds weights alone" in refused("--resume=run/checkpoints/best.pt")
     assert "holds another run than --resume" in refused("--resume=elsewhere/last.pt")
 
@@ -246,19 +306,36 @@ def test_a_run_of_another_shape_or_text(earlier_run, refused, tmp_path):
 def test_a_text_that_has_grown_and_weights_of_another_model(refused, tmp_path, capsys):
     """The flags that the messages name are the way on."""
     text = tmp_path / "input.txt"
-    flags = [*TINY_FLAGS, f"--input_file={text}", "--tokenizer=bpe:300", f"--cache_dir={tmp_path.parent / 'cache'}"]
+    flags = [
+        *TINY_FLAGS,
+        f"--input_file={text}",
+        "--tokenizer=bpe:300",
+        f"--cache_dir={tmp_path.parent / 'cache'}",
+    ]
     assert train.main([*flags, "--out_dir=run"]) == 0
-    text.write_text(text.read_text(encoding="utf-8") + "More text, and more words.\n" * 20, encoding="utf-8")
+    text.write_text(
+        text.read_text(encoding="utf-8") + "More text, and more words.\n" * 20, encoding="utf-8"
+    )
     capsys.readouterr()
-    advice = refused(*flags[-2:]).replace("\\", "/").partition(" give ")[2].partition(" and another --out_dir")[0]
+    advice = (
+        refused(*flags[-2:])
+        .replace("\\", "/")
+        .partition(" give ")[2]
+        .partition(" and another --out_dir")[0]
+    )
     assert advice == "--init_from run/checkpoints/last.pt --tokenizer run/tokenizer.json"
     assert train.main([*flags, *advice.split(), "--out_dir=more"]) == 0
-    assert "Starting from the weights of run" in Path("more/logs/train.log").read_text(encoding="utf-8")
+    assert "Starting from the weights of run" in Path("more/logs/train.log").read_text(
+        encoding="utf-8"
+    )
     capsys.readouterr()
 
     other = ["--init_from=run/checkpoints/best.pt", "--n_layer=1", "--block_size=32"]
     message = refused(*other, out_dir="third").replace("\\", "/")
-    assert "best.pt is another model than these flags make (it was made with --preset gpt2 and --token" in message
+    assert (
+        "best.pt is another model than these flags make (it was made with --preset gpt2 and --token"
+        in message
+    )
     advice = message.strip().partition(" give ")[2]
     assert advice == "--n_layer 2 --block_size 16 --tokenizer run/tokenizer.json"
     assert train.main([*flags, *other, *advice.split(), "--out_dir=third"]) == 0
@@ -278,7 +355,10 @@ def test_weights_for_a_run_that_has_its_own(launch, capsys):
     assert launch("second", "--steps=4", "--init_from=first") == 0, "the same command goes on"
     assert launch("second", "--steps=6", "--init_from=second") == 2
     message = capsys.readouterr().err.replace("\\", "/")
-    assert "--init_from second is for a new run, and second/checkpoints/last.pt continues one: leave it out" in message
+    assert (
+        "--init_from second is for a new run, and second/checkpoints/last.pt continues one: leave it out"
+        in message
+    )
 
 
 def test_a_folder_of_another_program(refused, tmp_path):
@@ -292,8 +372,16 @@ def test_a_folder_of_another_program(refused, tmp_path):
 def reported_run(tmp_path_factory) -> Path:
     """A finished run and a README that fits it."""
     folder = tmp_path_factory.mktemp("reported")
-    (folder / "input.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
-    flags = [*TINY_FLAGS, GPT2, f"--input_file={folder / 'input.txt'}", f"--out_dir={folder / 'run'}", "--amp=off"]
+    (folder / "input.txt").write_text(
+        "The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8"
+    )
+    flags = [
+        *TINY_FLAGS,
+        GPT2,
+        f"--input_file={folder / 'input.txt'}",
+        f"--out_dir={folder / 'run'}",
+        "--amp=off",
+    ]
     assert train.main(flags) == 0
     (folder / "README.md").write_text(SECTIONS, encoding="utf-8")
     return folder
@@ -302,7 +390,9 @@ def reported_run(tmp_path_factory) -> Path:
 @pytest.fixture
 def bad_report(reported_run, tmp_path, monkeypatch, capsys):
     """Damage a copy of the run or its README, require update_readme's refusal and an unchanged directory."""
-    shutil.copytree(reported_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(
+        reported_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")
+    )
     shutil.copy(reported_run / "README.md", tmp_path)
     monkeypatch.chdir(tmp_path)
 
@@ -312,18 +402,28 @@ def bad_report(reported_run, tmp_path, monkeypatch, capsys):
             Path(path).mkdir()
         else:
             Path(path).write_bytes(content)
-        before = {p: p.is_file() and (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*")}
+        before = {
+            p: p.is_file() and (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*")
+        }
         assert update_readme.main(["--out_dir=run", "--readme=README.md", *flags]) == 2
         captured = capsys.readouterr()
-        assert before == {p: p.is_file() and (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*")}
-        assert captured.out == "" and captured.err.startswith("update_readme.py: error: ") and len(captured.err) < 400
+        assert before == {
+            p: p.is_file() and (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*")
+        }
+        assert (
+            captured.out == ""
+            and captured.err.startswith("update_readme.py: error: ")
+            and len(captured.err) < 400
+        )
         assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
         return captured.err
 
     return run
 
 
-SECTIONS = "".join(f"<!--AUTO:{name}:START-->\n<!--AUTO:{name}:END-->\n" for name in update_readme.SECTIONS)
+SECTIONS = "".join(
+    f"<!--AUTO:{name}:START-->\n<!--AUTO:{name}:END-->\n" for name in update_readme.SECTIONS
+)
 START, END = "<!--AUTO:PLOT:START-->\n", "<!--AUTO:PLOT:END-->\n"
 CSV, LOG, SAMPLES = "run/logs/train_metrics.csv", "run/logs/train.log", "run/samples/samples.txt"
 DEEP = b"[" * 100_000
@@ -374,7 +474,9 @@ def test_reports(bad_report, path, content, expected):
     assert expected in bad_report(path, content).replace("\\", "/")
 
 
-@pytest.mark.parametrize("path", [CSV, LOG, SAMPLES, "run/config.json", "run/results.json", "README.md"])
+@pytest.mark.parametrize(
+    "path", [CSV, LOG, SAMPLES, "run/config.json", "run/results.json", "README.md"]
+)
 def test_what_cannot_be_reported_is_not_called_stale(bad_report, path):
     """`--check` reads the same files, and has the same answer."""
     assert bad_report(path, b"\xff" * 99, "--check")
@@ -382,7 +484,13 @@ def test_what_cannot_be_reported_is_not_called_stale(bad_report, path):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--out_dir=missing"], ["--readme=missing/new.md"], ["--out_dir=README.md"], ["--readme=run"], ["--out_dir=."]],
+    [
+        ["--out_dir=missing"],
+        ["--readme=missing/new.md"],
+        ["--out_dir=README.md"],
+        ["--readme=run"],
+        ["--out_dir=."],
+    ],
 )
 def test_report_flags(bad_report, flags):
     assert flags[0].partition("=")[2] in bad_report("unrelated.txt", b"", *flags)
@@ -398,7 +506,11 @@ def test_a_report_needs_a_run(capsys):
 @pytest.mark.parametrize(
     ("script", "flags", "expected"),
     [
-        ("train.py", ["--preset", "demo", "--resume", "bad.pt"], "bad.pt is damaged or no checkpoint"),
+        (
+            "train.py",
+            ["--preset", "demo", "--resume", "bad.pt"],
+            "bad.pt is damaged or no checkpoint",
+        ),
         ("update_readme.py", ["--out_dir", ".", "--chek"], "--chek"),
     ],
 )
@@ -406,5 +518,7 @@ def test_as_a_subprocess(tmp_path, script, flags, expected):
     (tmp_path / "bad.pt").write_bytes(b"\x80\x04\xff no checkpoint")
     result = run_script(*flags, cwd=tmp_path, script=script)
     assert result.returncode == 2 and result.stdout == "" and "Traceback" not in result.stderr
-    assert expected in " ".join(result.stderr.replace("│", "").split()) and len(result.stderr) < 1500
+    assert (
+        expected in " ".join(result.stderr.replace("│", "").split()) and len(result.stderr) < 1500
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["bad.pt"]

@@ -51,7 +51,10 @@ def cards(monkeypatch):
 @pytest.fixture
 def settings():
     """PyTorch's own are put back."""
-    precision, same_bits = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    precision, same_bits = (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
     yield
     torch.set_float32_matmul_precision(precision)
     torch.use_deterministic_algorithms(same_bits)
@@ -65,14 +68,24 @@ def test_a_card_is_made_the_current_one_before_it_is_asked(config, cards):
     chosen = choose_runtime(replace(config, device="cuda:1", amp="auto"), None)
     assert cards == ["set cuda:1", "bf16?"] and (chosen.device, chosen.amp) == ("cuda:1", "bf16")
     again = choose_runtime(replace(config, device="auto"), chosen)
-    assert cards[2:] == ["set cuda:1"] and again.device == "cuda:1", "a resumed run asks the same card"
+    assert cards[2:] == ["set cuda:1"] and again.device == "cuda:1", (
+        "a resumed run asks the same card"
+    )
 
 
 @pytest.mark.parametrize(
     ("device", "processes", "problem"),
     [
-        ("cuda:1", 2, "--device cuda:1: each of the 2 processes takes a card of its own; use --device cuda"),
-        ("cuda", 3, "--device cuda: 3 processes on a machine with 2 CUDA devices; start one process for each"),
+        (
+            "cuda:1",
+            2,
+            "--device cuda:1: each of the 2 processes takes a card of its own; use --device cuda",
+        ),
+        (
+            "cuda",
+            3,
+            "--device cuda: 3 processes on a machine with 2 CUDA devices; start one process for each",
+        ),
         ("mps", 2, "--device mps: one process alone can use Apple's GPU, not 2; use --device cpu"),
         ("cuda", 2, None),
         ("cuda:1", 1, None),
@@ -95,11 +108,17 @@ def test_processes_are_counted_on_each_machine(monkeypatch, cards):
 def test_tensors_of_both_kinds_can_travel(monkeypatch, cards, nccl, backends):
     """The largest of the ranks' numbers is a tensor of the CPU, whatever the gradients are."""
     found = []
-    for name, value in dict(RANK=1, LOCAL_RANK=1, MASTER_ADDR="x", MASTER_PORT=1, WORLD_SIZE=2).items():
+    for name, value in dict(
+        RANK=1, LOCAL_RANK=1, MASTER_ADDR="x", MASTER_PORT=1, WORLD_SIZE=2
+    ).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
-    monkeypatch.setattr(dist, "rendezvous", lambda *_address, timeout: iter([(dist.HashStore(), 1, 2)]))
-    monkeypatch.setattr(dist, "init_process_group", lambda backends, **_others: found.append(backends))
+    monkeypatch.setattr(
+        dist, "rendezvous", lambda *_address, timeout: iter([(dist.HashStore(), 1, 2)])
+    )
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backends, **_others: found.append(backends)
+    )
     monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda timeout: None)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
@@ -108,7 +127,8 @@ def test_tensors_of_both_kinds_can_travel(monkeypatch, cards, nccl, backends):
 
 
 def test_a_lost_connection_names_its_cause():
-    with pytest.raises(ConnectionError, match=r"process of this run is gone \(Connection closed by peer\)"):  # noqa: SIM117
+    gone = r"process of this run is gone \(Connection closed by peer\)"
+    with pytest.raises(ConnectionError, match=gone):  # noqa: SIM117
         with Ranks(0, 2).connected():
             raise RuntimeError("[/src/gloo/pair.cc:538] Connection closed by peer. And so\non")
 
@@ -116,14 +136,17 @@ def test_a_lost_connection_names_its_cause():
 # Memory
 
 
-def test_where_the_driver_spills_the_share_of_the_card_is_capped_at_what_is_free(config, cards, settings, monkeypatch):
+def test_where_the_driver_spills_the_share_of_the_card_is_capped_at_what_is_free(
+    config, cards, settings, monkeypatch
+):
     monkeypatch.setattr(machine, "driver_spills", lambda: True)
     configure_torch(replace(config, device="cuda"))
     assert cards == ["fraction 0.46875"], "half a GiB stays for kernels"
 
 
 @pytest.mark.parametrize(
-    ("release", "spills"), [("5.15.167.4-microsoft-standard-WSL2", True), ("6.18.44-generic", os.name == "nt")]
+    ("release", "spills"),
+    [("5.15.167.4-microsoft-standard-WSL2", True), ("6.18.44-generic", os.name == "nt")],
 )
 def test_windows_spills_also_below_wsl(monkeypatch, release, spills):
     monkeypatch.setattr("platform.release", lambda: release)
@@ -145,7 +168,9 @@ class OnCard(torch.Tensor):
     is_cuda = property(lambda tensor: True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="page-locked memory is refused where there is no CUDA device")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="page-locked memory is refused where there is no CUDA device"
+)
 def test_refused_page_locked_memory_costs_speed_only(monkeypatch, caplog):
     monkeypatch.setattr(Snapshot, "page_locked", True)
     values = {"a": torch.arange(4.0).as_subclass(OnCard), "b": torch.ones(3).as_subclass(OnCard)}
@@ -172,9 +197,15 @@ def test_on_an_apple_gpu_attention_is_the_formula(monkeypatch):
     torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
 
 
-def test_the_same_bits_are_asked_for_where_they_are_wanted_and_not_after(config, cards, settings, monkeypatch):
+def test_the_same_bits_are_asked_for_where_they_are_wanted_and_not_after(
+    config, cards, settings, monkeypatch
+):
     monkeypatch.setattr(machine, "driver_spills", lambda: False)
-    for device, deterministic, same_bits in (("cpu", False, True), ("cuda", False, False), ("cuda", True, True)):
+    for device, deterministic, same_bits in (
+        ("cpu", False, True),
+        ("cuda", False, False),
+        ("cuda", True, True),
+    ):
         configure_torch(replace(config, device=device, deterministic=deterministic))
         assert torch.are_deterministic_algorithms_enabled() is same_bits
 
@@ -189,21 +220,32 @@ def test_a_card_has_to_train_for_longer_before_compiling_pays(monkeypatch):
 @pytest.mark.parametrize(
     ("forward", "difference"),
     [
-        (lambda model: lambda x, y: 2 * (loss := model(x, y)) - loss.detach(), "the gradient norm of wte.weight is "),
+        (
+            lambda model: lambda x, y: 2 * (loss := model(x, y)) - loss.detach(),
+            "the gradient norm of wte.weight is ",
+        ),
         (lambda model: lambda x, y: model(x, y) + 1, "the loss is "),
         (lambda model: lambda x, y: model(x, y) * torch.nan, "the loss is nan compiled"),
     ],
 )
-def test_a_compiler_that_computes_something_else_is_done_without(launch, monkeypatch, forward, difference):
+def test_a_compiler_that_computes_something_else_is_done_without(
+    launch, monkeypatch, forward, difference
+):
     assert launch("eager") == 0
     monkeypatch.setattr(torch, "compile", lambda model, **_options: forward(model))
     assert launch("run", "--compile=on") == 0
     log = log_text(Path("run"))
-    assert f"torch.compile failed, going on without: ArithmeticError: {difference}" in log and " otherwise\n" in log
+    assert (
+        f"torch.compile failed, going on without: ArithmeticError: {difference}" in log
+        and " otherwise\n" in log
+    )
     assert rows(Path("run")) == rows(Path("eager"))
     config = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
     assert config["config"]["compile"] == "off"
-    assert config["origins"]["compile"] == {"from": "this machine", "why": "torch.compile failed, see the log"}
+    assert config["origins"]["compile"] == {
+        "from": "this machine",
+        "why": "torch.compile failed, see the log",
+    }
 
 
 def test_a_comparison_that_does_not_fit_is_left_out(launch, monkeypatch):
@@ -233,7 +275,9 @@ def test_token_ids_that_another_process_maps_are_replaced_when_it_lets_go(
     def refuse(source, target):
         if len(refusals) < 3:
             refusals.append(target)
-            raise PermissionError(13, "The process cannot access the file because it is being used", str(target))
+            raise PermissionError(
+                13, "The process cannot access the file because it is being used", str(target)
+            )
         move(source, target)
 
     monkeypatch.setattr("parts.text.corpus.SMALL_TEXT", 100)

@@ -31,7 +31,9 @@ STEP_LINE = re.compile(
 
 @pytest.mark.slow
 def test_a_run_as_its_user_types_it(tmp_path, text_file):
-    result = run_script(*TINY_FLAGS, GPT2, "--input_file", text_file, "--prompt", r"Line 1:\n", cwd=tmp_path)
+    result = run_script(
+        *TINY_FLAGS, GPT2, "--input_file", text_file, "--prompt", r"Line 1:\n", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr == "", "no bar and no warnings in a pipe"
     run = tmp_path / "out" / "gpt2-input"
@@ -50,12 +52,22 @@ def test_a_run_as_its_user_types_it(tmp_path, text_file):
     log_lines = log_text(run).splitlines()
     assert result.stdout.splitlines() == [without_date(line) for line in log_lines]
     steps = [match for line in log_lines if (match := STEP_LINE.fullmatch(line))]
-    assert [int(match[1]) for match in steps] == [1, 2, 4, 6, 8] and {match[2] for match in steps} == {"8"}
-    table = rows(run, "step", "loss", "lr", "tokens_per_sec", "elapsed_sec", "tokens", "window_loss")
-    assert (run / "logs/train_metrics.csv").read_bytes().startswith(b"step,loss,lr,tokens_per_sec,elapsed_sec,tokens,")
+    assert [int(match[1]) for match in steps] == [1, 2, 4, 6, 8] and {
+        match[2] for match in steps
+    } == {"8"}
+    table = rows(
+        run, "step", "loss", "lr", "tokens_per_sec", "elapsed_sec", "tokens", "window_loss"
+    )
+    assert (
+        (run / "logs/train_metrics.csv")
+        .read_bytes()
+        .startswith(b"step,loss,lr,tokens_per_sec,elapsed_sec,tokens,")
+    )
     assert [int(row[0]) for row in table] == [1, 2, 4, 6, 8]
     assert [int(row[5]) for row in table] == [32, 64, 128, 192, 256]
-    assert [row[6] == "" for row in table] == [True, True, False, False, False], "undefined before the window is full"
+    assert [row[6] == "" for row in table] == [True, True, False, False, False], (
+        "undefined before the window is full"
+    )
     for match, row in zip(steps, table, strict=True):
         assert float(match[3]) == pytest.approx(float(row[1]), abs=1e-6)
         assert float(match[4]) == pytest.approx(float(row[2]), rel=3e-3), "three digits"
@@ -82,7 +94,9 @@ def test_a_run_as_its_user_types_it(tmp_path, text_file):
     assert log_lines[-1].endswith(" | INFO | Training complete.")
 
     samples = (run / "samples/samples.txt").read_text(encoding="utf-8")
-    assert re.findall(r"^={80}\nSTEP (\d+)$", samples, re.MULTILINE) == ["2", "4", "8"], "the first after half"
+    assert re.findall(r"^={80}\nSTEP (\d+)$", samples, re.MULTILINE) == ["2", "4", "8"], (
+        "the first after half"
+    )
     assert samples.count("\nPROMPT:\nLine 1:\n\nOUTPUT:\nLine 1:\n") == 6, (
         "two prompts, three times, output repeats the prompt"
     )
@@ -99,7 +113,9 @@ def test_results_and_config_say_what_happened(launch, text_file):
     assert results["corpus_loss_slices"] == 64 and 0 < results["corpus_loss_standard_error"] < 0.1
     assert results["ln_vocab"] == pytest.approx(10.8249, abs=1e-4) and results["loss_floor"] > 0
     config = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
-    assert config["command"].startswith("python train.py --n_layer=2") and config["command"].endswith(GPT2)
+    assert config["command"].startswith("python train.py --n_layer=2") and config[
+        "command"
+    ].endswith(GPT2)
     assert config["seed"] == 1337 and config["versions"]["torch"] == torch.__version__
     assert config["corpus"]["sha256"] == hashlib.sha256(text_file.read_bytes()).hexdigest()
     assert config["config"]["compile"] == "off" and config["config"]["warmup_steps"] == 0
@@ -125,13 +141,17 @@ def test_checkpoints_describe_themselves(launch, config):
 
 def test_stops_at_the_target(launch):
     assert launch("run", "--target_loss=99", "--steps=50", "--log_every=50") == 0
-    assert [row[0] for row in rows(Path("run"), "step")] == ["1", "3"], "the stopping step has its row"
+    assert [row[0] for row in rows(Path("run"), "step")] == ["1", "3"], (
+        "the stopping step has its row"
+    )
     said = r"Target reached: loss [\d.]+ <= 99\.0\. Stopping\. \(64 random slices, standard error "
     assert re.search(said + r"[\d.]+; window_loss [\d.]+\)\n", log_text(Path("run")))
     results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
     assert (results["stop_reason"], results["final_step"], results["best_step"]) == ("target", 3, 3)
     last, best = weights(Path("run/checkpoints/last.pt")), weights(Path("run/checkpoints/best.pt"))
-    assert all(torch.equal(last[key], best[key]) for key in last), "best holds the weights after its step"
+    assert all(torch.equal(last[key], best[key]) for key in last), (
+        "best holds the weights after its step"
+    )
 
 
 def test_a_run_shorter_than_its_window_has_a_best(launch):
@@ -140,7 +160,9 @@ def test_a_run_shorter_than_its_window_has_a_best(launch):
     assert re.search(said, log_text(Path("run")))
     assert torch.load("run/checkpoints/best.pt", weights_only=True)["step"] == 2
     assert "best.pt (mean of the 2 steps)\n" in log_text(Path("run"))
-    assert "| mean loss of all steps | **" in update_readme.summary_section(read_run(Path("run")), Path("README.md"))
+    assert "| mean loss of all steps | **" in update_readme.summary_section(
+        read_run(Path("run")), Path("README.md")
+    )
 
 
 @pytest.mark.slow
@@ -153,7 +175,11 @@ def test_a_run_shorter_than_its_window_has_a_best(launch):
             ("--steps=5",),
             f"all steps up to 8 are done. {RAISE}",
         ),
-        (("--target_loss=99",), ("--steps=50",), "the target was reached at step 3. Lower --target_loss"),
+        (
+            ("--target_loss=99",),
+            ("--steps=50",),
+            "the target was reached at step 3. Lower --target_loss",
+        ),
         (
             ("--target_loss=99",),
             ("--target_loss=0", "--steps=3"),
@@ -166,7 +192,10 @@ def test_a_finished_run_started_again_says_so(launch, capsys, first, again, answ
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert launch("run", *first, *again) == 0
-    assert f"Already finished: {answer} to go on, or choose another --out_dir" in capsys.readouterr().out
+    assert (
+        f"Already finished: {answer} to go on, or choose another --out_dir"
+        in capsys.readouterr().out
+    )
     assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
 
 
@@ -174,7 +203,9 @@ def test_a_finished_run_started_again_says_so(launch, capsys, first, again, answ
 def test_a_run_killed_before_its_results_is_measured_again(launch):
     assert launch("run") == 0
     complete = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
-    Path("run/results.json").write_text(json.dumps(complete | {"stop_reason": "running"}), encoding="utf-8")
+    Path("run/results.json").write_text(
+        json.dumps(complete | {"stop_reason": "running"}), encoding="utf-8"
+    )
     assert launch("run") == 0
     again = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
     assert again == complete
@@ -188,11 +219,16 @@ def test_the_goal_that_was_missed_is_named(launch):
 
 
 def test_target_zero_is_no_target(launch):
-    assert not Progress(step=1, recent_losses=[0.0]).stop_reason(decide(dict(target_loss=0, target_window=1)))
+    assert not Progress(step=1, recent_losses=[0.0]).stop_reason(
+        decide(dict(target_loss=0, target_window=1))
+    )
 
 
 def test_extreme_sampling_and_loss(launch):
-    assert launch("run", "--temperature=1e-40", "--init_std=1", "--lr=10", "--min_lr=10", "--steps=4") == 0
+    assert (
+        launch("run", "--temperature=1e-40", "--init_std=1", "--lr=10", "--min_lr=10", "--steps=4")
+        == 0
+    )
     assert perplexity_of("run") is None or perplexity_of("run") > 1
 
 
@@ -202,8 +238,18 @@ def perplexity_of(run: str) -> float | None:
 
 @pytest.mark.slow
 def test_a_reader_that_goes_away_stops_nobody(tmp_path, text_file):
-    command = [sys.executable, ROOT / "train.py", *TINY_FLAGS, "--input_file", text_file, "--out_dir", "run"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        *TINY_FLAGS,
+        "--input_file",
+        text_file,
+        "--out_dir",
+        "run",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     process.stdout.readline()
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
@@ -226,28 +272,45 @@ def test_a_compiler_that_fails_is_reported_and_done_without(launch, monkeypatch)
     assert f"torch.compile failed, going on without: {reason}" in log_text(Path("run"))
     config = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
     assert config["config"]["compile"] == "off"
-    assert config["origins"]["compile"] == {"from": "this machine", "why": "torch.compile failed, see the log"}
+    assert config["origins"]["compile"] == {
+        "from": "this machine",
+        "why": "torch.compile failed, see the log",
+    }
 
-    assert load_checkpoint(Path("run/checkpoints/last.pt"))["config"]["compile"] == "off", "for the next launch"
+    assert load_checkpoint(Path("run/checkpoints/last.pt"))["config"]["compile"] == "off", (
+        "for the next launch"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_equals_eager(launch):
     """One model, with and without torch.compile, the losses to rounding, of slices of two lengths; the same names."""
-    flags = ["--amp=off", "--lr=0.01", "--target_window=20", "--batch_size=4", "--mixed_steps=4", "--n_layer=1"]
+    flags = [
+        "--amp=off",
+        "--lr=0.01",
+        "--target_window=20",
+        "--batch_size=4",
+        "--mixed_steps=4",
+        "--n_layer=1",
+    ]
     assert launch("eager", *flags) == 0
     assert launch("compiled", *flags, "--compile=on") == 0
     assert "Compiled in" in log_text(Path("compiled"))
     expected, found = rows(Path("eager"), "loss"), rows(Path("compiled"), "loss")
     assert [float(x[0]) for x in found] == pytest.approx([float(x[0]) for x in expected], abs=1e-3)
-    assert weights(Path("eager/checkpoints/last.pt")).keys() == weights(Path("compiled/checkpoints/last.pt")).keys()
+    assert (
+        weights(Path("eager/checkpoints/last.pt")).keys()
+        == weights(Path("compiled/checkpoints/last.pt")).keys()
+    )
 
 
 def test_without_a_target_none_is_spoken_of(launch):
     assert launch("run", "--steps=10", "--target_loss=0") == 0
     log = log_text(Path("run"))
-    assert re.search(r"ETA \d:\d\d:\d\d \(\w+ \d\d:\d\d\) to step 10\n", log) and "; no target" in log
+    assert (
+        re.search(r"ETA \d:\d\d:\d\d \(\w+ \d\d:\d\d\) to step 10\n", log) and "; no target" in log
+    )
     assert "the target" not in log and "Target" not in log
 
 
@@ -262,7 +325,9 @@ def test_a_target_below_the_floor_is_a_warning_with_the_way_out(launch):
 @pytest.mark.slow
 def test_importing_does_nothing(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, update_readme; print(train.log.handlers)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "[]", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -272,15 +337,25 @@ def test_importing_does_nothing(tmp_path):
 def test_without_its_packages_a_script_says_what_to_do(script):
     """As with the Python of the system instead of the virtual environment's."""
     result = subprocess.run(
-        [sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True, encoding="utf-8", timeout=60
+        [sys.executable, "-S", ROOT / script, "--help"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
     )
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"{script}: error: No module named ") and "virtual environment" in result.stderr
+    assert (
+        result.stderr.startswith(f"{script}: error: No module named ")
+        and "virtual environment" in result.stderr
+    )
 
 
 def test_results_of_an_older_program_are_moved_aside_and_never_emptied(launch, capsys):
     """Logs and samples without any file that says that train.py wrote them."""
-    old = {"logs/train_metrics.csv": "step,loss\n1,2.5\n2,2.25\n", "samples/samples.txt": "It was the best of times"}
+    old = {
+        "logs/train_metrics.csv": "step,loss\n1,2.5\n2,2.25\n",
+        "samples/samples.txt": "It was the best of times",
+    }
     for name, content in old.items():
         Path("run", name).parent.mkdir(parents=True)
         Path("run", name).write_text(content, encoding="utf-8")

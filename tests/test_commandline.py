@@ -26,7 +26,9 @@ def complaint(*argv: str) -> str:
 def test_the_names_of_other_programs_are_known(name):
     assert OTHER_NAMES[name] in Config.__dataclass_fields__
     assert complaint(f"--{name}", "5").startswith(f"--{name} is called --{OTHER_NAMES[name]} here")
-    assert complaint(f"--{name.replace('_', '-')}=5").startswith(f"--{name} is called --{OTHER_NAMES[name]} here")
+    assert complaint(f"--{name.replace('_', '-')}=5").startswith(
+        f"--{name} is called --{OTHER_NAMES[name]} here"
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,10 @@ def test_a_mistake_is_answered_in_one_line(argv, expected):
     [
         ("--steps=" + "9" * 4000, f"--steps {'9' * 40}... is outside 1 to 1,000,000,000"),
         ("--out_dir=out/" + "x" * 256, f"--out_dir out/{'x' * 36}...: a name over 255 letters"),
-        (f"--input_file={'a' * 251}.txt", f"--out_dir out/gpt2-{'a' * 31}...: a name over 255 letters"),
+        (
+            f"--input_file={'a' * 251}.txt",
+            f"--out_dir out/gpt2-{'a' * 31}...: a name over 255 letters",
+        ),
     ],
     ids=lambda value: value[:20],
 )
@@ -75,7 +80,10 @@ def test_the_name_of_a_text_may_be_too_long_for_its_directory():
     """The longest that there can be; on Linux it is measured in bytes."""
     text = "é" * 125 + ".txt"
     assert parse_config([f"--input_file={text}", "--out_dir=here"]).out_dir == Path("here")
-    assert parse_config([f"--input_file={text[:120]}.txt"]).out_dir == Path("out") / f"gpt2-{text[:120]}"
+    assert (
+        parse_config([f"--input_file={text[:120]}.txt"]).out_dir
+        == Path("out") / f"gpt2-{text[:120]}"
+    )
     if sys.platform == "linux":
         assert "a name over 255 letters" in complaint(f"--input_file={text}", "--preset=small")
 
@@ -92,11 +100,25 @@ def test_all_scripts_answer_in_the_same_style(program, capsys):
 def test_help_shows_the_groups_and_the_presets_defaults(preset, capsys):
     assert train.main(["--preset", preset, "--help"]) == 0
     lines, config = capsys.readouterr().out.splitlines(), parse_config(["--preset", preset])
-    groups = ["Text", "Run", "Model", "Batch", "Optimizer", "Stopping", "Validation", "Device", "Reporting"]
+    groups = [
+        "Text",
+        "Run",
+        "Model",
+        "Batch",
+        "Optimizer",
+        "Stopping",
+        "Validation",
+        "Device",
+        "Reporting",
+    ]
     assert [line[:-1] for line in lines if re.fullmatch(r"\w+:", line)] == ["options", *groups]
     entries = [" ".join(entry.split()) for entry in "\n".join(lines).split("\n  --")]
     said = {name: getattr(config, name) for name in ("preset", "lr", "out_dir")}
-    said |= {"steps": "follows from the text", "decay_steps": "the last step", "mixed_steps": "80 % of the steps"}
+    said |= {
+        "steps": "follows from the text",
+        "decay_steps": "the last step",
+        "mixed_steps": "80 % of the steps",
+    }
     for name, default in said.items():
         (entry,) = (entry for entry in entries if entry.startswith(f"{name} "))
         assert f"(default: {default})" in entry
@@ -106,7 +128,9 @@ def test_help_shows_the_groups_and_the_presets_defaults(preset, capsys):
 def test_a_reader_of_the_help_may_leave_early():
     """As `train.py --help | head` does."""
     code = "import sys, train; sys.stdout.reconfigure(write_through=True); sys.exit(train.main(['--help']))"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 0
 
@@ -135,7 +159,13 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, text_file, monkeypatch, ca
     before = sorted(tmp_path.rglob("*"))
     assert train.main([*flags, "--dry_run"]) == 0
     said = capsys.readouterr().out
-    for line in ("Run directory: run", "Plan: 8 steps", "Time: ", "Disk: 0.07 GB at most in run", "Dry run: no file"):
+    for line in (
+        "Run directory: run",
+        "Plan: 8 steps",
+        "Time: ",
+        "Disk: 0.07 GB at most in run",
+        "Dry run: no file",
+    ):
         assert f" | {line}" in said
     assert said.index("| Measuring two steps ...\n") < said.index("| Time: ")
     assert re.search(r" for 8 steps at most: begun now, they end by [A-Z]\w\w \d\d:\d\d\n", said)

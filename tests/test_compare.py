@@ -50,7 +50,10 @@ def trained(tmp_path_factory) -> Path:
         for name, text in TEXTS.items():
             Path(name).write_text(text, encoding="utf-8")
         for name, flags in RUNS.items():
-            assert train.main([*TINY_FLAGS, "--input_file=text.txt", f"--out_dir=out/{name}", *flags]) == 0
+            assert (
+                train.main([*TINY_FLAGS, "--input_file=text.txt", f"--out_dir=out/{name}", *flags])
+                == 0
+            )
     return folder / "out"
 
 
@@ -68,7 +71,9 @@ def update(*arguments: str | Path) -> int:
 
 def alter(path: Path, **values: object) -> None:
     """Change values of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8"
+    )
 
 
 def results(run: Path) -> dict:
@@ -125,9 +130,18 @@ def test_only_flags_that_differ_and_say_something_new(first, second, expected):
 def test_a_flag_that_changed_shows_its_values_one_after_the_other(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(trained.parent)
     where = tmp_path / "changed"
-    flags = [*TINY_FLAGS, "--input_file=text.txt", f"--out_dir={where}", "--warmup_steps=0", "--decay_steps=8"]
+    flags = [
+        *TINY_FLAGS,
+        "--input_file=text.txt",
+        f"--out_dir={where}",
+        "--warmup_steps=0",
+        "--decay_steps=8",
+    ]
     assert train.main([*flags, "--lr=0.006"]) == 0
-    assert train.main([*flags, "--lr=0.3", "--steps=12", "--prompt=x, --seed 1 -> 2", "--dropout=0.1"]) == 0
+    assert (
+        train.main([*flags, "--lr=0.3", "--steps=12", "--prompt=x, --seed 1 -> 2", "--dropout=0.1"])
+        == 0
+    )
     assert train.main([*flags, "--lr=0.3", "--steps=16", "--prompt=y"]) == 0
     run = read_run(where)
     assert [flags["lr"] for flags in run.flags_over_time] == [0.006, 0.3, 0.3]
@@ -145,18 +159,31 @@ def test_on_a_terminal_the_table_is_plain_and_the_plot_lies_beside_the_runs(out,
     assert update("--out_dir", out / "lr-1e-3", out / "lr-3e-2") == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
-    assert lines[-1] == f"Plot: {out / 'compare.png'}" and (out / "compare.png").stat().st_size > 10_000
-    assert [line.split()[0] for line in lines[:3]] == ["run", "lr-3e-2", "lr-1e-3"] and "|" not in text
+    assert (
+        lines[-1] == f"Plot: {out / 'compare.png'}"
+        and (out / "compare.png").stat().st_size > 10_000
+    )
+    assert [line.split()[0] for line in lines[:3]] == [
+        "run",
+        "lr-3e-2",
+        "lr-1e-3",
+    ] and "|" not in text
     for heading in ("corpus loss", "outcome"):
         start = lines[0].index(heading)
         assert all(line[start] != " " and line[start - 1] == " " for line in lines[:3]), heading
-    assert lines[0].endswith("     lr") and len(lines[0]) == len(lines[1]) == len(lines[2]), "numbers to the right"
+    assert lines[0].endswith("     lr") and len(lines[0]) == len(lines[1]) == len(lines[2]), (
+        "numbers to the right"
+    )
     assert Path("README.md").read_text(encoding="utf-8") == COMPARE
-    assert update("--out_dir", "out/lr-*", "out/lr-3e-2") == 0, "a glob that no shell has expanded, and a run twice"
+    assert update("--out_dir", "out/lr-*", "out/lr-3e-2") == 0, (
+        "a glob that no shell has expanded, and a run twice"
+    )
     assert capsys.readouterr().out == text
 
 
-def test_the_plot_of_runs_from_elsewhere_lies_in_the_current_folder(out, tmp_path_factory, capsys, monkeypatch, plots):
+def test_the_plot_of_runs_from_elsewhere_lies_in_the_current_folder(
+    out, tmp_path_factory, capsys, monkeypatch, plots
+):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "run"
     shutil.copytree(out / "lr-1e-3", elsewhere)
     assert update("--out_dir", elsewhere, out / "lr-3e-2") == 0
@@ -164,7 +191,9 @@ def test_the_plot_of_runs_from_elsewhere_lies_in_the_current_folder(out, tmp_pat
     assert Path("compare.png").stat().st_size > 10_000 and not (out / "compare.png").exists()
     shutil.copytree(elsewhere, elsewhere.with_name("other"))
     Path("compare.png").unlink()
-    assert update("--out_dir", elsewhere, elsewhere.with_name("other")) == 0, "in one folder, but not below this one"
+    assert update("--out_dir", elsewhere, elsewhere.with_name("other")) == 0, (
+        "in one folder, but not below this one"
+    )
     assert Path("compare.png").exists() and not elsewhere.with_name("compare.png").exists()
 
 
@@ -178,14 +207,18 @@ def test_a_plot_that_cannot_be_written_is_one_line_with_the_remedy(out, capsys, 
     assert [path.name for path in out.iterdir() if path.name.endswith(".tmp")] == []
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a link takes a right there that few have, and .. does not follow it")
+@pytest.mark.skipif(
+    os.name == "nt", reason="a link takes a right there that few have, and .. does not follow it"
+)
 def test_two_runs_that_only_seem_to_lie_at_one_place_are_two_rows(out):
     """`linked/..` is the folder above the one that the link leads to."""
     (Path("far") / "below").mkdir(parents=True)
     shutil.copytree(out / "lr-1e-3", "far/run")
     shutil.copytree(out / "lr-3e-2", out / "run")
     (out / "linked").symlink_to(Path("far/below").absolute(), target_is_directory=True)
-    comparison = compare(list(map(read_run, find_runs((out / "linked" / ".." / "run", out / "run")))))
+    comparison = compare(
+        list(map(read_run, find_runs((out / "linked" / ".." / "run", out / "run"))))
+    )
     assert [row[0] for row in comparison.table()[1:]] == ["out/run", "far/run"]
     assert [shown(run, "lr") for run in comparison.runs.values()] == ["0.03", "0.001"]
     (out / "again").symlink_to(Path("far").absolute(), target_is_directory=True)
@@ -197,7 +230,9 @@ def test_a_glob_finds_runs_alone_and_a_name_must_be_there(out, capsys):
     (out / "notes").mkdir()
     (out / "compare.png").write_bytes(b"of the last time")
     assert find_runs((out / "*",)) == [out / name for name in sorted(RUNS)]
-    assert find_runs((out / "lr-1e-3", out / "compare.png")) == [out / "lr-1e-3"], "as a shell expands out/*"
+    assert find_runs((out / "lr-1e-3", out / "compare.png")) == [out / "lr-1e-3"], (
+        "as a shell expands out/*"
+    )
     for arguments, expected in [
         (["out/sl-*"], "out/sl-*: no run directory matches"),
         (["out/lr-1e-3", "out/lr-2e-3"], "out/lr-2e-3: there is no such directory"),
@@ -205,7 +240,11 @@ def test_a_glob_finds_runs_alone_and_a_name_must_be_there(out, capsys):
     ]:
         assert update("--out_dir", *arguments) == 2
         captured = capsys.readouterr()
-        assert expected in captured.err.replace("\\", "/") and captured.out == "" and captured.err.count("\n") == 1
+        assert (
+            expected in captured.err.replace("\\", "/")
+            and captured.out == ""
+            and captured.err.count("\n") == 1
+        )
 
 
 def test_different_texts_are_refused(out, capsys, plots):
@@ -215,12 +254,25 @@ def test_different_texts_are_refused(out, capsys, plots):
     assert update("--out_dir", out / "lr-3e-2", out / "other", "--readme", readme) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and len(captured.err) < 400
-    shas = [json.loads((out / name / "config.json").read_bytes())["corpus"]["sha256"] for name in ("lr-3e-2", "other")]
-    for part in ("lr-3e-2 and other learned different texts", "text.txt", "other.txt", *(sha[:12] for sha in shas)):
+    shas = [
+        json.loads((out / name / "config.json").read_bytes())["corpus"]["sha256"]
+        for name in ("lr-3e-2", "other")
+    ]
+    for part in (
+        "lr-3e-2 and other learned different texts",
+        "text.txt",
+        "other.txt",
+        *(sha[:12] for sha in shas),
+    ):
         assert part in captured.err
     assert before == {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
-    alter(out / "lr-1e-3" / "config.json", corpus={"file": "text.txt", "sha256": shas[0], "tokens": 99})
-    assert update("--out_dir", out / "lr-1e-3", out / "lr-3e-2") == 2, "a part of the same text is another text"
+    alter(
+        out / "lr-1e-3" / "config.json",
+        corpus={"file": "text.txt", "sha256": shas[0], "tokens": 99},
+    )
+    assert update("--out_dir", out / "lr-1e-3", out / "lr-3e-2") == 2, (
+        "a part of the same text is another text"
+    )
     (out / "words" / "config.json").unlink()
     assert update("--out_dir", out / "words", out / "lr-3e-2") == 2
     assert "words: no config.json says which text" in capsys.readouterr().err
@@ -232,20 +284,31 @@ def test_two_vocabularies_compare_in_bits_per_byte(out, capsys):
     assert table[0][1] == "corpus loss, bits per byte" and table[0][5:] == ["tokenizer"]
     measured = {name: results(out / name) for name in ("lr-3e-2", "words")}
     expected = sorted(measured, key=lambda name: measured[name]["bits_per_byte"])
-    assert [row[0] for row in table[1:]] == expected != sorted(measured, key=lambda n: measured[n]["corpus_loss"])
+    assert (
+        [row[0] for row in table[1:]]
+        == expected
+        != sorted(measured, key=lambda n: measured[n]["corpus_loss"])
+    )
     for row in table[1:]:
         of_run = measured[row[0]]
-        error = of_run["corpus_loss_standard_error"] * of_run["bits_per_byte"] / of_run["corpus_loss"]
+        error = (
+            of_run["corpus_loss_standard_error"] * of_run["bits_per_byte"] / of_run["corpus_loss"]
+        )
         assert row[1] == f"{of_run['bits_per_byte']:.4f} ± {error:.4f}"
     assert "Losses are in bits per byte, because the vocabularies differ." in comparison.text()
     axis = update_readme.comparison_figure(comparison).axes[0]
     assert "bits per byte" in axis.get_ylabel()
     for name, line in zip(comparison.runs, axis.lines, strict=True):
-        assert line.get_ydata().tolist() == read_run(out / name).metrics["bits_per_byte"].dropna().tolist()
+        assert (
+            line.get_ydata().tolist()
+            == read_run(out / name).metrics["bits_per_byte"].dropna().tolist()
+        )
     for name in measured:
         config = json.loads((out / name / "config.json").read_bytes())["config"]
         alter(out / name / "config.json", config=config | {"max_tokens": 200})
-    assert update("--out_dir", out / "lr-3e-2", out / "words") == 2, "200 tokens of each are two texts"
+    assert update("--out_dir", out / "lr-3e-2", out / "words") == 2, (
+        "200 tokens of each are two texts"
+    )
     assert "200" not in capsys.readouterr().out
 
 
@@ -255,17 +318,28 @@ def test_validation_losses_order_the_runs_where_all_have_one(out):
     assert held_out.corpus["val_sha256"] == other.corpus["val_sha256"] == sha256
     comparison = compare([held_out, other])
     table = comparison.table()
-    assert table[0][1] == "lowest validation loss, nats per token" and table[0][5:] == ["input_file"]
+    assert table[0][1] == "lowest validation loss, nats per token" and table[0][5:] == [
+        "input_file"
+    ]
     lowest = {name: results(out / name) for name in ("held_out", "other")}
     assert [row[:2] for row in table[1:]] == [
-        [name, "{best_loss:.4f} ± {best_loss_standard_error:.4f} at step {best_step}".format(**lowest[name])]
+        [
+            name,
+            "{best_loss:.4f} ± {best_loss_standard_error:.4f} at step {best_step}".format(
+                **lowest[name]
+            ),
+        ]
         for name in sorted(lowest, key=lambda name: lowest[name]["best_loss"])
     ]
-    assert comparison.notes == ["held_out and other learned different texts: only validation losses compare."]
+    assert comparison.notes == [
+        "held_out and other learned different texts: only validation losses compare."
+    ]
     figure = update_readme.comparison_figure(comparison)
     assert figure.legends[0].get_title().get_text() == "by lowest validation loss, the best first"
     lines = figure.axes[0].lines
-    assert [line.get_linestyle() for line in lines] == ["--", "--"], "their training losses do not compare"
+    assert [line.get_linestyle() for line in lines] == ["--", "--"], (
+        "their training losses do not compare"
+    )
     mixed = compare([held_out, read_run(out / "lr-3e-2")])
     assert mixed.table()[0][1:] == ["corpus loss, nats per token", "tokens", "time", "outcome"]
     assert mixed.notes == ["Not by validation loss: lr-3e-2 has none."]
@@ -283,14 +357,22 @@ def test_of_a_run_continued_with_another_validation_only_what_was_measured_since
 ):
     monkeypatch.chdir(trained.parent)
     where = tmp_path / "changed"
-    flags = [*TINY_FLAGS, "--input_file=text.txt", "--lr=3e-2", "--eval_every=2", f"--out_dir={where}"]
+    flags = [
+        *TINY_FLAGS,
+        "--input_file=text.txt",
+        "--lr=3e-2",
+        "--eval_every=2",
+        f"--out_dir={where}",
+    ]
     assert train.main([*flags, *before]) == 0
     assert train.main([*flags, *after, "--steps=14", "--decay_steps=8", "--warmup_steps=0"]) == 0
     run, best = read_run(where), results(where)
     losses = run.metrics.set_index("step")["val_loss"].dropna()
     assert losses.loc[:8].min() < best["best_loss"] and best["best_step"] > 8, "or nothing is shown"
     for stands in (best, best | {"best_step": 8, "best_loss": losses[8], "final_step": 8}):
-        alter(where / "results.json", **stands)  # the second: as the first part left it, until the next save
+        alter(
+            where / "results.json", **stands
+        )  # the second: as the first part left it, until the next save
         comparison = compare([read_run(where), read_run(trained / "held_out")])
         row = next(row for row in comparison.table() if row[0].endswith("changed"))
         known = f" ± {best['best_loss_standard_error']:.4f}" if stands is best else ""
@@ -300,7 +382,9 @@ def test_of_a_run_continued_with_another_validation_only_what_was_measured_since
 
 
 @pytest.mark.slow
-def test_a_start_takes_back_what_changed_behind_its_checkpoint(trained, tmp_path, monkeypatch, before_step):
+def test_a_start_takes_back_what_changed_behind_its_checkpoint(
+    trained, tmp_path, monkeypatch, before_step
+):
     """A run continued with another validation text, killed before its first save, and continued without that text."""
 
     def killed():
@@ -308,13 +392,24 @@ def test_a_start_takes_back_what_changed_behind_its_checkpoint(trained, tmp_path
 
     monkeypatch.chdir(trained.parent)
     where = tmp_path / "run"
-    flags = [*TINY_FLAGS, "--input_file=text.txt", "--eval_every=2", f"--out_dir={where}", "--decay_steps=8"]
+    flags = [
+        *TINY_FLAGS,
+        "--input_file=text.txt",
+        "--eval_every=2",
+        f"--out_dir={where}",
+        "--decay_steps=8",
+    ]
     assert train.main([*flags, "--val_file=held_out.txt"]) == 0
     before_step({11: killed})
     assert train.main([*flags, "--val_file=other.txt", "--steps=12", "--save_every=20"]) == 130
     sha256 = hashlib.sha256(TEXTS["held_out.txt"].encode()).hexdigest()
     changed = json.loads((where / "config.json").read_bytes())["launches"][1]["changed"]
-    assert changed == {"steps": 8, "save_every": 4, "val_file": ["held_out.txt"], "val_sha256": sha256}
+    assert changed == {
+        "steps": 8,
+        "save_every": 4,
+        "val_file": ["held_out.txt"],
+        "val_sha256": sha256,
+    }
     assert validation(read_run(where))["step"].tolist() == [10]
     assert train.main([*flags, "--val_file=held_out.txt", "--steps=12"]) == 0
     assert validation(read_run(where))["step"].tolist() == [2, 4, 6, 8, 10, 12]
@@ -323,7 +418,9 @@ def test_a_start_takes_back_what_changed_behind_its_checkpoint(trained, tmp_path
 def test_what_was_lower_before_the_best_step_does_not_count(out):
     """As after the loss of best.pt, or with other content in the file, of which older programs told nothing."""
     run = read_run(out / "held_out")
-    rising = replace(run, metrics=run.metrics.assign(val_loss=run.metrics["step"].map({4: 20.0, 8: 30.0})))
+    rising = replace(
+        run, metrics=run.metrics.assign(val_loss=run.metrics["step"].map({4: 20.0, 8: 30.0}))
+    )
     for best, begins in [(4, 4), (8, None)]:
         stands = replace(rising, results=run.results | {"best_step": best})
         assert lowest_validation(stands)["step"] == best and overfitting(stands) == begins
@@ -331,20 +428,32 @@ def test_what_was_lower_before_the_best_step_does_not_count(out):
 
 def test_a_readme_is_filled_in_its_section_compare_alone(out, capsys, plots):
     readme = Path("README.md")
-    sections = "".join(f"<!--AUTO:{name}:START-->\nold\n<!--AUTO:{name}:END-->\n" for name in update_readme.SECTIONS)
+    sections = "".join(
+        f"<!--AUTO:{name}:START-->\nold\n<!--AUTO:{name}:END-->\n"
+        for name in update_readme.SECTIONS
+    )
     readme.write_text(f"# Runs\n{sections}{COMPARE}the end", encoding="utf-8")
     command = ["--out_dir", "out/lr-*", "--readme", readme]
     assert update(*command, "--check") == 1
-    assert "+![2 runs compared](compare.png)" in capsys.readouterr().out and not Path("compare.png").exists()
+    assert (
+        "+![2 runs compared](compare.png)" in capsys.readouterr().out
+        and not Path("compare.png").exists()
+    )
     assert update(*command) == 0
     text, plot = readme.read_bytes(), Path("compare.png").read_bytes()
     before, _, after = text.decode().partition("<!--AUTO:COMPARE:START-->\n")
     content, _, end = after.partition("<!--AUTO:COMPARE:END-->\n")
     assert before == f"# Runs\n{sections}" and end == "the end"
     rows = [line for line in content.splitlines() if line.startswith("|")]
-    assert len(rows) == 4 and rows[2].startswith("| lr-3e-2 | ") and {row.count("|") for row in rows} == {7}
+    assert (
+        len(rows) == 4
+        and rows[2].startswith("| lr-3e-2 | ")
+        and {row.count("|") for row in rows} == {7}
+    )
     assert update(*command, "--check") == 0
-    assert update("--out_dir", out / "lr-3e-2", out / "lr-1e-3", "--readme", readme) == 0, "in any order"
+    assert update("--out_dir", out / "lr-3e-2", out / "lr-1e-3", "--readme", readme) == 0, (
+        "in any order"
+    )
     assert readme.read_bytes() == text and Path("compare.png").read_bytes() == plot
     assert update("--out_dir", out / "lr-3e-2", "--readme", readme) == 0
     filled = readme.read_text(encoding="utf-8")
@@ -356,7 +465,17 @@ def test_a_readme_is_filled_in_its_section_compare_alone(out, capsys, plots):
 @pytest.mark.skipif(os.name == "nt", reason="there, no such names")
 def test_names_stay_apart_in_a_table_and_are_shown_as_they_are(out):
     """Rendered as GitHub does it: CommonMark with tables."""
-    names = ["a|b", "a\nb", "a?b", "a\\nb", "a<b>", "a`*b*`", "_a_", "<!--AUTO:COMPARE:END-->", "日本 & &amp;"]
+    names = [
+        "a|b",
+        "a\nb",
+        "a?b",
+        "a\\nb",
+        "a<b>",
+        "a`*b*`",
+        "_a_",
+        "<!--AUTO:COMPARE:END-->",
+        "日本 & &amp;",
+    ]
     for name in names:
         shutil.copytree(out / "lr-3e-2", out / "runs" / name)
     readme = Path("README.md")
@@ -364,7 +483,9 @@ def test_names_stay_apart_in_a_table_and_are_shown_as_they_are(out):
     assert update("--out_dir", "out/runs/*", "--readme", readme) == 0
     assert update("--out_dir", "out/runs/*", "--readme", readme, "--check") == 0
     parser = MarkdownIt("commonmark").enable("table")
-    html_rows = re.findall(r"<tr>\n<td>(.*)</td>", parser.render(readme.read_text(encoding="utf-8")))
+    html_rows = re.findall(
+        r"<tr>\n<td>(.*)</td>", parser.render(readme.read_text(encoding="utf-8"))
+    )
     shown = ["a\\nb" if name == "a\nb" else name.replace("\\", "\\\\") for name in names]
     assert sorted(html.unescape(cell) for cell in html_rows if "<" not in cell) == sorted(shown)
     terminal = compare(list(map(read_run, find_runs((out / "runs" / "*",))))).text()
@@ -391,7 +512,9 @@ def test_each_readme_has_a_plot_of_its_own_beside_the_file_that_is_written(out, 
 
 
 def test_a_readme_without_the_section_is_refused(out, capsys, plots):
-    Path("README.md").write_text("<!--AUTO:SUMMARY:START-->\n<!--AUTO:SUMMARY:END-->\n", encoding="utf-8")
+    Path("README.md").write_text(
+        "<!--AUTO:SUMMARY:START-->\n<!--AUTO:SUMMARY:END-->\n", encoding="utf-8"
+    )
     assert update("--out_dir", "out/lr-*", "--readme", "README.md") == 2
     error = capsys.readouterr().err
     assert "put <!--AUTO:COMPARE:START--> and <!--AUTO:COMPARE:END--> on two lines" in error
@@ -404,13 +527,18 @@ def test_a_readme_without_the_section_is_refused(out, capsys, plots):
 def test_the_plot_has_a_line_for_each_run_in_the_tables_order(out, count):
     run = read_run(out / "lr-3e-2")
     runs = [
-        replace(run, out_dir=Path(f"out/r{i}"), results=run.results | {"corpus_loss": 20.0 - i}) for i in range(count)
+        replace(run, out_dir=Path(f"out/r{i}"), results=run.results | {"corpus_loss": 20.0 - i})
+        for i in range(count)
     ]
     comparison = compare(runs)
     figure = update_readme.comparison_figure(comparison)
     axis = figure.axes[0]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == [row[0] for row in comparison.table()[1:]] == [f"r{i}" for i in reversed(range(count))]
+    assert (
+        names
+        == [row[0] for row in comparison.table()[1:]]
+        == [f"r{i}" for i in reversed(range(count))]
+    )
     assert len(axis.lines) == count and axis.get_yscale() == "log"
     assert len({(line.get_color(), line.get_marker()) for line in axis.lines}) == count
     drawn = run.metrics.dropna(subset=["window_loss"])
@@ -433,15 +561,26 @@ def test_a_config_of_any_type_is_shown_or_refused(out, values, capsys, plots):
     if code == 2:
         assert captured.err.count("\n") == 1 and readme.read_text(encoding="utf-8") == COMPARE
     else:
-        rows = [line for line in readme.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-        assert code == 0 and len(rows) == 4 and len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+        rows = [
+            line for line in readme.read_text(encoding="utf-8").splitlines() if line.startswith("|")
+        ]
+        assert (
+            code == 0
+            and len(rows) == 4
+            and len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+        )
 
 
 def test_how_a_run_stands(out):
     """Running before its first save, between saves, and when a finished run goes on; then steps without a target."""
     run = read_run(out / "lr-3e-2")
-    started, saved = replace(run, results={}), run.results | {"stop_reason": "running", "final_step": 4}
-    assert outcome(replace(started, metrics=run.metrics.iloc[:0])) == "running, before its first row"
+    started, saved = (
+        replace(run, results={}),
+        run.results | {"stop_reason": "running", "final_step": 4},
+    )
+    assert (
+        outcome(replace(started, metrics=run.metrics.iloc[:0])) == "running, before its first row"
+    )
     assert outcome(started) == outcome(replace(run, results=saved)) == "running, as of step 8"
     assert outcome(replace(run, results=run.results | {"final_step": 6})) == "running, as of step 8"
     assert outcome(replace(started, config={})) == "unknown", "a CSV alone"
@@ -458,7 +597,11 @@ def test_how_a_run_stands(out):
 
 @pytest.mark.parametrize(
     ("corpus_loss", "words"),
-    [(0.106, "target reached by window_loss alone"), (0.1, "target reached"), (None, "target reached")],
+    [
+        (0.106, "target reached by window_loss alone"),
+        (0.1, "target reached"),
+        (None, "target reached"),
+    ],
 )
 def test_a_target_that_random_slices_did_not_confirm_is_not_called_reached(out, corpus_loss, words):
     """As of a run by the classic rule, or by a train.py that looked at window_loss only."""
@@ -469,11 +612,19 @@ def test_a_target_that_random_slices_did_not_confirm_is_not_called_reached(out, 
 
 def test_a_reached_target_is_told_with_both_losses(out):
     run = read_run(out / "lr-3e-2")
-    results = {"stop_reason": "target", "target_loss": 0.1, "corpus_loss": 0.098, "window_loss": 0.0951}
+    results = {
+        "stop_reason": "target",
+        "target_loss": 0.1,
+        "corpus_loss": 0.098,
+        "window_loss": 0.0951,
+    }
     reached = replace(run, results=run.results | results)
     header, *rows = compare([reached, read_run(out / "lr-1e-3")]).table()
     (row,) = (row for row in rows if row[0] == "lr-3e-2")
-    assert row[1].startswith("0.0980") and row[header.index("outcome")] == "target reached (window_loss 0.0951)"
+    assert (
+        row[1].startswith("0.0980")
+        and row[header.index("outcome")] == "target reached (window_loss 0.0951)"
+    )
 
 
 @pytest.mark.slow
@@ -481,13 +632,20 @@ def test_it_needs_no_pytorch(out):
     """The script as its user starts it, where PyTorch cannot be imported."""
     broken = out.absolute() / "packages"
     broken.mkdir()
-    (broken / "torch.py").write_text("raise ModuleNotFoundError('No module named torch')\n", encoding="utf-8")
+    (broken / "torch.py").write_text(
+        "raise ModuleNotFoundError('No module named torch')\n", encoding="utf-8"
+    )
     # Jupyter's backend is inherited by what it starts, and may not be installed there.
     environment = os.environ | {"PYTHONPATH": str(broken), "MPLBACKEND": "not_here"}
     asked = [str(ROOT / "update_readme.py"), "--out_dir", "out/lr-3e-2", "out/lr-1e-3"]
     results = [
         subprocess.run(
-            [sys.executable, *arguments], env=environment, capture_output=True, text=True, encoding="utf-8", timeout=400
+            [sys.executable, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=400,
         )
         for arguments in (["-c", "import torch"], asked)
     ]
@@ -499,14 +657,19 @@ def test_it_needs_no_pytorch(out):
 def test_the_loops_of_the_guide_train_the_same_runs():
     guide = (ROOT / "docs" / "comparing.md").read_text(encoding="utf-8")
     bash, powershell = (
-        re.search(rf"```{language}\n(.*?)```", guide, re.DOTALL)[1] for language in ("bash", "powershell")
+        re.search(rf"```{language}\n(.*?)```", guide, re.DOTALL)[1]
+        for language in ("bash", "powershell")
     )
     rates = [re.findall(r"\d+e-\d", loop) for loop in (bash, powershell)]
     assert rates[0] == rates[1] and len(rates[0]) == 5
     for loop in (bash, powershell):
         (flags,) = re.findall(r"train\.py (.*?)(?:;|$| })", loop, re.MULTILINE)
-        configs = [parse_config(flags.replace('"', "").replace("$lr", rate).split()) for rate in rates[0]]
-        assert [config.out_dir for config in configs] == [Path("out") / f"lr-{rate}" for rate in rates[0]]
+        configs = [
+            parse_config(flags.replace('"', "").replace("$lr", rate).split()) for rate in rates[0]
+        ]
+        assert [config.out_dir for config in configs] == [
+            Path("out") / f"lr-{rate}" for rate in rates[0]
+        ]
         assert [config.lr for config in configs] == [float(rate) for rate in rates[0]]
         assert {(config.preset, config.device) for config in configs} == {("demo", "auto")}
         assert re.search(r'update_readme\.py --out_dir "?out/lr-\*', loop)

@@ -57,12 +57,23 @@ def test_a_changed_vocabulary_is_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["a\r\nb\rc\n\n d\t", "<|endoftext|> is plain text", "naïve café 日本語 👩‍👩‍👧 e\u0301", "x", "\x01\x02"]
+    "text",
+    [
+        "a\r\nb\rc\n\n d\t",
+        "<|endoftext|> is plain text",
+        "naïve café 日本語 👩‍👩‍👧 e\u0301",
+        "x",
+        "\x01\x02",
+    ],
 )
 def test_text_survives_the_tokenizer(tmp_path, config, tokenizer, text):
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
-    corpus = load_corpus(replace(config, input_file=(path,), seq_len=1), tokenizer) if len(text) > 1 else None
+    corpus = (
+        load_corpus(replace(config, input_file=(path,), seq_len=1), tokenizer)
+        if len(text) > 1
+        else None
+    )
     read, _ = read_text(path)
     assert read == text
     if corpus:

@@ -79,7 +79,9 @@ def test_a_disk_that_fills_up_and_is_cleared(small_disk, before_step, launch, pl
     assert launch(str(disk / "run"), *flags) == 0
     log = log_text(disk / "run")
     assert log.count("| ERROR |") == 1 and log.count("Could not write") == 1, "reported once"
-    assert re.search(r"Could not write .*No space left on device.* \(0\.\d\d GB free\)\. Training goes on", log)
+    assert re.search(
+        r"Could not write .*No space left on device.* \(0\.\d\d GB free\)\. Training goes on", log
+    )
     assert_same_run(Path("whole"), disk / "run")
     assert (disk / "run/logs/loss_curve.png").stat().st_size > 10_000
 
@@ -105,7 +107,13 @@ def test_a_disk_that_stays_full(small_disk, before_step, launch, prompt_disk):
 def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
     """As ext4 does after an error of the disk."""
     disk = small_disk(150, "ext4")
-    flags = [*FLAGS, "--steps=150", "--save_every=10", f"--input_file={text_file}", f"--out_dir={disk}/run"]
+    flags = [
+        *FLAGS,
+        "--steps=150",
+        "--save_every=10",
+        f"--input_file={text_file}",
+        f"--out_dir={disk}/run",
+    ]
     command = [sys.executable, ROOT / "train.py", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     prev, deadline = disk / "run/checkpoints/prev.pt", time.monotonic() + 60
@@ -119,7 +127,9 @@ def test_a_disk_that_turns_read_only(small_disk, tmp_path, text_file, launch):
     assert "these could not be written" in output
     assert output.count("Could not write") <= 2, "a sync that failed, and then what is read-only"
     step = load_checkpoint(disk / "run/checkpoints/last.pt")["step"]
-    assert 10 <= load_checkpoint(prev)["step"] <= step < 150, "one file, if it was between two renames"
+    assert 10 <= load_checkpoint(prev)["step"] <= step < 150, (
+        "one file, if it was between two renames"
+    )
 
 
 def test_a_disk_that_does_not_tell_its_room_is_no_full_one(launch, monkeypatch, capsys):
@@ -155,13 +165,21 @@ def test_each_cause_is_told_once(tmp_path, monkeypatch):
     told: list[str] = []
     monkeypatch.setattr("parts.run.directory.log.error", told.append)
     run = RunDir(tmp_path)
-    full, no_owner = OSError(28, "No space left on device"), OSError("run was taken over by another train.py")
+    full, no_owner = (
+        OSError(28, "No space left on device"),
+        OSError("run was taken over by another train.py"),
+    )
     for what, error in (
         ("the plot", OSError("ParseError: $")), ("last.pt", full), ("best.pt", full), ("lines", no_owner),
         ("best.pt", no_owner), ("last.pt", None), ("best.pt", None), ("last.pt", full),
     ):  # fmt: skip
         run.note(what, error)
-    causes = ["the plot: ParseError", "last.pt: [Errno 28]", "lines: run was taken over", "last.pt: [Errno 28]"]
+    causes = [
+        "the plot: ParseError",
+        "last.pt: [Errno 28]",
+        "lines: run was taken over",
+        "last.pt: [Errno 28]",
+    ]
     assert len(told) == len(causes)
     for message, cause in zip(told, causes, strict=True):
         assert message.startswith(f"Could not write {cause}")
@@ -225,9 +243,14 @@ def test_a_limit_on_the_size_of_files(launch, tmp_path, text_file):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); "
         f"sys.path.insert(0, {str(ROOT)!r}); import train; sys.exit(train.main(sys.argv[1:]))"
     )
-    result = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 1 and result.stderr == ""
-    assert result.stdout.count("File too large") == 1 and "no file is left half written" in result.stdout
+    assert (
+        result.stdout.count("File too large") == 1
+        and "no file is left half written" in result.stdout
+    )
     assert (tmp_path / "run/checkpoints/last.pt").read_bytes() == before
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -241,7 +264,9 @@ def test_a_full_disk_with_a_run_on_it_is_refused_with_numbers(small_disk, launch
         while file.write(b"x" * 4096) == 4096:
             pass
     assert launch(str(disk / "run"), *FLAGS, GPT2) == 2
-    assert re.search(r"checkpoints need 0\.02 GB more .* and that disk has 0\.00 GB", capsys.readouterr().err)
+    assert re.search(
+        r"checkpoints need 0\.02 GB more .* and that disk has 0\.00 GB", capsys.readouterr().err
+    )
 
 
 def test_room_is_that_where_the_checkpoints_go(small_disk, launch):
@@ -274,9 +299,14 @@ def test_a_rename_is_brought_to_the_disk(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_programs_that_write_one_file_do_not_share_a_temporary_one(tmp_path):
-    path, other = tmp_path / "plot.png", "from parts.run.directory import temporary; from pathlib import Path; "
+    path, other = (
+        tmp_path / "plot.png",
+        "from parts.run.directory import temporary; from pathlib import Path; ",
+    )
     program = other + f"print(temporary(Path({str(path)!r}), shared=True))"
-    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     assert Path(found).parent == tmp_path and Path(found) != temporary(path, shared=True)
     Path(found).write_bytes(b"left by a kill")
     run = RunDir(tmp_path)

@@ -9,14 +9,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from benchmarks import cards
 
-WIDE = dict(n_embd=128, n_head=2, n_layer=2, block_size=512, vocab_size=512, seq_len=512, amp="bf16")
+WIDE = dict(
+    n_embd=128, n_head=2, n_layer=2, block_size=512, vocab_size=512, seq_len=512, amp="bf16"
+)
 
 
 def trained_once(config) -> tuple[train.GPT, dict[str, torch.optim.Optimizer]]:
     """A model with gradients and optimizers after a step."""
     model = train.GPT(config)
     optimizers = train.build_optimizers(model, config)
-    model(torch.zeros(1, 9, dtype=torch.long)[:, :-1], torch.zeros(1, 8, dtype=torch.long)).backward()
+    model(
+        torch.zeros(1, 9, dtype=torch.long)[:, :-1], torch.zeros(1, 8, dtype=torch.long)
+    ).backward()
     for optimizer in optimizers.values():
         optimizer.step()
     return model, optimizers
@@ -31,7 +35,9 @@ def test_weights_gradients_and_optimizer(config, optimizer):
     assert counted["gradients"] == sum(p.grad.nbytes for p in model.parameters())
     states = [state for found in optimizers.values() for state in found.state.values()]
     held = sum(value.nbytes for state in states for value in state.values())
-    assert counted["optimizer"] == pytest.approx(held, rel=0.01), "less Muon's number for each row, and step counts"
+    assert counted["optimizer"] == pytest.approx(held, rel=0.01), (
+        "less Muon's number for each row, and step counts"
+    )
 
 
 def test_activations(config):
@@ -47,7 +53,10 @@ def test_activations(config):
             return x
 
         tokens = torch.zeros(slices, config.seq_len + 1, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
             loss = model(tokens[:, :-1], tokens[:, 1:])
         del loss
         return sum(found.values())
@@ -57,7 +66,9 @@ def test_activations(config):
 
 
 def test_products_of_model_and_muon(config):
-    short = dict(seq_len=16, block_size=16, amp="off")  # so that attention's own products weigh little
+    short = dict(
+        seq_len=16, block_size=16, amp="off"
+    )  # so that attention's own products weigh little
     config = replace(config, **WIDE | short, batch_size=8, optimizer="muon")
     model = train.GPT(config)
     optimizers = train.build_optimizers(model, config)
@@ -73,12 +84,16 @@ def test_products_of_model_and_muon(config):
 
 def test_peaks_are_those_of_the_whitepapers():
     peaks = {card.name: card.peak / 1e12 for card in cards.CARDS}
-    assert peaks["RTX 3090"] == pytest.approx(71, rel=0.01) and peaks["RTX 4090"] == pytest.approx(165.2, rel=0.01)
+    assert peaks["RTX 3090"] == pytest.approx(71, rel=0.01) and peaks["RTX 4090"] == pytest.approx(
+        165.2, rel=0.01
+    )
 
 
 def test_what_is_said_to_fit_leaves_room_and_what_is_larger_does_not():
     for card in cards.CARDS:
         chosen, limit = cards.largest_that_fits(card), cards.ROOM * card.gib * 2**30
         assert cards.total(chosen) <= limit
-        larger = [preset for preset in cards.PRESETS if cards.config_of(preset).n_params > chosen.n_params]
+        larger = [
+            preset for preset in cards.PRESETS if cards.config_of(preset).n_params > chosen.n_params
+        ]
         assert all(cards.total(cards.config_of(preset, 8)) > limit for preset in larger)

@@ -44,25 +44,44 @@ print(tokenizer.decode(model.generate(**ids, max_length=16, do_sample=False)[0])
 @pytest.fixture(scope="module", params=["gpt2", "bpe:300"])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("export")
-    text = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200))
+    text = "".join(
+        f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200)
+    )
     (path / "text.txt").write_text(text, encoding="utf-8")
-    flags = [*TINY_FLAGS, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}", "--steps=60", "--lr=0.02"]
+    flags = [
+        *TINY_FLAGS,
+        f"--input_file={path / 'text.txt'}",
+        f"--out_dir={path / 'run'}",
+        "--steps=60",
+        "--lr=0.02",
+    ]
     flags += [f"--tokenizer={request.param}", f"--cache_dir={path / 'cache'}", "--block_size=32"]
     assert train.main([*flags, "--save_every=60", "--sample_every=60"]) == 0
     if request.param == "gpt2":
-        result = run_script("--checkpoint=run/checkpoints/best.pt", "--out=hf", cwd=path, script="export_hf.py")
+        result = run_script(
+            "--checkpoint=run/checkpoints/best.pt", "--out=hf", cwd=path, script="export_hf.py"
+        )
         assert result.returncode == 0, result.stderr
     else:
-        assert export_hf.main([f"--checkpoint={path / 'run/checkpoints/best.pt'}", f"--out={path / 'hf'}"]) == 0
+        assert (
+            export_hf.main(
+                [f"--checkpoint={path / 'run/checkpoints/best.pt'}", f"--out={path / 'hf'}"]
+            )
+            == 0
+        )
     return path
 
 
 def test_the_same_model(folder):
     sampler = sample.Sampler(folder / "run/checkpoints/best.pt", "cpu", "off")
     model = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
-    tokens = torch.randint(sampler.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        sampler.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, sampler.model(tokens), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model(tokens).logits, sampler.model(tokens), rtol=1e-4, atol=1e-4
+        )
     with safe_open(folder / "hf/model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (no mapping)
 
@@ -71,9 +90,16 @@ def test_the_same_model(folder):
 def test_every_preset_has_the_shapes_of_transformers(preset):
     config = parse_config([f"--preset={preset}"])
     with torch.device("meta"):
-        ours, theirs = train.GPT(config), GPT2LMHeadModel(GPT2Config(**export_hf.hf_config(config, 50_256)))
-    exported = {name: value.shape for name, value in export_hf.hf_weights(ours.state_dict()).items()}
-    expected = {name: value.shape for name, value in theirs.state_dict().items() if name != "lm_head.weight"}
+        ours, theirs = (
+            train.GPT(config),
+            GPT2LMHeadModel(GPT2Config(**export_hf.hf_config(config, 50_256))),
+        )
+    exported = {
+        name: value.shape for name, value in export_hf.hf_weights(ours.state_dict()).items()
+    }
+    expected = {
+        name: value.shape for name, value in theirs.state_dict().items() if name != "lm_head.weight"
+    }
     assert exported == expected
     assert theirs.lm_head.weight is theirs.transformer.wte.weight
     assert sum(value.numel() for value in expected.values()) == config.n_params
@@ -82,20 +108,37 @@ def test_every_preset_has_the_shapes_of_transformers(preset):
 def test_the_same_ids(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     own = sample.Sampler(folder / "run/checkpoints/best.pt", "cpu", "off").tokenizer
-    for text in [*(word for word in NASTY if word != "<|endoftext|>"), "".join(NASTY[:-3]), " x  y\n\n z\t"]:
+    for text in [
+        *(word for word in NASTY if word != "<|endoftext|>"),
+        "".join(NASTY[:-3]),
+        " x  y\n\n z\t",
+    ]:
         assert tokenizer(text)["input_ids"] == own.encode_ordinary(text), ascii(text)
         assert tokenizer.decode(own.encode_ordinary(text)) == text
     assert tokenizer("<|endoftext|>")["input_ids"] == [own.eot_token] == [tokenizer.eos_token_id]
-    merges = json.loads((folder / "hf/tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
-    assert all(isinstance(merge, str) for merge in merges), "as versions of before November 2024 read them"
+    merges = json.loads((folder / "hf/tokenizer.json").read_text(encoding="utf-8"))["model"][
+        "merges"
+    ]
+    assert all(isinstance(merge, str) for merge in merges), (
+        "as versions of before November 2024 read them"
+    )
 
 
 def test_transformers_alone_writes_the_same_text_without_a_warning(folder):
     result = subprocess.run(
-        [sys.executable, "-c", LOAD], cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=200
+        [sys.executable, "-c", LOAD],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=200,
     )
     assert result.returncode == 0, result.stderr
-    noise = [line for line in result.stderr.splitlines() if "Loading weights" not in line and line.strip()]
+    noise = [
+        line
+        for line in result.stderr.splitlines()
+        if "Loading weights" not in line and line.strip()
+    ]
     assert noise == []
     sampler = sample.Sampler(folder / "run/checkpoints/best.pt", "cpu", "off")
     start = sampler.tokenizer.encode_ordinary("Line 1: the")
@@ -107,11 +150,18 @@ def test_transformers_alone_writes_the_same_text_without_a_warning(folder):
 def test_what_the_folder_says_of_the_model(folder):
     config = json.loads((folder / "hf/config.json").read_text(encoding="utf-8"))
     assert config["n_positions"] == 32
-    assert json.loads((folder / "hf/generation_config.json").read_text(encoding="utf-8"))["max_length"] == 16
+    assert (
+        json.loads((folder / "hf/generation_config.json").read_text(encoding="utf-8"))["max_length"]
+        == 16
+    )
     assert AutoTokenizer.from_pretrained(folder / "hf").model_max_length == 16
     card = (folder / "hf/README.md").read_text(encoding="utf-8")
     best = load_checkpoint(folder / "run/checkpoints/best.pt")
-    for text in ("16 tokens (of 32 positions", f"(window) | {best['loss']:.6f}", "trained from scratch on text.txt"):
+    for text in (
+        "16 tokens (of 32 positions",
+        f"(window) | {best['loss']:.6f}",
+        "trained from scratch on text.txt",
+    ):
         assert text in card
     assert "run/" not in card and "run\\" not in card
     for path in (folder / "hf").iterdir():
@@ -159,9 +209,19 @@ def test_the_card_claims_to_recite_where_that_was_measured(
     shutil.copytree(folder / "run", tmp_path / "run")
     path = tmp_path / "run/checkpoints/best.pt"
     checkpoint = load_checkpoint(path)
-    torch.save(checkpoint | {"loss": loss, "config": checkpoint["config"] | {"val_fraction": val_fraction}}, path)
-    results = {"final_step": checkpoint["step"] + (corpus_loss is None), "window_loss": 0.1, "corpus_loss": corpus_loss}
-    (tmp_path / "run/results.json").write_text(json.dumps(results | {"val_loss": 3.5}), encoding="utf-8")
+    torch.save(
+        checkpoint
+        | {"loss": loss, "config": checkpoint["config"] | {"val_fraction": val_fraction}},
+        path,
+    )
+    results = {
+        "final_step": checkpoint["step"] + (corpus_loss is None),
+        "window_loss": 0.1,
+        "corpus_loss": corpus_loss,
+    }
+    (tmp_path / "run/results.json").write_text(
+        json.dumps(results | {"val_loss": 3.5}), encoding="utf-8"
+    )
     _, card = exported(tmp_path / "run", tmp_path / "hf")
     assert claim in card and f"| {row} |" in card
     assert ("recites" in card) == ("A loss" in claim)
@@ -177,7 +237,13 @@ def test_the_hub_can_read_the_card(folder, tmp_path):
 
 
 def test_of_paths_the_names_are_told():
-    paths = [r"C:\Users\me\words\tokenizer.json", "/home/me/a b.txt", Path("out/demo"), "bpe:300", "gpt2"]
+    paths = [
+        r"C:\Users\me\words\tokenizer.json",
+        "/home/me/a b.txt",
+        Path("out/demo"),
+        "bpe:300",
+        "gpt2",
+    ]
     assert export_hf.without_folders(*paths) == "tokenizer.json, a b.txt, demo, bpe:300, gpt2"
 
 
@@ -188,44 +254,74 @@ def test_the_card_shows_a_name_as_it_is(name):
     if os.name == "nt" and "\\" in name:
         pytest.skip("there a backslash stands between folders")
     checkpoint = {"trained_context": 16, "corpus_sha256": "0", "corpus_tokens": 99, "step": 5}
-    config = decide(dict(input_file=(Path("folder") / name,), init_from=Path(name), tokenizer="bpe:300"))
+    config = decide(
+        dict(input_file=(Path("folder") / name,), init_from=Path(name), tokenizer="bpe:300")
+    )
     found = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(
         export_hf.model_card(checkpoint, config, {}, "mit").partition("\n---\n")[2]
     )  # fmt: skip
-    shown = ["".join(part.content for part in token.children) for token in found if token.type == "inline"]
+    shown = [
+        "".join(part.content for part in token.children)
+        for token in found
+        if token.type == "inline"
+    ]
     name = name.replace("\n", "\ufffd").replace("\r", "\ufffd")
     assert shown[0] == f"GPT-2 trained from the weights of {name} on {name}"
     table = dict(zip(shown[1::2], shown[2::2], strict=False))
-    assert table["text"] == name and table["vocabulary"] == "50,257 (bpe:300)" and table["SHA-256 of the text"] == "0"
+    assert (
+        table["text"] == name
+        and table["vocabulary"] == "50,257 (bpe:300)"
+        and table["SHA-256 of the text"] == "0"
+    )
 
 
 @whatever_the_vocabulary
 @pytest.mark.parametrize("license", ["MIT License", "", "mit\ntags: x"])
 def test_a_license_is_an_identifier(folder, tmp_path, capsys, license):
     out = tmp_path / "x"
-    assert export_hf.main(["--checkpoint", str(folder / "run"), "--out", str(out), "--license", license]) == 2
+    assert (
+        export_hf.main(
+            ["--checkpoint", str(folder / "run"), "--out", str(out), "--license", license]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--license" in error and "cc0-1.0" in error and not out.exists()
+    assert (
+        error.count("\n") == 1 and "--license" in error and "cc0-1.0" in error and not out.exists()
+    )
 
 
 @whatever_the_vocabulary
 def test_what_came_from_elsewhere_claims_no_text(folder, tmp_path):
-    assert export_hf.main(["--from_hf", str(folder / "hf"), "--out", str(tmp_path / "back.pt")]) == 0
-    assert export_hf.main(["--checkpoint", str(tmp_path / "back.pt"), "--out", str(tmp_path / "again")]) == 0
+    assert (
+        export_hf.main(["--from_hf", str(folder / "hf"), "--out", str(tmp_path / "back.pt")]) == 0
+    )
+    assert (
+        export_hf.main(
+            ["--checkpoint", str(tmp_path / "back.pt"), "--out", str(tmp_path / "again")]
+        )
+        == 0
+    )
     card = (tmp_path / "again/README.md").read_text(encoding="utf-8")
     for text in ("from scratch", "input.txt", "SHA-256", "this text alone", "recites", "hf/"):
         assert text not in card
 
 
 def test_and_back(folder, tmp_path):
-    assert export_hf.main(["--from_hf", str(folder / "hf"), "--out", str(tmp_path / "back.pt")]) == 0
+    assert (
+        export_hf.main(["--from_hf", str(folder / "hf"), "--out", str(tmp_path / "back.pt")]) == 0
+    )
     before = load_checkpoint(folder / "run/checkpoints/best.pt")
     after = load_checkpoint(tmp_path / "back.pt")
     assert before["model"].keys() == after["model"].keys() and after["trained_context"] == 16
     assert all(torch.equal(value, after["model"][name]) for name, value in before["model"].items())
     assert after["tokenizer"]["n_vocab"] == before["tokenizer"]["n_vocab"]
     texts = [
-        "".join(sample.Sampler(path, "cpu", "off").stream("Line", sample.Options(path, max_new_tokens=12)))
+        "".join(
+            sample.Sampler(path, "cpu", "off").stream(
+                "Line", sample.Options(path, max_new_tokens=12)
+            )
+        )
         for path in (folder / "run/checkpoints/best.pt", tmp_path / "back.pt")
     ]
     assert texts[0] == texts[1]
@@ -239,7 +335,10 @@ def test_and_back(folder, tmp_path):
         (["--checkpoint=text.txt", "--out=new"], "text.txt is damaged or no checkpoint"),
         (["--checkpoint=run/checkpoints/best.pt", "--out=hf"], "--out hf is there already"),
         (["--out=new"], "give either --checkpoint"),
-        (["--checkpoint=.", "--out=new"], "--checkpoint .: no best.pt, last.pt, prev.pt in this folder"),
+        (
+            ["--checkpoint=.", "--out=new"],
+            "--checkpoint .: no best.pt, last.pt, prev.pt in this folder",
+        ),
         (["--checkpoint=hf", "--out=new"], "--checkpoint hf: a model for transformers"),
         (["--checkpoint=run/checkpoints/best.pt", "--out=text.txt/new"], "text.txt is no folder"),
         (["--from_hf=run", "--out=new"], "--from_hf run has no model.safetensors"),
@@ -258,7 +357,9 @@ def test_what_is_wrong_is_said_in_one_line(folder, monkeypatch, capsys, flags, m
 
 
 @whatever_the_vocabulary
-def test_an_earlier_export_or_import_is_replaced_when_asked_and_nothing_else_is(folder, tmp_path, monkeypatch, capsys):
+def test_an_earlier_export_or_import_is_replaced_when_asked_and_nothing_else_is(
+    folder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     here, there = f"--checkpoint={folder / 'run'}", f"--from_hf={folder / 'hf'}"
     for _ in range(2):
@@ -266,7 +367,9 @@ def test_an_earlier_export_or_import_is_replaced_when_asked_and_nothing_else_is(
         assert export_hf.main([there, "--out=back.pt", "--replace"]) == 0
         assert sorted(path.name for path in tmp_path.iterdir()) == ["back.pt", "hf"]
         Path("hf/README.md").write_text("edited", encoding="utf-8")
-    assert export_hf.main([here, "--out=hf"]) == 2 and "--out hf is there already: give --replace" in err(capsys)
+    assert export_hf.main(
+        [here, "--out=hf"]
+    ) == 2 and "--out hf is there already: give --replace" in err(capsys)
     Path("hf/notes.txt").write_text("mine", encoding="utf-8")
     shutil.copy(folder / "run/checkpoints/best.pt", "best.pt")
     for flags, problem in (
@@ -276,7 +379,9 @@ def test_an_earlier_export_or_import_is_replaced_when_asked_and_nothing_else_is(
         ([there, "--out=best.pt"], "--out best.pt is the checkpoint of a run"),
     ):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-        assert export_hf.main([*flags, "--replace"]) == 2 and problem in err(capsys).replace("\\", "/")
+        assert export_hf.main([*flags, "--replace"]) == 2 and problem in err(capsys).replace(
+            "\\", "/"
+        )
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -327,7 +432,9 @@ def test_another_model_is_not_taken_for_this_one(folder, tmp_path, capsys, confi
     capsys.readouterr()
     assert export_hf.main(["--from_hf", str(other), "--out", str(tmp_path / "x.pt")]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines and all(line.startswith(f"export_hf.py: error: --from_hf {other}") for line in lines)
+    assert lines and all(
+        line.startswith(f"export_hf.py: error: --from_hf {other}") for line in lines
+    )
     assert not (tmp_path / "x.pt").exists()
 
 
@@ -336,11 +443,16 @@ def test_padding_behind_the_vocabulary_is_left_out(folder, tmp_path):
     before = load_checkpoint(folder / "run/checkpoints/best.pt")["model"]["wte.weight"]
     rows = len(before) + 5
     padded = torch.cat([before, torch.ones(5, 32)])
-    other = rewritten(folder, tmp_path / "other", {"vocab_size": rows}, {"transformer.wte.weight": padded})
+    other = rewritten(
+        folder, tmp_path / "other", {"vocab_size": rows}, {"transformer.wte.weight": padded}
+    )
     (other / "tokenizer_config.json").unlink()
     assert export_hf.main(["--from_hf", str(other), "--out", str(tmp_path / "x.pt")]) == 0
     checkpoint = load_checkpoint(tmp_path / "x.pt")
-    assert torch.equal(checkpoint["model"]["wte.weight"], before) and checkpoint["trained_context"] == 32
+    assert (
+        torch.equal(checkpoint["model"]["wte.weight"], before)
+        and checkpoint["trained_context"] == 32
+    )
 
 
 def test_a_vocabulary_saved_by_transformers_is_the_same(folder, tmp_path):
@@ -355,7 +467,10 @@ def test_a_vocabulary_saved_by_transformers_is_the_same(folder, tmp_path):
 @pytest.mark.parametrize("folder", ["gpt2"], indirect=True)
 def test_a_disk_that_fills_leaves_nothing(folder, small_disk, capsys):
     disk = small_disk(4, "tmpfs")
-    for flag, source, out in (("--checkpoint", "run", disk / "x"), ("--from_hf", "hf", disk / "x.pt")):
+    for flag, source, out in (
+        ("--checkpoint", "run", disk / "x"),
+        ("--from_hf", "hf", disk / "x.pt"),
+    ):
         assert export_hf.main([flag, str(folder / source), f"--out={out}"]) == 2
         error = capsys.readouterr().err
         assert f"--out {out} cannot be written (" in error and "No space left on device" in error
@@ -368,7 +483,14 @@ def test_training_goes_on_from_what_came_back(folder, tmp_path, monkeypatch):
     back = tmp_path / "back.pt"
     assert export_hf.main(["--from_hf", "hf", "--out", str(back)]) == 0
     name = json.loads(Path("run/config.json").read_text(encoding="utf-8"))["config"]["tokenizer"]
-    flags = [*TINY_FLAGS, "--input_file=text.txt", "--block_size=32", "--steps=3", "--amp=off", "--log_every=1"]
+    flags = [
+        *TINY_FLAGS,
+        "--input_file=text.txt",
+        "--block_size=32",
+        "--steps=3",
+        "--amp=off",
+        "--log_every=1",
+    ]
     flags += [f"--out_dir={tmp_path / 'more'}", f"--init_from={back}"]
     flags += [GPT2 if name == "gpt2" else "--tokenizer=run/tokenizer.json"]
     assert train.main(flags) == 0
@@ -393,19 +515,40 @@ def test_a_published_model_is_fine_tuned(folder, tmp_path, monkeypatch):
     trained on with slices of 16."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder / "hf", "gpt2")
-    published = {name.removeprefix("transformer."): w for name, w in load_file("gpt2/model.safetensors").items()}
+    published = {
+        name.removeprefix("transformer."): w
+        for name, w in load_file("gpt2/model.safetensors").items()
+    }
     masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 32, 32).tril() for layer in range(2)}
     save_file(published | masks, "gpt2/model.safetensors")
     for name in ("tokenizer_config.json", "prompts.json", "README.md"):
         Path("gpt2", name).unlink()
-    Path("gpt2/generation_config.json").write_text('{"max_length": 20}', encoding="utf-8")  # of text, not of the model
-    text = "".join(f"Verse {i}: a slow green hen sleeps under {i * 7} old trees.\n" for i in range(200))
+    Path("gpt2/generation_config.json").write_text(
+        '{"max_length": 20}', encoding="utf-8"
+    )  # of text, not of the model
+    text = "".join(
+        f"Verse {i}: a slow green hen sleeps under {i * 7} old trees.\n" for i in range(200)
+    )
     Path("verses.txt").write_text(text, encoding="utf-8")
 
     assert export_hf.main(["--from_hf", "gpt2", "--out", "gpt2.pt"]) == 0
     assert load_checkpoint(Path("gpt2.pt"))["trained_context"] == 32
-    flags = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--device=cpu", "--input_file=verses.txt"]
-    fine = ["--optimizer=adamw", "--lr=1e-3", "--target_loss=0", "--val_fraction=0.1", "--patience=2", "--seq_len=16"]
+    flags = [
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=32",
+        "--block_size=32",
+        "--device=cpu",
+        "--input_file=verses.txt",
+    ]
+    fine = [
+        "--optimizer=adamw",
+        "--lr=1e-3",
+        "--target_loss=0",
+        "--val_fraction=0.1",
+        "--patience=2",
+        "--seq_len=16",
+    ]
     fine += ["--batch_size=8", "--steps=20", "--eval_every=5", "--max_new_tokens=20", "--amp=off"]
     assert train.main([*flags, *fine, "--init_from=gpt2.pt", "--out_dir=out/fine-tuned"]) == 0
     first, *_, last = (float(loss) for (loss,) in rows(Path("out/fine-tuned"), "val_loss") if loss)
@@ -414,15 +557,30 @@ def test_a_published_model_is_fine_tuned(folder, tmp_path, monkeypatch):
     assert best["trained_context"] == 32 and best["loss"] == pytest.approx(last, abs=1e-6)
 
     _, card = exported(Path("out/fine-tuned"), Path("again"))
-    assert "GPT-2 trained from the weights of gpt2.pt on verses.txt" in card and "this text alone" not in card
+    assert (
+        "GPT-2 trained from the weights of gpt2.pt on verses.txt" in card
+        and "this text alone" not in card
+    )
     sampler = sample.Sampler(Path("out/fine-tuned/checkpoints/best.pt"), "cpu", "off")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained("again"), AutoTokenizer.from_pretrained("again")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained("again"),
+        AutoTokenizer.from_pretrained("again"),
+    )
     ids = tokenizer("Verse 1: a", return_tensors="pt")
     expected = tokenizer.decode(model.generate(**ids, do_sample=False, max_length=32)[0])
     options = sample.Options(temperature=0.0, max_new_tokens=32 - ids["input_ids"].shape[1])
-    assert "Verse 1: a" + "".join(sampler.stream("Verse 1: a", options)) == expected, "it sees all that it wrote"
+    assert "Verse 1: a" + "".join(sampler.stream("Verse 1: a", options)) == expected, (
+        "it sees all that it wrote"
+    )
 
-    more = [*flags, "--seq_len=16", "--batch_size=2", "--steps=2", "--target_loss=0", "--num_prompts=0"]
+    more = [
+        *flags,
+        "--seq_len=16",
+        "--batch_size=2",
+        "--steps=2",
+        "--target_loss=0",
+        "--num_prompts=0",
+    ]
     assert train.main([*more, "--init_from=out/fine-tuned", "--out_dir=out/more"]) == 0
     log = Path("out/more/logs/train.log").read_text(encoding="utf-8")
     assert f"Starting from the weights of {Path('out/fine-tuned/checkpoints/best.pt')}" in log
@@ -430,7 +588,8 @@ def test_a_published_model_is_fine_tuned(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "name"), [("gpt2", "gpt2"), ("openai-community/gpt2-xl", "gpt2-xl"), ("some/other", "gpt2")]
+    ("asked", "name"),
+    [("gpt2", "gpt2"), ("openai-community/gpt2-xl", "gpt2-xl"), ("some/other", "gpt2")],
 )
 def test_a_model_of_the_hub_has_to_be_downloaded(tmp_path, monkeypatch, capsys, asked, name):
     monkeypatch.chdir(tmp_path)
@@ -445,7 +604,12 @@ def test_a_model_of_the_hub_has_to_be_downloaded(tmp_path, monkeypatch, capsys, 
 def test_a_run_that_goes_on_still_began_with_other_weights(folder, tmp_path, monkeypatch):
     """Also where the flag is left out then: the card does not call it trained from scratch."""
     monkeypatch.chdir(folder)
-    flags = [*TINY_FLAGS, "--input_file=text.txt", "--block_size=32", "--tokenizer=run/tokenizer.json"]
+    flags = [
+        *TINY_FLAGS,
+        "--input_file=text.txt",
+        "--block_size=32",
+        "--tokenizer=run/tokenizer.json",
+    ]
     flags.append(f"--out_dir={tmp_path / 'more'}")
     assert train.main([*flags, "--steps=2", "--init_from=run"]) == 0
     assert train.main([*flags, "--steps=4"]) == 0
@@ -461,4 +625,7 @@ def test_weights_of_another_shape_are_no_start(folder, tmp_path, monkeypatch, ca
     message = capsys.readouterr().err.replace("\\", "/")
     assert message.endswith(": give --n_layer 2 --block_size 32 --tokenizer run/tokenizer.json\n")
     assert train.main([*flags, "--init_from=none.pt"]) == 2
-    assert "--init_from none.pt: no such file" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert (
+        "--init_from none.pt: no such file" in capsys.readouterr().err
+        and not (tmp_path / "x").exists()
+    )

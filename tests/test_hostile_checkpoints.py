@@ -88,7 +88,9 @@ DAMAGE = {
 def good_run(tmp_path_factory) -> Path:
     """A run of four steps that two more can follow: last.pt of step 4, prev.pt of step 2."""
     folder = tmp_path_factory.mktemp("good")
-    (folder / "input.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    (folder / "input.txt").write_text(
+        "The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8"
+    )
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -161,8 +163,18 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
         "model": train.GPT(config).state_dict(),
         "progress": {"step": 7, "recent_losses": [1.5, 2.5]},
     }
-    content |= {"format": CHECKPOINT_FORMAT, "config": config.as_dict(), "step": 7, "trained_context": 8}
-    content |= {"corpus_sha256": "x", "corpus_tokens": 3, "val_sha256": "", "tokenizer": {"content": ""}}
+    content |= {
+        "format": CHECKPOINT_FORMAT,
+        "config": config.as_dict(),
+        "step": 7,
+        "trained_context": 8,
+    }
+    content |= {
+        "corpus_sha256": "x",
+        "corpus_tokens": 3,
+        "val_sha256": "",
+        "tokenizer": {"content": ""},
+    }
     good, path = saved(content), tmp_path / "last.pt"
     refused = 0
     members = [match.start() for match in re.finditer(b"PK\x01\x02", good)]
@@ -213,7 +225,11 @@ def test_contents_that_do_not_fit_are_refused(run, capsys, changes):
     capsys.readouterr()
     assert train.main(FLAGS) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith(f"train.py: error: {last} ") and captured.err.count("\n") == 1
+    assert (
+        captured.out == ""
+        and captured.err.startswith(f"train.py: error: {last} ")
+        and captured.err.count("\n") == 1
+    )
     assert {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")} == state
 
 

@@ -12,7 +12,12 @@ FLOORS = [
     *("setup", "predecessor", "report", "text", "run", "compute"),
     *("commandline", "progress", "recipe", "flags", "start"),
 ]
-SCRIPTS = {"train": set(), "sample": {"train"}, "export_hf": set(), "update_readme": set()}  # beside the parts
+SCRIPTS = {
+    "train": set(),
+    "sample": {"train"},
+    "export_hf": set(),
+    "update_readme": set(),
+}  # beside the parts
 FILES = sorted(path for path in (ROOT / "parts").rglob("*.py") if path.name != "__init__.py")
 
 
@@ -48,7 +53,9 @@ def test_a_part_imports_what_lies_below_it(path):
 
 
 def test_there_are_no_circles():
-    TopologicalSorter({path: {file_of(name) for name in imported(path)} for path in FILES}).prepare()
+    TopologicalSorter(
+        {path: {file_of(name) for name in imported(path)} for path in FILES}
+    ).prepare()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

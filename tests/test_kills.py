@@ -21,7 +21,9 @@ def test_torture(tmp_path):
     trainer = torture.OurTrainer(arguments)
     startup_sec, write_sec = torture.undisturbed(trainer, tmp_path / "whole")
     tally = torture.torture(arguments, trainer, startup_sec, write_sec)
-    assert tally.kills == 4 and tally.resumed >= 1 and tally.inside_a_write >= 1, "more on an idle machine"
+    assert tally.kills == 4 and tally.resumed >= 1 and tally.inside_a_write >= 1, (
+        "more on an idle machine"
+    )
     assert tally.inside_the_first_save + tally.in_the_last_sample >= 1, "both on an idle machine"
     assert tally.checkpoints_lost == tally.lost_runs == 0, tally.complaints
     assert tally.steps_repeated_at_most <= 2 * arguments.save_every, (
@@ -43,7 +45,11 @@ def test_the_torture_notices(tmp_path, launch):
     checkpoint["model"]["ln_f.bias"][3] += 1e-6
     torch.save(checkpoint, "killed/checkpoints/last.pt")
     Path("killed/checkpoints/last.pt.tmp").touch()
-    found = {name: value for name, value in torture.differences(Path("whole"), Path("killed")).items() if value}
+    found = {
+        name: value
+        for name, value in torture.differences(Path("whole"), Path("killed")).items()
+        if value
+    }
     assert found == {
         "rows lost": 1,
         "rows doubled": 1,
@@ -54,7 +60,9 @@ def test_the_torture_notices(tmp_path, launch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that dies at a chosen system call needs fork")
+@pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="a process that dies at a chosen system call needs fork"
+)
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links, as on FAT"])
 def test_death_at_every_system_call_of_a_save(tmp_path, links):
     """Each time there is a whole last.pt (without links a whole prev.pt at least), and the next save works."""
@@ -81,7 +89,11 @@ def test_death_at_every_system_call_of_a_save(tmp_path, links):
             break
         with replacing(last, prev) as file:
             file.write(b"fourth")
-        assert last.read_bytes() == b"fourth" and prev.read_bytes() in (b"first", b"second", b"third")
+        assert last.read_bytes() == b"fourth" and prev.read_bytes() in (
+            b"first",
+            b"second",
+            b"third",
+        )
     assert deadly >= 5
 
 
@@ -125,7 +137,9 @@ def test_a_file_that_another_program_holds(launch, monkeypatch, held):
     def refused(source, target):
         if Path(target).name == "last.pt" and len(refusals) < held:
             refusals.append(target)
-            raise PermissionError(13, "The process cannot access the file because it is being used", str(target))
+            raise PermissionError(
+                13, "The process cannot access the file because it is being used", str(target)
+            )
         return replace(source, target)
 
     assert launch("run", "--steps=4") == 0

@@ -54,17 +54,35 @@ FLAGS = [
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
 def test_the_next_smaller_divisor_is_taken_recorded_and_kept(launch, tmp_path, text_file):
     def limited(room: int, *flags: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", LIMITED, str(room), *FLAGS, f"--input_file={text_file}", "--out_dir=run"]
-        return subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+        command = [
+            sys.executable,
+            "-c",
+            LIMITED,
+            str(room),
+            *FLAGS,
+            f"--input_file={text_file}",
+            "--out_dir=run",
+        ]
+        return subprocess.run(
+            [*command, *flags], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8"
+        )
 
     assert launch("whole", *FLAGS) == 0
     result = limited(220, "--steps=4", "--decay_steps=8", "--warmup_steps=0")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "Out of memory with 48 slices in a micro-batch; from step 1 on with 24: the same" in result.stdout
+    assert (
+        "Out of memory with 48 slices in a micro-batch; from step 1 on with 24: the same"
+        in result.stdout
+    )
     fitting = int(re.findall(r"from step 1 on with (\d+): the same", result.stdout)[-1])
     assert fitting in (24, 16, 12, 8)
-    assert json.loads(Path("run/config.json").read_text(encoding="utf-8"))["config"]["micro_batch"] == fitting
-    assert torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["micro_batch"] == fitting
+    assert (
+        json.loads(Path("run/config.json").read_text(encoding="utf-8"))["config"]["micro_batch"]
+        == fitting
+    )
+    assert (
+        torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["micro_batch"] == fitting
+    )
     result = limited(330)  # a little more: what the heap holds already differs from start to start
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"From the memory: micro_batch {fitting} (as in the run so far)" in result.stdout
@@ -85,17 +103,30 @@ def test_other_flags_overrule_what_the_run_settled_on(launch):
         return torch.load(path, weights_only=True)["config"]["micro_batch"]
 
     assert micro_batch("--batch_size=4", "--steps=6") == 2
-    assert micro_batch("--batch_size=2", "--grad_accum=2", "--steps=8") == 4, "another shape, chosen anew"
-    assert micro_batch("--batch_size=4", "--steps=10") == 8, "twice the slices: --grad_accum is kept"
+    assert micro_batch("--batch_size=2", "--grad_accum=2", "--steps=8") == 4, (
+        "another shape, chosen anew"
+    )
+    assert micro_batch("--batch_size=4", "--steps=10") == 8, (
+        "twice the slices: --grad_accum is kept"
+    )
     assert micro_batch("--batch_size=4", "--steps=12", "--micro_batch=1") == 1
 
 
 @pytest.mark.parametrize(
     ("batch_size", "grad_accum", "seq_len", "expected"),
-    [(8, 1, 256, 8), (8, 2, 128, 16), (8, 1, 1024, 2), (6, 1, 1024, 2), (5, 1, 1024, 1), (1, 8, 4096, 1)],
+    [
+        (8, 1, 256, 8),
+        (8, 2, 128, 16),
+        (8, 1, 1024, 2),
+        (6, 1, 1024, 2),
+        (5, 1, 1024, 1),
+        (1, 8, 4096, 1),
+    ],
 )
 def test_a_cpu_works_on_2048_tokens_at_once(batch_size, grad_accum, seq_len, expected):
-    config = Config(batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len, block_size=4096, device="cpu")
+    config = Config(
+        batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len, block_size=4096, device="cpu"
+    )
     assert choose_micro_batch(config)[0] == expected
     assert choose_micro_batch(replace(config, device="cuda")) == (batch_size, "--batch_size")
 
@@ -110,10 +141,14 @@ def test_when_one_slice_is_too_much_it_is_one_line_with_a_remedy(launch, monkeyp
     monkeypatch.setattr(train.GPT, "forward", refuse)
     assert launch("run", "--batch_size=6", "--grad_accum=2", "--mixed_steps=0") == 1
     assert sizes == [12, 6, 4, 3, 2, 1]
-    assert "Out of memory: choose a smaller --seq_len or --preset. (tried to" in log_text(Path("run"))
+    assert "Out of memory: choose a smaller --seq_len or --preset. (tried to" in log_text(
+        Path("run")
+    )
 
 
-@pytest.mark.parametrize("words", ["could not create a primitive", "std::bad_alloc", "can't start new thread"])
+@pytest.mark.parametrize(
+    "words", ["could not create a primitive", "std::bad_alloc", "can't start new thread"]
+)
 def test_what_is_said_where_memory_is_short_is_one_line(launch, monkeypatch, capsys, words):
     """By oneDNN, C++ and Python: in training a smaller micro-batch, elsewhere the remedy."""
 
@@ -147,7 +182,14 @@ def test_what_is_said_where_memory_is_short_is_one_line(launch, monkeypatch, cap
         assert said.endswith(f"({words})")
 
 
-WIDE = [GPT2, "--batch_size=16384", "--amp=off", "--seq_len=16", "--log_every=1", "--steps=4"]  # 262,144 tokens at once
+WIDE = [
+    GPT2,
+    "--batch_size=16384",
+    "--amp=off",
+    "--seq_len=16",
+    "--log_every=1",
+    "--steps=4",
+]  # 262,144 tokens at once
 
 
 def kept_for_the_way_back(slices: int, config: Config) -> int:
@@ -189,13 +231,19 @@ def test_on_cuda(launch, monkeypatch):
 
     whole, half = peak("whole"), peak("half", "--micro_batch=8192")
     assert whole > 1.2 * half
-    monkeypatch.setattr("parts.compute.device.driver_spills", lambda: False)  # or Windows would set a cap of its own
+    monkeypatch.setattr(
+        "parts.compute.device.driver_spills", lambda: False
+    )  # or Windows would set a cap of its own
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((whole + half) / 2 / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(
+        (whole + half) / 2 / torch.cuda.get_device_properties(0).total_memory
+    )
     try:
         assert launch("run", "--device=cuda", *WIDE) == 0
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "Out of memory with 16384 slices in a micro-batch; from step 1 on with 8192" in log_text(Path("run"))
+    assert "Out of memory with 16384 slices in a micro-batch; from step 1 on with 8192" in log_text(
+        Path("run")
+    )
     expected, found = rows(Path("whole"), "loss"), rows(Path("run"), "loss")
     assert [float(x[0]) for x in found] == pytest.approx([float(x[0]) for x in expected], abs=1e-3)

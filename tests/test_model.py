@@ -55,7 +55,9 @@ def as_hugging_face(model: train.GPT, config: Config) -> GPT2LMHeadModel:
 )
 def test_parameter_count(preset, parameters, monkeypatch):
     config = Config(**PRESETS[preset])
-    monkeypatch.setattr(train.GPT, "_initialise", lambda *_: None)  # shapes only: no memory, no random numbers
+    monkeypatch.setattr(
+        train.GPT, "_initialise", lambda *_: None
+    )  # shapes only: no memory, no random numbers
     with torch.device("meta"):
         model = train.GPT(config)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -71,7 +73,9 @@ def test_logits_and_loss_equal_hugging_face(config):
         logits = model(tokens[:, :-1])  # T = block_size
         expected = reference(tokens[:, :-1]).logits
         loss = model(tokens[:, :-2], tokens[:, 1:-1])
-        labels = torch.cat([torch.full((3, 1), -100), tokens[:, 1:-1]], dim=1)  # the reference shifts by itself
+        labels = torch.cat(
+            [torch.full((3, 1), -100), tokens[:, 1:-1]], dim=1
+        )  # the reference shifts by itself
         expected_loss = reference(tokens[:, :-1], labels=labels).loss
     assert expected.std() > 0.5, "the comparison needs logits that differ"
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
@@ -129,7 +133,9 @@ def test_initial_weights_are_gpt2s():
 
 def test_same_seed_same_weights(config):
     first, second, other = train.GPT(config), train.GPT(config), train.GPT(replace(config, seed=2))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
     assert not torch.equal(first.wte.weight, other.wte.weight)
 
 
@@ -153,7 +159,9 @@ def test_dropout_acts_in_training_only(config):
         assert torch.equal(model(tokens), model(tokens))
 
 
-def greedy(model: train.GPT, prompts: list[list[int]], new_tokens: int, context: int) -> list[list[int]]:
+def greedy(
+    model: train.GPT, prompts: list[list[int]], new_tokens: int, context: int
+) -> list[list[int]]:
     generators = [torch.Generator() for _ in prompts]
     return train.generate(
         model, prompts, new_tokens, context=context, temperature=0.0, top_k=0, generators=generators
@@ -165,11 +173,15 @@ def without_cache(model: train.GPT, prompt: list[int], new_tokens: int, context:
     tokens = torch.tensor([prompt])
     with train.evaluating(model):
         for _ in range(new_tokens):
-            tokens = torch.cat([tokens, model(tokens[:, -context:])[:, -1].argmax(-1, keepdim=True)], dim=1)
+            tokens = torch.cat(
+                [tokens, model(tokens[:, -context:])[:, -1].argmax(-1, keepdim=True)], dim=1
+            )
     return tokens[0].tolist()
 
 
-@pytest.mark.parametrize(("length", "context"), [(5, 16), (5, 8), (5, 5), (12, 8), (1, 16), (16, 16)])
+@pytest.mark.parametrize(
+    ("length", "context"), [(5, 16), (5, 8), (5, 5), (12, 8), (1, 16), (16, 16)]
+)
 def test_generation_with_a_cache_equals_generation_without(config, length, context):
     """Also where text grows beyond the context, or the prompt already is longer."""
     model = randomised(config)
@@ -184,14 +196,20 @@ def test_generation_with_a_cache_equals_generation_without(config, length, conte
 def test_prompts_share_a_batch_and_nothing_else(config):
     model = randomised(config)
     prompts = [list(range(start, start + 11)) for start in (0, 50, 9, 200)]
-    assert greedy(model, prompts, 12, 16) == [without_cache(model, prompt, 12, 16) for prompt in prompts]
+    assert greedy(model, prompts, 12, 16) == [
+        without_cache(model, prompt, 12, 16) for prompt in prompts
+    ]
 
     def drawn(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return train.generate(model, prompts, 12, context=16, temperature=1.0, top_k=9, generators=generators)
+        return train.generate(
+            model, prompts, 12, context=16, temperature=1.0, top_k=9, generators=generators
+        )
 
     together = drawn(prompts, [1, 2, 3, 4])
-    assert together == [drawn([prompt], [seed])[0] for prompt, seed in zip(prompts, [1, 2, 3, 4], strict=True)]
+    assert together == [
+        drawn([prompt], [seed])[0] for prompt, seed in zip(prompts, [1, 2, 3, 4], strict=True)
+    ]
 
 
 def test_tokens_come_one_by_one(config):
@@ -207,10 +225,17 @@ def test_top_p_leaves_the_likeliest_that_make_it_up():
     logits = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
 
     def drawn(top_p: float) -> set[int]:
-        return {train.choose(logits, 1.0, 0, top_p, torch.Generator().manual_seed(seed)) for seed in range(400)}
+        return {
+            train.choose(logits, 1.0, 0, top_p, torch.Generator().manual_seed(seed))
+            for seed in range(400)
+        }
 
     assert drawn(1e-6) == drawn(0.4) == {1}
-    assert drawn(0.41) == drawn(0.69) == {1, 3} and drawn(0.8) == {1, 3, 4} and drawn(1.0) == {0, 1, 2, 3, 4}
+    assert (
+        drawn(0.41) == drawn(0.69) == {1, 3}
+        and drawn(0.8) == {1, 3, 4}
+        and drawn(1.0) == {0, 1, 2, 3, 4}
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 5, 130, 2100])
@@ -233,7 +258,11 @@ def test_the_head_loss_is_cross_entropy_and_so_is_its_gradient(rows):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_head_loss_in_half_precision_keeps_its_sums_in_fp32(dtype):
     torch.manual_seed(0)
-    features, weight, targets = torch.randn(512, 64), torch.randn(1000, 64) * 0.1, torch.randint(0, 1000, (512,))
+    features, weight, targets = (
+        torch.randn(512, 64),
+        torch.randn(1000, 64) * 0.1,
+        torch.randint(0, 1000, (512,)),
+    )
     found = [features.clone().requires_grad_(), weight.clone().requires_grad_()]
     expected = [features.double().requires_grad_(), weight.double().requires_grad_()]
     with torch.autocast("cpu", dtype):
@@ -267,7 +296,9 @@ def test_linear_is_linear_with_few_rows_too(rows):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, 96), torch.randn(200, 96), torch.randn(200)
     with torch.no_grad():
-        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4
+        )
         torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-4)
 
 

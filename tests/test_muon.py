@@ -7,12 +7,20 @@ import torch
 
 from parts.compute import muon
 
-SHAPES = [(48, 16), (16, 16), (64, 16), (16, 64), (16, 20)]  # high, square, wide, and hardly wider than high
+SHAPES = [
+    (48, 16),
+    (16, 16),
+    (64, 16),
+    (16, 64),
+    (16, 20),
+]  # high, square, wide, and hardly wider than high
 
 
 def spectrum(shape: tuple[int, int], decades: float) -> torch.Tensor:
     """Two matrices whose singular values fall by so many powers of ten."""
-    U, S, V = torch.linalg.svd(torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)), full_matrices=False)
+    U, S, V = torch.linalg.svd(
+        torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)), full_matrices=False
+    )
     return U * 10 ** torch.linspace(0, -decades, S.shape[-1]) @ V
 
 
@@ -45,7 +53,9 @@ def test_bf16_is_as_orthogonal_as_fp32(shape, decades):
     def likeness(dtype: torch.dtype) -> float:
         found = muon.polar_factor(matrices, dtype).float()
         assert torch.linalg.svdvals(found).max() < 1.8
-        return torch.nn.functional.cosine_similarity(found.flatten(), (U @ V).flatten(), dim=0).item()
+        return torch.nn.functional.cosine_similarity(
+            found.flatten(), (U @ V).flatten(), dim=0
+        ).item()
 
     assert likeness(torch.bfloat16) > likeness(torch.float32) - 0.02
 
@@ -58,7 +68,9 @@ def test_singular_values_above_a_hundredth_come_to_about_one():
 def reference_step(weight, gradient, buffer, mean_square, *, lr, weight_decay, momentum, beta2):
     """One step as Jordan et al. and Li et al. write it, with an SVD-free polar factor of one matrix at a time."""
     buffer = momentum * buffer + (1 - momentum) * gradient
-    direction = muon.polar_factor((momentum * buffer + (1 - momentum) * gradient)[None], torch.float32)[0]
+    direction = muon.polar_factor(
+        (momentum * buffer + (1 - momentum) * gradient)[None], torch.float32
+    )[0]
     mean_square = beta2 * mean_square + (1 - beta2) * direction.pow(2).mean(1, keepdim=True)
     direction = direction / mean_square.sqrt()
     direction = 0.2 * direction / direction.pow(2).mean().sqrt()
@@ -67,8 +79,12 @@ def reference_step(weight, gradient, buffer, mean_square, *, lr, weight_decay, m
 
 def made(count: int = 2) -> tuple[list[torch.nn.Parameter], muon.Muon]:
     generator = torch.Generator().manual_seed(2)
-    matrices = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES * count]
-    return matrices, muon.Muon(matrices, lr=0.05, weight_decay=0.1, momentum=0.8, beta2=0.9, dtype=torch.float32)
+    matrices = [
+        torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES * count
+    ]
+    return matrices, muon.Muon(
+        matrices, lr=0.05, weight_decay=0.1, momentum=0.8, beta2=0.9, dtype=torch.float32
+    )
 
 
 def take_step(matrices: list[torch.nn.Parameter], optimizer: muon.Muon, step: int) -> None:
@@ -85,8 +101,14 @@ def test_steps_and_states_are_those_of_the_definition():
         take_step(matrices, optimizer, step)
         for number, matrix in enumerate(matrices):
             settings = dict(lr=0.05, weight_decay=0.1, momentum=0.8, beta2=0.9)
-            states[number] = reference_step(states[number][0], matrix.grad, *states[number][1:], **settings)
-            found = (matrix, optimizer.state[matrix]["momentum_buffer"], optimizer.state[matrix]["row_mean_square"])
+            states[number] = reference_step(
+                states[number][0], matrix.grad, *states[number][1:], **settings
+            )
+            found = (
+                matrix,
+                optimizer.state[matrix]["momentum_buffer"],
+                optimizer.state[matrix]["row_mean_square"],
+            )
             for expected, value in zip(states[number], found, strict=True):
                 torch.testing.assert_close(value.detach(), expected.detach(), rtol=1e-3, atol=1e-4)
 
@@ -99,7 +121,9 @@ def test_every_update_is_as_large_as_the_rate_says():
         before = [matrix.detach().clone() for matrix in matrices]
         take_step(matrices, optimizer, step)
         for matrix, old in zip(matrices, before, strict=True):
-            assert (matrix - old).square().mean().sqrt().item() == pytest.approx(0.2 * 0.05, rel=1e-3)
+            assert (matrix - old).square().mean().sqrt().item() == pytest.approx(
+                0.2 * 0.05, rel=1e-3
+            )
 
 
 def test_rows_of_an_update_become_alike():
@@ -111,7 +135,9 @@ def test_rows_of_an_update_become_alike():
         optimizer = muon.Muon([matrix], lr=1.0, weight_decay=0.0, beta2=beta2, dtype=torch.float32)
         for step in range(20):
             old = matrix.detach().clone()
-            matrix.grad = torch.randn(32, 16, generator=torch.Generator().manual_seed(step)) * scales
+            matrix.grad = (
+                torch.randn(32, 16, generator=torch.Generator().manual_seed(step)) * scales
+            )
             optimizer.step()
         rows = (matrix - old).norm(dim=1)
         return (rows.max() / rows.min()).item()
@@ -147,7 +173,9 @@ def test_a_matrix_without_a_gradient_is_left_alone():
     before = [matrix.detach().clone() for matrix in matrices]
     optimizer.step()
     assert not torch.equal(matrices[0], before[0])
-    assert all(torch.equal(matrix, old) for matrix, old in zip(matrices[1:], before[1:], strict=True))
+    assert all(
+        torch.equal(matrix, old) for matrix, old in zip(matrices[1:], before[1:], strict=True)
+    )
 
 
 def test_a_restored_state_continues_bit_for_bit():
@@ -155,7 +183,9 @@ def test_a_restored_state_continues_bit_for_bit():
     for step in range(3):
         take_step(matrices, optimizer, step)
     copies = [torch.nn.Parameter(matrix.detach().clone()) for matrix in matrices]
-    restored = muon.Muon(copies, lr=0.05, weight_decay=0.1, momentum=0.8, beta2=0.9, dtype=torch.float32)
+    restored = muon.Muon(
+        copies, lr=0.05, weight_decay=0.1, momentum=0.8, beta2=0.9, dtype=torch.float32
+    )
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for step in range(3, 5):
         take_step(matrices, optimizer, step)
@@ -171,6 +201,10 @@ def test_few_operations_however_many_layers():
         take_step(matrices, optimizer, 0)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             take_step(matrices, optimizer, 1)
-        return sum(event.count for event in profile.key_averages() if event.key in ("aten::bmm", "aten::baddbmm"))
+        return sum(
+            event.count
+            for event in profile.key_averages()
+            if event.key in ("aten::bmm", "aten::baddbmm")
+        )
 
     assert products(1) == products(6) <= 14 * len(SHAPES)

@@ -63,17 +63,25 @@ def test_it_is_a_notebook_without_outputs():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     for cell in notebook.cells:
-        assert cell.cell_type == "markdown" or (cell.outputs == [] and cell.execution_count is None), cell.id
+        assert cell.cell_type == "markdown" or (
+            cell.outputs == [] and cell.execution_count is None
+        ), cell.id
     assert CELLS["parameters"].metadata.tags == ["parameters"], "what papermill looks for"
 
 
 @pytest.mark.slow
-def test_all_cells_run_in_a_clone_that_the_notebook_makes(tmp_path, code, text_file, capsys, quiet_jupyter):
+def test_all_cells_run_in_a_clone_that_the_notebook_makes(
+    tmp_path, code, text_file, capsys, quiet_jupyter
+):
     """As on a machine that has the packages: a clone, the demo cut short, a text of one's own, samples, the export."""
     if shutil.which("git") is None:
         pytest.skip("needs git")
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "code"]):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *command], cwd=code, check=True)
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *command],
+            cwd=code,
+            check=True,
+        )
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     values = assignments(
         REPOSITORY=code.as_uri(), TEXT=str(text_file), UPLOAD=True, DRIVE=True, EXPORT=True, FLAGS=TINY_FLAGS,
@@ -83,7 +91,9 @@ def test_all_cells_run_in_a_clone_that_the_notebook_makes(tmp_path, code, text_f
     notebook.cells.insert(position + 1, nbformat.v4.new_code_cell(values))
     place = tmp_path / "content"
     place.mkdir()
-    NotebookClient(notebook, timeout=400, startup_timeout=400, resources={"metadata": {"path": str(place)}}).execute()
+    NotebookClient(
+        notebook, timeout=400, startup_timeout=400, resources={"metadata": {"path": str(place)}}
+    ).execute()
     cells, clone = {cell.id: cell for cell in notebook.cells}, place / "gpt2"
     assert f"The code is in {clone}" in said(cells["code"])
     assert f"PyTorch {torch.__version__} " in said(cells["packages"])
@@ -92,7 +102,11 @@ def test_all_cells_run_in_a_clone_that_the_notebook_makes(tmp_path, code, text_f
     for run, steps, look in (("demo", 4, "demo-look"), ("mine", 8, "train-look")):
         results = json.loads((clone / "out" / run / "results.json").read_text(encoding="utf-8"))
         assert (results["final_step"], results["stop_reason"]) == (steps, "steps")
-        (image,) = [output.data["image/png"] for output in cells[look].outputs if output.output_type == "display_data"]
+        (image,) = [
+            output.data["image/png"]
+            for output in cells[look].outputs
+            if output.output_type == "display_data"
+        ]
         assert base64.b64decode(image) == (clone / "out" / run / "logs/loss_curve.png").read_bytes()
         samples = (clone / "out" / run / "samples/samples.txt").read_text(encoding="utf-8")
         block = said(cells[look])
@@ -120,20 +134,30 @@ def test_without_code_and_address_it_says_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_is_missing_goes_into_an_environment_of_its_own(tmp_path, code, monkeypatch, capfd, quiet_jupyter):
+def test_what_is_missing_goes_into_an_environment_of_its_own(
+    tmp_path, code, monkeypatch, capfd, quiet_jupyter
+):
     """The PyTorch outside it stays and is seen, whatever requirements.txt says of it; Python itself gets nothing."""
-    if not metadata.packages_distributions().get("pip"):  # importing it would take setuptools' distutils from PyTorch
+    if not metadata.packages_distributions().get(
+        "pip"
+    ):  # importing it would take setuptools' distutils from PyTorch
         pytest.skip("needs pip")
     with zipfile.ZipFile(tmp_path / "missing_here-1.2-py3-none-any.whl", "w") as wheel:
         about = "missing_here-1.2.dist-info"
         wheel.writestr("missing_here.py", "answer = 42\n")
-        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: missing-here\nVersion: 1.2\n")
-        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{about}/METADATA", "Metadata-Version: 2.1\nName: missing-here\nVersion: 1.2\n"
+        )
+        wheel.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{about}/RECORD", "")
     pins = "torch==0.0  # not this one\nmissing-here==1.2  # but this\n"
     (code / "requirements.txt").write_text(pins, encoding="utf-8")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", sysconfig.get_path("purelib"))  # where the machine's own packages are
+    monkeypatch.setenv(
+        "PYTHONPATH", sysconfig.get_path("purelib")
+    )  # where the machine's own packages are
     monkeypatch.chdir(code)
     names = {"REPOSITORY": ""}
     for cell in ("code", "packages"):
@@ -148,7 +172,13 @@ def test_what_is_missing_goes_into_an_environment_of_its_own(tmp_path, code, mon
 @pytest.mark.xdist_group("kills")
 def test_stop_reaches_the_training_which_saves(tmp_path, code, text_file, quiet_jupyter):
     """The lines come while it runs; the button sends a signal to the kernel, which passes it on."""
-    flags = [*TINY_FLAGS, "--log_every=1", "--save_every=100000", "--sample_every=100000", "--steps=100000"]
+    flags = [
+        *TINY_FLAGS,
+        "--log_every=1",
+        "--save_every=100000",
+        "--sample_every=100000",
+        "--steps=100000",
+    ]
     values = assignments(TEXT=str(text_file), OUT="out/mine", FLAGS=flags, PYTHON=sys.executable)
     manager, client = start_new_kernel(startup_timeout=400, cwd=str(code))
     heard = []
@@ -157,7 +187,9 @@ def test_stop_reaches_the_training_which_saves(tmp_path, code, text_file, quiet_
         heard.append(message["content"].get("text", ""))
         if "step 3/" in "".join(heard) and "pressed" not in heard:
             heard.append("pressed")
-            os.kill(manager.provisioner.pid, signal.SIGINT)  # and not its whole group, as some front ends do
+            os.kill(
+                manager.provisioner.pid, signal.SIGINT
+            )  # and not its whole group, as some front ends do
 
     try:
         client.execute_interactive(values, timeout=400)

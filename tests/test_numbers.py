@@ -25,13 +25,21 @@ def corpus() -> Corpus:
 
 def states(trainer: train.Trainer) -> dict:
     """Of every optimizer, copied."""
-    return copy.deepcopy({name: one.state_dict()["state"] for name, one in trainer.optimizers.items()})
+    return copy.deepcopy(
+        {name: one.state_dict()["state"] for name, one in trainer.optimizers.items()}
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(("amp", "value"), [("off", math.nan), ("bf16", math.inf), ("fp16", math.inf)])
-@pytest.mark.parametrize("name", ["wte.weight", "h.1.mlp.c_fc.weight", "h.0.ln_1.bias", "ln_f.weight"])
-def test_one_bad_gradient_in_one_group_stops_the_update_of_all(config, corpus, optimizer, amp, name, value):
+@pytest.mark.parametrize(
+    ("amp", "value"), [("off", math.nan), ("bf16", math.inf), ("fp16", math.inf)]
+)
+@pytest.mark.parametrize(
+    "name", ["wte.weight", "h.1.mlp.c_fc.weight", "h.0.ln_1.bias", "ln_f.weight"]
+)
+def test_one_bad_gradient_in_one_group_stops_the_update_of_all(
+    config, corpus, optimizer, amp, name, value
+):
     """Of matrices, embeddings, biases or LayerNorms: a step is skipped for all of them or for none."""
     trainer = train.Trainer(replace(config, amp=amp, lr=1e-2, optimizer=optimizer), corpus, None)
     trainer.update()
@@ -42,7 +50,11 @@ def test_one_bad_gradient_in_one_group_stops_the_update_of_all(config, corpus, o
     _, grad_norm, _ = trainer.update()
     hook.remove()
     assert not math.isfinite(grad_norm)
-    assert (trainer.progress.step, trainer.progress.skipped_steps, trainer.progress.tokens) == (2, 1, 64)
+    assert (trainer.progress.step, trainer.progress.skipped_steps, trainer.progress.tokens) == (
+        2,
+        1,
+        64,
+    )
     assert all(torch.equal(found, before[key]) for key, found in trainer.model.state_dict().items())
     assert unequal(moments, states(trainer)) == []
     trainer.update()
@@ -57,13 +69,17 @@ def test_a_skipped_step_still_counts(launch, monkeypatch):
     assert launch("whole", *flags) == 0
     accumulate = train.Trainer._accumulate
     monkeypatch.setattr(
-        train.Trainer, "_accumulate", lambda trainer, step, *args: accumulate(trainer, step, *args) / (step != 3)
+        train.Trainer,
+        "_accumulate",
+        lambda trainer, step, *args: accumulate(trainer, step, *args) / (step != 3),
     )
     assert launch("run", *flags) == 0
     assert [row[0] for row in rows(Path("run"), "step")] == [str(step) for step in range(1, 9)]
     assert rows(Path("run"), "lr", "tokens") == rows(Path("whole"), "lr", "tokens")
     assert rows(Path("run"), "loss")[:2] == rows(Path("whole"), "loss")[:2]
-    assert "WARNING | step 3 skipped: its loss or gradient is not finite (1 so far)" in log_text(Path("run"))
+    assert "WARNING | step 3 skipped: its loss or gradient is not finite (1 so far)" in log_text(
+        Path("run")
+    )
     assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["skipped_steps"] == 1
 
 
@@ -85,8 +101,12 @@ def test_a_run_that_diverges_exits_1_and_leaves_no_bad_checkpoint(launch, prompt
         r"with a lower --lr, .*; the last good checkpoint is run/checkpoints/last\.pt, of step 4",
         log,
     )
-    assert torch.load("run/checkpoints/last.pt", weights_only=True)["step"] == 4, "none from inside the bad streak"
-    assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "failed"
+    assert torch.load("run/checkpoints/last.pt", weights_only=True)["step"] == 4, (
+        "none from inside the bad streak"
+    )
+    assert (
+        json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "failed"
+    )
 
 
 def test_a_run_that_diverges_before_its_first_checkpoint_is_kept_as_failed(launch, monkeypatch):
@@ -95,13 +115,20 @@ def test_a_run_that_diverges_before_its_first_checkpoint_is_kept_as_failed(launc
     diverging = ["--save_every=100", "--target_window=2", "--log_every=1"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            train.Trainer, "_accumulate", lambda trainer, step, *args: accumulate(trainer, step, *args) / (step <= 4)
+            train.Trainer,
+            "_accumulate",
+            lambda trainer, step, *args: accumulate(trainer, step, *args) / (step <= 4),
         )
         assert launch("run", *diverging) == 1
     assert "there is no checkpoint yet" in log_text(Path("run"))
-    assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "failed"
+    assert (
+        json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "failed"
+    )
     best, table = Path("run/checkpoints/best.pt").read_bytes(), rows(Path("run"))
-    for kept in ("run/earlier-1", "run/earlier-2"):  # of a run killed before its results the best weights are kept, too
+    for kept in (
+        "run/earlier-1",
+        "run/earlier-2",
+    ):  # of a run killed before its results the best weights are kept, too
         assert launch("run", *diverging, "--steps=2", "--lr=0.001") == 0
         assert Path(kept, "checkpoints/best.pt").read_bytes() == best and rows(Path(kept)) == table
         shutil.rmtree("run/checkpoints")
@@ -113,9 +140,19 @@ def test_a_run_that_diverges_before_its_first_checkpoint_is_kept_as_failed(launc
 @pytest.mark.slow
 def test_a_loss_that_stays_at_ln_v_is_pointed_out_once(launch, monkeypatch):
     monkeypatch.setattr("parts.report.words.STUCK_AFTER", 10)
-    flags = ["--log_every=1", "--warmup_steps=4", "--decay_steps=20", "--steps=20", "--save_every=50"]
+    flags = [
+        "--log_every=1",
+        "--warmup_steps=4",
+        "--decay_steps=20",
+        "--steps=20",
+        "--save_every=50",
+    ]
     assert launch("stuck", *flags, "--lr=1e-7", "--min_lr=0") == 0
-    (line,) = [line for line in log_text(Path("stuck")).splitlines() if "ln V = 5.549, that of guessing" in line]
+    (line,) = [
+        line
+        for line in log_text(Path("stuck")).splitlines()
+        if "ln V = 5.549, that of guessing" in line
+    ]
     assert "WARNING" in line and "--lr 1e-07 is far too low or too high" in line
     assert log_text(Path("stuck")).split(line)[0].count("| loss ") == 14, "ten steps after warm-up"
     assert launch("learning", *flags, "--lr=0.01") == 0
@@ -125,7 +162,9 @@ def test_a_loss_that_stays_at_ln_v_is_pointed_out_once(launch, monkeypatch):
 def test_a_save_that_a_skipped_step_prevented_follows_at_the_next(launch, monkeypatch):
     accumulate = train.Trainer._accumulate
     monkeypatch.setattr(
-        train.Trainer, "_accumulate", lambda trainer, step, *args: accumulate(trainer, step, *args) / (step != 4)
+        train.Trainer,
+        "_accumulate",
+        lambda trainer, step, *args: accumulate(trainer, step, *args) / (step != 4),
     )
     saved = []
     save = train.Saver.save

@@ -41,7 +41,9 @@ def run_under(library: Path, program: str, cwd: Path) -> str:
     """Output of a Python program that meets the library's functions instead of the system's."""
     environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -96,12 +98,18 @@ def test_what_cannot_be_locked_is_named_and_used(shim, tmp_path, text_file):
     for number, name in enumerate(REFUSALS):
         first, second, tokens, result = lines[4 * number : 4 * number + 4]
         reason = os.strerror(getattr(errno, name))
-        assert first.startswith(f"{name}/run.lock cannot be locked ({reason}): see to it that no second program")
-        assert first.endswith("last nobody") and second.endswith(f"last {result.split(maxsplit=2)[2]}")
+        assert first.startswith(
+            f"{name}/run.lock cannot be locked ({reason}): see to it that no second program"
+        )
+        assert first.endswith("last nobody") and second.endswith(
+            f"last {result.split(maxsplit=2)[2]}"
+        )
         assert f".lock cannot be locked ({reason})" in tokens and result.startswith(name)
 
 
-def test_a_wait_is_announced_before_it_begins_and_every_half_minute(tmp_path, text_file, tokenizer, monkeypatch):
+def test_a_wait_is_announced_before_it_begins_and_every_half_minute(
+    tmp_path, text_file, tokenizer, monkeypatch
+):
     """And what is whole is not waited for."""
     said, sleeps = [], []
 
@@ -114,7 +122,9 @@ def test_a_wait_is_announced_before_it_begins_and_every_half_minute(tmp_path, te
         if len(sleeps) == 310:
             holder.close()
 
-    monkeypatch.setattr("parts.run.directory.log.warning", lambda form, *values: said.append(form % values))
+    monkeypatch.setattr(
+        "parts.run.directory.log.warning", lambda form, *values: said.append(form % values)
+    )
     monkeypatch.setattr("parts.run.directory.time.sleep", sleep)
     expected = load().tokens.tolist()
     (path,) = (tmp_path / "cache").glob("*.lock")
@@ -130,7 +140,10 @@ def test_a_lock_keeps_others_out_until_it_is_closed(tmp_path):
     run, other = RunDir(tmp_path), RunDir(tmp_path)
     with run.locked():
         run.make()
-        with pytest.raises(ValueError, match=f"in use by another train.py .pid {os.getpid()} on "), other.locked():
+        with (
+            pytest.raises(ValueError, match=f"in use by another train.py .pid {os.getpid()} on "),
+            other.locked(),
+        ):
             pass
         assert (tmp_path / "run.lock").read_text(encoding="utf-8") == run.me
     with other.locked():

@@ -22,8 +22,16 @@ pytestmark = KILLS
 @pytest.fixture
 def running(tmp_path, text_file):
     """A trainer at work in tmp_path/run."""
-    command = [sys.executable, ROOT / "train.py", *TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run"]
-    process = subprocess.Popen([*command, "--steps=100000"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        *TINY_FLAGS,
+        f"--input_file={text_file}",
+        "--out_dir=run",
+    ]
+    process = subprocess.Popen(
+        [*command, "--steps=100000"], cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (tmp_path / "run/checkpoints/prev.pt").exists():
         time.sleep(0.05)
@@ -32,7 +40,9 @@ def running(tmp_path, text_file):
     process.wait()
 
 
-def test_the_second_is_refused_with_the_pid_of_the_first(running, tmp_path, text_file, monkeypatch, capsys):
+def test_the_second_is_refused_with_the_pid_of_the_first(
+    running, tmp_path, text_file, monkeypatch, capsys
+):
     """Also one that would start anew, and one that would find nothing to do."""
     monkeypatch.chdir(tmp_path)
     for flags in ([], ["--resume=never"], ["--steps=1"], ["--seed=7"]):
@@ -49,7 +59,10 @@ def test_the_lock_of_a_dead_process_stops_nobody(running, tmp_path, text_file, m
     monkeypatch.chdir(tmp_path)
     assert (tmp_path / "run/run.lock").read_text(encoding="utf-8").startswith(f"{running.pid} on ")
     step = load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] + 4
-    assert train.main([*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", f"--steps={step}"]) == 0
+    assert (
+        train.main([*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", f"--steps={step}"])
+        == 0
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that is in use")
@@ -60,13 +73,23 @@ def test_a_run_whose_place_was_taken_does_not_write_there(
     """Somebody removes the directory of a run at work and starts another in its place: the run
     ends at its next save."""
     update, others = train.Trainer.update, []
-    command = [sys.executable, str(ROOT / "train.py"), *TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *TINY_FLAGS,
+        f"--input_file={text_file}",
+        "--out_dir=run",
+    ]
 
     def taken(trainer: train.Trainer):
         if trainer.progress.step == 5 and not others:
             shutil.rmtree("run")
-            others.append(subprocess.Popen([*command, "--seed=7", f"--steps={8 if finished else 10**6}"]))
-            while others[0].poll() is None and (finished or not Path("run/checkpoints/prev.pt").exists()):
+            others.append(
+                subprocess.Popen([*command, "--seed=7", f"--steps={8 if finished else 10**6}"])
+            )
+            while others[0].poll() is None and (
+                finished or not Path("run/checkpoints/prev.pt").exists()
+            ):
                 time.sleep(0.05)
             if not finished:
                 others[0].send_signal(signal.SIGSTOP)
@@ -85,19 +108,26 @@ def test_a_run_whose_place_was_taken_does_not_write_there(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that is in use")
-def test_a_directory_made_again_is_locked_again(launch, monkeypatch, tmp_path, text_file, prompt_disk):
+def test_a_directory_made_again_is_locked_again(
+    launch, monkeypatch, tmp_path, text_file, prompt_disk
+):
     update, answers = train.Trainer.update, []
 
     def removed(trainer: train.Trainer):
         if trainer.progress.step == 5:
             shutil.rmtree("run")
         if trainer.progress.step == 10:
-            answers.append(run_script(*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", cwd=tmp_path))
+            answers.append(
+                run_script(*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", cwd=tmp_path)
+            )
         return update(trainer)
 
     monkeypatch.setattr(train.Trainer, "update", removed)
     assert launch("run", "--steps=12") == 0
-    assert answers[0].returncode == 2 and f"in use by another train.py (pid {os.getpid()} on" in answers[0].stderr
+    assert (
+        answers[0].returncode == 2
+        and f"in use by another train.py (pid {os.getpid()} on" in answers[0].stderr
+    )
 
 
 def files(folder: str) -> dict[Path, bytes]:
@@ -111,6 +141,8 @@ def test_a_refused_command_changes_nothing(launch, tmp_path):
     with run.locked():
         before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
         assert launch("run", "--steps=8") == 2
-        assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+        assert before == {
+            path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()
+        }
     assert launch("run", "--steps=8") == 0
     assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["final_step"] == 8

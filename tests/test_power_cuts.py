@@ -32,7 +32,9 @@ class Disk:
         self.names: dict[int, dict[str, int]] = {}  # on the disk, by the number of the folder
         self.contents: dict[int, bytes] = {}  # on the disk, by the number of the file
         self.known: dict[bytes, bytes] = {}  # each content once in memory
-        self.states: list[tuple[int, State]] = []  # after a cut, with the step that had been reported as saved
+        self.states: list[
+            tuple[int, State]
+        ] = []  # after a cut, with the step that had been reported as saved
         self.saved = 0
         self.traced = self.syncs = True
 
@@ -74,9 +76,15 @@ class Disk:
         names, contents = self.now()
         self.folders = names.keys() | self.names.keys()
         chance = random.Random(len(self.states))
-        zeros = {n: self.contents.get(n, b"").ljust(len(data), b"\0") for n, data in contents.items()}
-        some_names = {n: chance.choice([self.names.get(n, {}), inside]) for n, inside in names.items()}
-        some_contents = {n: chance.choice([self.contents.get(n, b""), contents[n], zeros[n]]) for n in contents}
+        zeros = {
+            n: self.contents.get(n, b"").ljust(len(data), b"\0") for n, data in contents.items()
+        }
+        some_names = {
+            n: chance.choice([self.names.get(n, {}), inside]) for n, inside in names.items()
+        }
+        some_contents = {
+            n: chance.choice([self.contents.get(n, b""), contents[n], zeros[n]]) for n in contents
+        }
         for state in (
             self.worst(),
             self.state(names, self.contents),
@@ -196,10 +204,16 @@ def test_new_names_are_on_the_disk_and_an_earlier_run_in_one_place_at_least(trac
         del traced.states[:]
         run.move_aside()
     after = traced.worst()
-    moved = {name.removeprefix("new/run/earlier-1/"): data for name, data in after.items() if "earlier-1" in name}
+    moved = {
+        name.removeprefix("new/run/earlier-1/"): data
+        for name, data in after.items()
+        if "earlier-1" in name
+    }
     assert moved["checkpoints/last.pt"] == b"weights" and moved["tensorboard/events"] == b"events"
     assert before <= set(moved.values()) and "new/run/config.json" not in after
-    assert all(before <= set(state.values()) for _, state in traced.states[::5]), "of the worst of each moment"
+    assert all(before <= set(state.values()) for _, state in traced.states[::5]), (
+        "of the worst of each moment"
+    )
 
 
 @linux
@@ -211,7 +225,10 @@ def test_an_export_is_there_whole_or_not_at_all(launch, traced, capsys):
     whole = {f"above/hf/{path.name}": path.read_bytes() for path in Path("disk/above/hf").iterdir()}
     assert traced.worst() == whole and len(whole) == 7
     for _, state in traced.states:
-        assert {name: data for name, data in state.items() if name.startswith("above/hf/")} in ({}, whole)
+        assert {name: data for name, data in state.items() if name.startswith("above/hf/")} in (
+            {},
+            whole,
+        )
     assert export_hf.main(["--from_hf=disk/above/hf", "--out=disk/other/x.pt"]) == 0
     assert "other/x.pt" in traced.worst()
 
@@ -220,9 +237,13 @@ def test_what_a_cut_left_beside_is_removed_by_the_next_start(launch, capsys):
     assert launch("run", "--steps=4") == 0
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    Path("README.md").write_text("<!--AUTO:SUMMARY:START-->\n<!--AUTO:SUMMARY:END-->\n", encoding="utf-8")
+    Path("README.md").write_text(
+        "<!--AUTO:SUMMARY:START-->\n<!--AUTO:SUMMARY:END-->\n", encoding="utf-8"
+    )
     for _ in range(2):  # also where there is nothing to write
-        left, held, old = (Path(f"README.md.{n}.tmp") for n in (gone.pid, os.getppid(), os.getppid() + 10**7))
+        left, held, old = (
+            Path(f"README.md.{n}.tmp") for n in (gone.pid, os.getppid(), os.getppid() + 10**7)
+        )
         for path in (left, held, old):
             path.write_text("half", encoding="utf-8")
         os.utime(old, (1, 1))
@@ -237,7 +258,9 @@ def test_what_a_cut_left_beside_is_removed_by_the_next_start(launch, capsys):
 
 
 def test_names_that_only_look_like_leftovers_stay(tmp_path):
-    others = [tmp_path / name for name in ("a[1].md.12x.tmp", "a1.md.1.tmp", "a[1].md.tmp", "a[1].md")]
+    others = [
+        tmp_path / name for name in ("a[1].md.12x.tmp", "a1.md.1.tmp", "a[1].md.tmp", "a[1].md")
+    ]
     for path in others:
         path.write_bytes(b"")
         os.utime(path, (1, 1))
@@ -287,7 +310,9 @@ print("CODES", train.main(sys.argv[3:]), *map(fill, sys.argv[1:3]))
 
 
 @pytest.mark.slow
-def test_a_system_without_sync_is_told_once_and_one_that_fails_is_an_error(shim, text_file, tmp_path):
+def test_a_system_without_sync_is_told_once_and_one_that_fails_is_an_error(
+    shim, text_file, tmp_path
+):
     codes = [str(errno.ENOSYS), str(errno.EIO)]
     flags = [*TINY_FLAGS, "--num_prompts=0", f"--input_file={text_file}", "--out_dir=run"]
     environment = os.environ | {"LD_PRELOAD": str(shim(FSYNC)), "FSYNC_ERRNO": str(errno.EINVAL)}
@@ -300,7 +325,9 @@ def test_a_system_without_sync_is_told_once_and_one_that_fails_is_an_error(shim,
     )
     said = result.stdout + result.stderr
     assert "CODES 0 0 2\n" in result.stdout, said
-    assert said.count("cannot be brought to the disk at once (Invalid argument): a power cut may") == 1
+    assert (
+        said.count("cannot be brought to the disk at once (Invalid argument): a power cut may") == 1
+    )
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 8
     assert result.stderr.count("update_readme.py: error: [Errno 5] Input/output error: ") == 1
     assert "README.md" in result.stderr.splitlines()[-1] and "Traceback" not in said
@@ -320,7 +347,10 @@ def test_a_sync_that_fails_is_no_save(launch, before_step, prompt_disk, monkeypa
     before_step({6: lambda: monkeypatch.setattr(os, "fsync", failing)})
     assert launch("run") == 1
     log = log_text(Path("run"))
-    assert log.count("Saved checkpoint") == 1 and "At the end, step 8, these could not be written: " in log
+    assert (
+        log.count("Saved checkpoint") == 1
+        and "At the end, step 8, these could not be written: " in log
+    )
     name = "checkpoints" if what == "a folder" else "logs/train_metrics.csv"
     assert log.count(f"[Errno 5] Input/output error: 'run/{name}'") == 1
 

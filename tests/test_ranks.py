@@ -22,7 +22,14 @@ pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="gloo under Windows has not been tried"),
 ]
 
-FLAGS = [*TINY_FLAGS, "--input_file=input.txt", "--batch_size=4", "--grad_accum=2", "--amp=off", "--log_every=1"]
+FLAGS = [
+    *TINY_FLAGS,
+    "--input_file=input.txt",
+    "--batch_size=4",
+    "--grad_accum=2",
+    "--amp=off",
+    "--log_every=1",
+]
 FLAGS += ["--val_fraction=0.2", "--eval_every=3", "--lr=0.01", "--mixed_steps=2"]
 
 
@@ -32,17 +39,29 @@ def here(text_file, monkeypatch):
     return text_file.parent
 
 
-def command(processes: int, *flags: str, script: Path = ROOT / "train.py", restarts: int = 0) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def command(
+    processes: int, *flags: str, script: Path = ROOT / "train.py", restarts: int = 0
+) -> list[str]:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     return [*torchrun, f"--max_restarts={restarts}", str(script), *FLAGS, *flags]
 
 
-def torchrun(processes: int, *flags: str, restarts: int = 0, **options) -> subprocess.CompletedProcess:
+def torchrun(
+    processes: int, *flags: str, restarts: int = 0, **options
+) -> subprocess.CompletedProcess:
     """Run to the end. gloo sometimes fails to connect processes on a busy machine, or waits for ever; then they are
     started again."""
     for _ in range(4):
         line = command(processes, *flags, restarts=restarts, **options)
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        pipes = dict(
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         process = subprocess.Popen(line, **pipes)
         try:
             out, err = process.communicate(timeout=120)
@@ -58,7 +77,10 @@ def torchrun(processes: int, *flags: str, restarts: int = 0, **options) -> subpr
 
 def assert_same_to_rounding(first: str, second: str) -> None:
     for column in ("step", "loss", "window_loss", "grad_norm", "val_loss", "tokens"):
-        expected, found = ([float(value or "nan") for (value,) in rows(Path(run), column)] for run in (first, second))
+        expected, found = (
+            [float(value or "nan") for (value,) in rows(Path(run), column)]
+            for run in (first, second)
+        )
         assert found == pytest.approx(expected, rel=2e-4, nan_ok=True), column
     a, b = (weights(Path(run, "checkpoints/last.pt")) for run in (first, second))
     for name, value in a.items():
@@ -81,7 +103,10 @@ def test_the_same_run_on_several_ranks(alone):
     assert result.stdout.count("Training complete.") == 1, "one process speaks for all"
     assert result.stdout.count("step 5/8 | ") == 1
     cores = os.cpu_count()
-    assert f"threads {max(1, cores // processes)} ({cores} cores shared by {processes} processes)" in result.stdout
+    assert (
+        f"threads {max(1, cores // processes)} ({cores} cores shared by {processes} processes)"
+        in result.stdout
+    )
     assert f"micro_batch {8 // processes} " in result.stdout
     # The run goes on alone, and is told to.
     assert train.main([*FLAGS, "--out_dir=shared", "--steps=10"]) == 0
@@ -109,7 +134,9 @@ def test_what_cannot_be_shared_is_refused_by_one_voice(here):
     result = torchrun(3, "--out_dir=run")
     assert result.returncode == 1, "torchrun's own code"
     said = re.findall(r"^train.py: error: (.*)$", result.stderr, re.MULTILINE)
-    assert said == ["--batch_size x --grad_accum = 8 slices do not divide evenly among 3 processes: 6 or 9 would"]
+    assert said == [
+        "--batch_size x --grad_accum = 8 slices do not divide evenly among 3 processes: 6 or 9 would"
+    ]
     assert "exitcode  : 2" in result.stderr and not Path("run").exists()
 
 
@@ -188,14 +215,23 @@ def test_the_first_process_has_the_last_word(here):
     Path("loses.py").write_text(LOSES_ITS_LOSS, encoding="utf-8")
     ended = torchrun(2, "--out_dir=run", "--save_every=2", script=Path("loses.py"))
     assert ended.returncode == 1 and "Broken off" not in ended.stdout
-    assert "Training failed: loss or gradient was not finite in 2 steps in a row, the last being step 7" in ended.stdout
-    assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "failed"
+    assert (
+        "Training failed: loss or gradient was not finite in 2 steps in a row, the last being step 7"
+        in ended.stdout
+    )
+    assert (
+        json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "failed"
+    )
 
 
 def test_one_interrupt_ends_all_ranks_after_saving(here):
     flags = ["--out_dir=run", "--steps=100000", "--sample_every=100000"]
     process = subprocess.Popen(
-        command(2, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(2, *flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (

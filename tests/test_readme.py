@@ -36,11 +36,15 @@ SCRIPTS = {
 
 def commands_in(text: str) -> list[tuple[str, str]]:
     """Language and line of every command: in fenced blocks, and in a line of prose where a script is called."""
-    fenced = [(language, line) for language, block in FENCES.findall(text) for line in block.splitlines()]
-    inline = re.findall(r"`(python3? [^`\n]+)`", FENCES.sub("", GENERATED.sub("", text)))
-    return [(language, line) for language, line in fenced if language in ("bash", "powershell") and line.strip()] + [
-        ("bash", line) for line in inline
+    fenced = [
+        (language, line) for language, block in FENCES.findall(text) for line in block.splitlines()
     ]
+    inline = re.findall(r"`(python3? [^`\n]+)`", FENCES.sub("", GENERATED.sub("", text)))
+    return [
+        (language, line)
+        for language, line in fenced
+        if language in ("bash", "powershell") and line.strip()
+    ] + [("bash", line) for line in inline]
 
 
 def commands_of(script: str, pages: list[Path] = PAGES) -> list[list[str]]:
@@ -55,7 +59,12 @@ def commands_of(script: str, pages: list[Path] = PAGES) -> list[list[str]]:
     return found
 
 
-COMMANDS = [(script, arguments) for script in SCRIPTS for arguments in commands_of(script) if "--help" not in arguments]
+COMMANDS = [
+    (script, arguments)
+    for script in SCRIPTS
+    for arguments in commands_of(script)
+    if "--help" not in arguments
+]
 
 
 def test_there_are_commands_to_check():
@@ -63,7 +72,9 @@ def test_there_are_commands_to_check():
     assert counts["train.py"] >= 15 and counts.keys() == SCRIPTS.keys(), counts
 
 
-@pytest.mark.parametrize(("script", "arguments"), COMMANDS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("script", "arguments"), COMMANDS, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_every_command_is_accepted(script, arguments):
     if script == "train.py":
         parse_config(arguments)
@@ -83,8 +94,23 @@ def test_no_command_writes_into_the_run_that_is_shown():
 
 def test_every_flag_named_is_a_flag():
     known = {field.name for options in SCRIPTS.values() for field in fields(options)}
-    foreign = {"help", "index", "standalone", "nproc_per_node", "max_restarts"}  # of any program, pip and torchrun
-    foreign |= {"dist", "force", "local", "repo", "logdir", "bind_all", "sync", "signal"}  # pytest; others' flags
+    foreign = {
+        "help",
+        "index",
+        "standalone",
+        "nproc_per_node",
+        "max_restarts",
+    }  # of any program, pip and torchrun
+    foreign |= {
+        "dist",
+        "force",
+        "local",
+        "repo",
+        "logdir",
+        "bind_all",
+        "sync",
+        "signal",
+    }  # pytest; others' flags
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z0-9_]+)", TEXT[page]))
         assert named - foreign <= known, (page.name, named - foreign - known)
@@ -123,12 +149,20 @@ def test_every_page_of_the_docs_is_reached_from_the_readme():
 
 def test_the_readme_is_read_in_minutes():
     words = len(GENERATED.sub("", README).split())
-    assert words <= 3000, f"{words:,} words beside the generated sections: move some of them to docs/"
+    assert words <= 3000, (
+        f"{words:,} words beside the generated sections: move some of them to docs/"
+    )
 
 
 def test_the_ratio_in_the_readme_is_the_fair_one():
-    rows = json.loads((ROOT / "benchmarks/records/throughput-8x128.json").read_text(encoding="utf-8"))["rows"]
-    (fair,) = (row["train.py is faster by"] for row in rows if row["program"] == "nanoGPT, compiled, memory kept")
+    rows = json.loads(
+        (ROOT / "benchmarks/records/throughput-8x128.json").read_text(encoding="utf-8")
+    )["rows"]
+    (fair,) = (
+        row["train.py is faster by"]
+        for row in rows
+        if row["program"] == "nanoGPT, compiled, memory kept"
+    )
     (stated,) = re.findall(r"([\d.]+) times nanoGPT with the same memory setting", README)
     assert float(stated) == round(fair, 2)
 
@@ -158,7 +192,11 @@ def test_the_sections_are_those_of_the_committed_run(monkeypatch):
 @pytest.mark.slow
 def test_the_demo_reaches_its_target_and_fills_a_readme(tmp_path, monkeypatch):
     """The README's first command, after the installation: the real thing, about two minutes."""
-    (flags,) = {tuple(arguments) for arguments in commands_of("train.py") if arguments == ["--preset", "demo"]}
+    (flags,) = {
+        tuple(arguments)
+        for arguments in commands_of("train.py")
+        if arguments == ["--preset", "demo"]
+    }
     result = run_script(*flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "out" / "demo"
@@ -167,9 +205,15 @@ def test_the_demo_reaches_its_target_and_fills_a_readme(tmp_path, monkeypatch):
     assert results["corpus_loss"] <= 0.099999 and results["window_loss"] <= 0.099999
     assert results["target_window"] == 20
     first = read_metrics(run / "logs/train_metrics.csv")["loss"][0]
-    assert abs(first - results["ln_vocab"]) < 0.5  # GPT-2's own initialisation keeps 0.3, see test_model.py
-    corpus = load_tokenizer().decode(load_tokenizer().encode_ordinary(read_text(DEMO_CORPUS)[0])[:1500])
-    sample = (run / "samples/samples.txt").read_text(encoding="utf-8").rsplit("OUTPUT:\n", 1)[1].strip()
+    assert (
+        abs(first - results["ln_vocab"]) < 0.5
+    )  # GPT-2's own initialisation keeps 0.3, see test_model.py
+    corpus = load_tokenizer().decode(
+        load_tokenizer().encode_ordinary(read_text(DEMO_CORPUS)[0])[:1500]
+    )
+    sample = (
+        (run / "samples/samples.txt").read_text(encoding="utf-8").rsplit("OUTPUT:\n", 1)[1].strip()
+    )
     spans = [sample[i : i + 40] for i in range(0, len(sample) - 40, 10)]
     assert sum(span in corpus for span in spans) > len(spans) / 2, sample
     readme = tmp_path / "README.md"

@@ -22,7 +22,13 @@ from parts.text.corpus import Corpus, compressed, text_of
 from parts.text.vocabulary import OwnVocabulary, choose_tokenizer, train_vocabulary
 
 TEXTS = [Text(30_000, 8_697), Text(110_000, 33_802), TINY_SHAKESPEARE, Text(3_000_000, 1_363_724)]
-CHANGES = [{}, {"optimizer": "adamw"}, {"seq_len": 64}, {"batch_size": 2}, {"input_file": (Path("a.txt"),)}]
+CHANGES = [
+    {},
+    {"optimizer": "adamw"},
+    {"seq_len": 64},
+    {"batch_size": 2},
+    {"input_file": (Path("a.txt"),)},
+]
 
 
 def words(name: str, value: object) -> list[str]:
@@ -71,20 +77,30 @@ def test_a_run_that_goes_on_without_flags_has_the_flags_it_had(typed, text):
     config = replace(decide(typed, text), out_dir=Path("run"))
     again = decide({}, text, previous=config)
     assert again == config
-    assert {name for name, origin in again.origins.items() if origin.source == From.RUN} == {*typed, "preset"}
+    assert {name for name, origin in again.origins.items() if origin.source == From.RUN} == {
+        *typed,
+        "preset",
+    }
     assert decide({}, text, previous=again).origins == again.origins
 
 
 def test_what_followed_from_other_flags_follows_them_when_they_change():
     before = decide(dict(steps=100, lr=1e-3, out_dir=Path("run")))
     after = decide(dict(steps=200), previous=before)
-    assert (after.decay_steps, after.warmup_steps, after.mixed_steps, after.lr) == (200, 6, 160, 1e-3)
+    assert (after.decay_steps, after.warmup_steps, after.mixed_steps, after.lr) == (
+        200,
+        6,
+        160,
+        1e-3,
+    )
     typed = decide(dict(steps=100, decay_steps=90))
     assert decide(dict(steps=200), previous=typed).decay_steps == 90
     assert decide(dict(optimizer="adamw"), previous=before).lr == 1e-3, "typed once"
     longer = decide({}, TEXTS[1])
     for flags in (dict(batch_size=64), dict(seq_len=64), dict(batch_size=8, grad_accum=2)):
-        assert decide(flags, TEXTS[1], previous=longer).steps == longer.steps, "steps that were done stay done"
+        assert decide(flags, TEXTS[1], previous=longer).steps == longer.steps, (
+            "steps that were done stay done"
+        )
     written = decide(dict(preset="write"), TEXTS[2])
     shorter = decide(dict(seq_len=64, val_file=(Path("v.txt"),)), TEXTS[2], previous=written)
     assert (shorter.block_size, shorter.val_fraction) == (written.block_size, written.val_fraction)
@@ -151,8 +167,12 @@ def test_steps_far_from_the_usual_are_warned_of():
 def test_a_vocabulary_is_not_learned_from_the_text_that_is_held_out(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("a cat sat on a mat. " * 100 + "zzyzx " * 150, encoding="utf-8")
-    whole, part = (OwnVocabulary(train_vocabulary([path], 265, share), "it") for share in (1.0, 0.6))
-    assert len(whole.encode_ordinary(" zzyzx")) < len(part.encode_ordinary(" zzyzx")) == len(" zzyzx")
+    whole, part = (
+        OwnVocabulary(train_vocabulary([path], 265, share), "it") for share in (1.0, 0.6)
+    )
+    assert (
+        len(whole.encode_ordinary(" zzyzx")) < len(part.encode_ordinary(" zzyzx")) == len(" zzyzx")
+    )
 
 
 def test_what_a_compressor_makes_of_the_held_out_text(tokenizer):
@@ -169,7 +189,10 @@ def test_the_plan_names_what_was_decided_and_the_yardstick(launch, capsys):
     assert launch("run", "--val_fraction=0.2", "--seq_len=8", "--batch_size=4", "--dry_run") == 0
     said = capsys.readouterr().out
     assert "makes" in said and "bits per byte of them" in said
-    assert "From other flags: lr 0.0035 (with muon); beta2 0.99 (with muon); decay_steps 8 (the last step)" in said
+    assert (
+        "From other flags: lr 0.0035 (with muon); beta2 0.99 (with muon); decay_steps 8 (the last step)"
+        in said
+    )
     assert "mixed_steps 6 (80% of the steps)" in said
 
 
@@ -180,8 +203,16 @@ def test_what_write_takes_follows_from_the_bytes_of_the_text():
     assert [c.n_embd for c in found] == [128, 128, 192, 256, 256]
     passes = [c.steps * c.tokens_per_step / (n // 3) for c, n in zip(found, sizes, strict=True)]
     assert passes == sorted(passes, reverse=True) and 4 < passes[-1] < passes[0] < 12
-    for flags in ({}, {"val_file": (Path("v.txt"),)}, {"val_fraction": 0.0}, {"n_embd": 96}, {"seq_len": 64}):
-        config = decide(dict(preset="write", device="cpu") | flags, TEXTS[2], machine=choose_runtime)
+    for flags in (
+        {},
+        {"val_file": (Path("v.txt"),)},
+        {"val_fraction": 0.0},
+        {"n_embd": 96},
+        {"seq_len": 64},
+    ):
+        config = decide(
+            dict(preset="write", device="cpu") | flags, TEXTS[2], machine=choose_runtime
+        )
         assert config.contradictions() == [], flags
         assert bool(config.patience) == config.validates == (flags != {"val_fraction": 0.0})
 
@@ -195,16 +226,26 @@ def test_write_takes_the_vocabulary_that_the_text_can_fill(tmp_path, monkeypatch
     n_vocab = int(re.search(r"tokenizer bpe:(\d+) \(for 180,000 bytes\)", log)[1])
     assert 257 < n_vocab < 600 and f"vocabulary {n_vocab})" in log
     assert train.main(["--out_dir=out/write-text", "--steps=4"]) == 0
-    assert train.main(["--preset=write", "--input_file=text.txt", "--tokenizer=bpe:900", "--out_dir=x"]) == 2
+    assert (
+        train.main(
+            ["--preset=write", "--input_file=text.txt", "--tokenizer=bpe:900", "--out_dir=x"]
+        )
+        == 2
+    )
 
 
 def test_auto_and_nothing_are_words_where_they_decide_nothing():
     assert decide(dict(prompt="auto")).prompt == decide(dict(tokenizer="auto")).tokenizer == "auto"
     spoken = decide(dict(prompt="hi"))
-    assert decide({}, previous=spoken).prompt == "hi" and decide(dict(prompt=""), previous=spoken).prompt == ""
+    assert (
+        decide({}, previous=spoken).prompt == "hi"
+        and decide(dict(prompt=""), previous=spoken).prompt == ""
+    )
 
 
-@pytest.mark.parametrize("flags", [{"n_embd": 200}, {"n_embd": 100}, {"optimizer": "adamw"}, {"seq_len": 32}])
+@pytest.mark.parametrize(
+    "flags", [{"n_embd": 200}, {"n_embd": 100}, {"optimizer": "adamw"}, {"seq_len": 32}]
+)
 def test_what_write_decides_goes_together(flags):
     config = decide(dict(preset="write") | flags, TEXTS[2])
     assert config.contradictions() == []
@@ -212,7 +253,9 @@ def test_what_write_decides_goes_together(flags):
     assert decide(dict(preset="write", input_file=(DEMO_CORPUS,))).contradictions() == []
 
 
-@pytest.mark.parametrize("origins", [{"lr": {}}, {"lr": 5}, [1], "x", {"lr": {"from": "magic", "why": ""}}, None])
+@pytest.mark.parametrize(
+    "origins", [{"lr": {}}, {"lr": 5}, [1], "x", {"lr": {"from": "magic", "why": ""}}, None]
+)
 def test_origins_that_are_none_count_as_kept(origins):
     config = decide(dict(steps=5))
     again = Config.from_dict(config.as_dict(), origins)
@@ -222,15 +265,22 @@ def test_origins_that_are_none_count_as_kept(origins):
 def test_with_max_tokens_too_the_vocabulary_is_of_what_is_trained_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("leak.txt").write_text("a b c d e f g h. " * 100 + "zzyzx qwert " * 3000, encoding="utf-8")
-    config = decide(dict(input_file=(Path("leak.txt"),), max_tokens=3000, val_fraction=0.4, tokenizer="bpe:260"))
+    config = decide(
+        dict(input_file=(Path("leak.txt"),), max_tokens=3000, val_fraction=0.4, tokenizer="bpe:260")
+    )
     vocabulary = choose_tokenizer(config, None)
     assert "zz" not in "".join(vocabulary.decode([token]) for token in range(257, 260))
 
 
 def test_a_short_part_of_a_long_text_is_a_short_text(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("".join(f"{n * 7919 % 1000} words of it\n" for n in range(9000)), encoding="utf-8")
-    assert train.main(["--preset=write", "--input_file=text.txt", "--max_tokens=5000", "--dry_run"]) == 0
+    Path("text.txt").write_text(
+        "".join(f"{n * 7919 % 1000} words of it\n" for n in range(9000)), encoding="utf-8"
+    )
+    assert (
+        train.main(["--preset=write", "--input_file=text.txt", "--max_tokens=5000", "--dry_run"])
+        == 0
+    )
     assert "batch_size 4 (for 20,000 bytes)" in capsys.readouterr().out
 
 

@@ -18,7 +18,9 @@ def test_what_the_space_needs_changes_nothing_in_the_environment_of_training():
     since gradio does not take the newest."""
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("needs gradio (space/requirements.txt)")
-    pinned = {one.name: str(one.specifier).removeprefix("==") for one in required("requirements.txt")}
+    pinned = {
+        one.name: str(one.specifier).removeprefix("==") for one in required("requirements.txt")
+    }
     assert "pillow" in pinned
     waiting, seen = required("space/requirements.txt"), set()
     while waiting:

@@ -73,7 +73,14 @@ def test_broken_off_anywhere_and_started_again(launch, prompt_disk, break_off, c
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_compiled_run_broken_off_and_started_again(launch, prompt_disk, break_off):
-    flags = ["--compile=on", "--amp=bf16", "--dropout=0.1", "--lr=0.01", "--save_every=3", "--target_window=2"]
+    flags = [
+        "--compile=on",
+        "--amp=bf16",
+        "--dropout=0.1",
+        "--lr=0.01",
+        "--save_every=3",
+        "--target_window=2",
+    ]
     flags += ["--n_layer=1"]  # half the time of the compiler
     assert launch("whole", *flags) == 0
     break_off([5])
@@ -86,7 +93,15 @@ def test_a_compiled_run_broken_off_and_started_again(launch, prompt_disk, break_
 @pytest.mark.cuda
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_on_cuda_in_deterministic_mode(launch, prompt_disk, break_off, amp):
-    flags = [GPT2, "--device=cuda", f"--amp={amp}", "--deterministic", "--lr=0.01", "--save_every=3", "--dropout=0.1"]
+    flags = [
+        GPT2,
+        "--device=cuda",
+        f"--amp={amp}",
+        "--deterministic",
+        "--lr=0.01",
+        "--save_every=3",
+        "--dropout=0.1",
+    ]
     assert launch("whole", *flags) == 0
     break_off([3, 5])
     assert [launch("parts", *flags) for _ in range(3)] == [130, 130, 0]
@@ -94,7 +109,9 @@ def test_on_cuda_in_deterministic_mode(launch, prompt_disk, break_off, amp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed_in", [(train.Trainer, "measure_corpus_loss"), (train.Saver, "publish")])
+@pytest.mark.parametrize(
+    "killed_in", [(train.Trainer, "measure_corpus_loss"), (train.Saver, "publish")]
+)
 def test_a_run_killed_between_its_last_step_and_its_results(launch, monkeypatch, killed_in):
     """Its samples must not be drawn twice, whatever step it ended at."""
     flags = ["--steps=7", "--sample_every=4"]
@@ -137,7 +154,9 @@ def test_a_sample_drawn_at_ctrl_c_stays_and_nothing_else_differs(launch, prompt_
     assert_same_run(Path("whole"), Path("parts"))
 
 
-def test_ctrl_c_before_the_first_step_of_a_start_draws_nothing_twice(launch, before_step, monkeypatch):
+def test_ctrl_c_before_the_first_step_of_a_start_draws_nothing_twice(
+    launch, before_step, monkeypatch
+):
     before_step({3: lambda: signal.raise_signal(signal.SIGINT)})
     enter = Interruption.__enter__
 
@@ -183,14 +202,18 @@ def test_resuming_needs_no_second_copy_of_the_state(launch, config, text_file):
     checkpoint = load_checkpoint(path)
     tokenizer = load_tokenizer()
     saved = Config.from_dict(checkpoint["config"])
-    train.Trainer(saved, load_corpus(replace(saved, input_file=(text_file,)), tokenizer), checkpoint)
+    train.Trainer(
+        saved, load_corpus(replace(saved, input_file=(text_file,)), tokenizer), checkpoint
+    )
     assert not any(isinstance(value, torch.Tensor) for value in leaves(checkpoint))
 
 
 def leaves(tree) -> list:
     if isinstance(tree, dict):
         tree = list(tree.values())
-    return [leaf for branch in tree for leaf in leaves(branch)] if isinstance(tree, list) else [tree]
+    return (
+        [leaf for branch in tree for leaf in leaves(branch)] if isinstance(tree, list) else [tree]
+    )
 
 
 @pytest.mark.slow
@@ -214,7 +237,9 @@ def test_another_cut_into_micro_batches_gives_the_same_run_to_rounding(launch):
     assert launch("whole", *flags, "--batch_size=4") == 0
     assert launch("parts", *flags, "--batch_size=4", "--steps=4") == 0
     assert launch("parts", *flags, "--batch_size=1", "--grad_accum=4", "--micro_batch=1") == 0
-    assert "--batch_size 4 -> 1, --grad_accum 1 -> 4, --micro_batch 4 -> 1" in log_text(Path("parts"))
+    assert "--batch_size 4 -> 1, --grad_accum 1 -> 4, --micro_batch 4 -> 1" in log_text(
+        Path("parts")
+    )
     expected, found = rows(Path("whole"), "loss"), rows(Path("parts"), "loss")
     assert [float(x[0]) for x in found] == pytest.approx([float(x[0]) for x in expected], abs=1e-4)
 
@@ -222,9 +247,13 @@ def test_another_cut_into_micro_batches_gives_the_same_run_to_rounding(launch):
 def test_automatic_choices_are_kept(launch, monkeypatch):
     assert launch("run", "--steps=4", "--amp=auto") == 0
     first = torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["amp"]
-    monkeypatch.setattr("parts.compute.device.choose_amp", lambda _device: ("fp16", "another machine"))
+    monkeypatch.setattr(
+        "parts.compute.device.choose_amp", lambda _device: ("fp16", "another machine")
+    )
     assert launch("run", "--amp=auto") == 0
-    assert torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["amp"] == first != "fp16"
+    assert (
+        torch.load("run/checkpoints/last.pt", weights_only=True)["config"]["amp"] == first != "fp16"
+    )
     assert f"amp {first} (as in the run so far)" in log_text(Path("run"))
 
 
@@ -249,12 +278,17 @@ def test_more_steps_stretch_the_schedule_unless_it_was_typed(launch):
     assert launch("typed", "--steps=4", "--lr=0.01", "--decay_steps=4") == 0
     assert launch("typed", "--steps=8") == 0
     assert [float(rate) for _, rate in rows(Path("typed"), "step", "lr")][-2:] == [0, 0]
-    assert "The learning rate is 0 from step 4 on, and nothing is learned" in log_text(Path("typed"))
+    assert "The learning rate is 0 from step 4 on, and nothing is learned" in log_text(
+        Path("typed")
+    )
 
 
 @pytest.mark.parametrize(
     ("begun", "continued"),
-    [(["--decay_steps=4"], ["--warmup_steps=5"]), (["--decay_steps=8", "--warmup_steps=5"], ["--decay_steps=4"])],
+    [
+        (["--decay_steps=4"], ["--warmup_steps=5"]),
+        (["--decay_steps=8", "--warmup_steps=5"], ["--decay_steps=4"]),
+    ],
 )
 def test_what_is_kept_must_go_with_what_is_given(launch, capsys, begun, continued):
     """Or its checkpoints would hold flags that no start accepts."""
@@ -289,7 +323,9 @@ def test_resume_from_a_path_into_another_directory(launch):
     assert launch("two", "--resume", "one/checkpoints/last.pt") == 0
     assert [row[0] for row in rows(Path("two"), "step")] == ["6", "8"]
     assert [row[0] for row in rows(Path("one"), "step")] == ["1", "2", "4"]
-    assert Path("two/checkpoints/best.pt").exists(), "its own best: the other run keeps the one it had"
+    assert Path("two/checkpoints/best.pt").exists(), (
+        "its own best: the other run keeps the one it had"
+    )
     again = ("--resume", "one/checkpoints/last.pt", "--steps=12")
     assert launch("two", *again) == 0, "the same command goes on with the run it began"
     assert [row[0] for row in rows(Path("two"), "step")] == ["6", "8", "10", "12"]
@@ -387,14 +423,27 @@ def test_resume_never_does_not_promise_that_it_continues(launch, break_off, prom
     assert command.startswith("python train.py --n_layer=2 ") and command.endswith(" --out_dir run")
     break_off([6])
     assert launch("run", "--resume=never") == 130
-    assert "To continue from the last checkpoint: python train.py --out_dir run\n" in capsys.readouterr().out
+    assert (
+        "To continue from the last checkpoint: python train.py --out_dir run\n"
+        in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("killed_after", ["logs", "samples", "config.json", "results.json", "checkpoints"])
+@pytest.mark.parametrize(
+    "killed_after", ["logs", "samples", "config.json", "results.json", "checkpoints"]
+)
 def test_moving_a_run_aside_loses_nothing_when_it_is_killed(launch, monkeypatch, killed_after):
     assert launch("run", "--steps=4") == 0
-    rewritten = ("run.lock", "run.pid", "last.pt")  # the last by a start that takes the run up again
-    before = [path.read_bytes() for path in Path("run").rglob("*.*") if path.is_file() and path.name not in rewritten]
+    rewritten = (
+        "run.lock",
+        "run.pid",
+        "last.pt",
+    )  # the last by a start that takes the run up again
+    before = [
+        path.read_bytes()
+        for path in Path("run").rglob("*.*")
+        if path.is_file() and path.name not in rewritten
+    ]
     trained = weights(Path("run/checkpoints/last.pt"))
     rename = os.replace
 

@@ -26,17 +26,28 @@ GREEDY = ["--temperature=0", "--amp=off", "--device=cpu", "--max_new_tokens=20"]
 def folder(tmp_path_factory):
     """A run on the demo's text, a few steps long."""
     path = tmp_path_factory.mktemp("sample")
-    text = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200))
+    text = "".join(
+        f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200)
+    )
     (path / "text.txt").write_text(text, encoding="utf-8")
     flags = [*TINY_FLAGS, GPT2, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}"]
-    assert train.main([*flags, "--steps=60", "--lr=0.02", "--save_every=60", "--sample_every=60"]) == 0
+    assert (
+        train.main([*flags, "--steps=60", "--lr=0.02", "--save_every=60", "--sample_every=60"]) == 0
+    )
     return path
 
 
 def run(folder: Path, *flags: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint=run/checkpoints/best.pt", *flags]
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        "--checkpoint=run/checkpoints/best.pt",
+        *flags,
+    ]
     options = {"input": "", "timeout": 100} | options
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", **options)
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, encoding="utf-8", **options
+    )
 
 
 @pytest.fixture
@@ -59,8 +70,15 @@ def expected(folder: Path, prompt: str, max_new_tokens: int = 20) -> str:
     model = train.GPT(Config.from_dict(checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     tokenizer = load_tokenizer()
-    options = dict(context=checkpoint["trained_context"], temperature=0.0, top_k=0, generators=[torch.Generator()])
-    return tokenizer.decode(train.generate(model, [tokenizer.encode_ordinary(prompt)], max_new_tokens, **options)[0])
+    options = dict(
+        context=checkpoint["trained_context"],
+        temperature=0.0,
+        top_k=0,
+        generators=[torch.Generator()],
+    )
+    return tokenizer.decode(
+        train.generate(model, [tokenizer.encode_ordinary(prompt)], max_new_tokens, **options)[0]
+    )
 
 
 @pytest.mark.slow
@@ -95,14 +113,24 @@ def test_no_prompt_at_all_is_one_too(folder, say):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 def test_on_a_terminal_it_asks(folder):
     outer, inner = os.openpty()
-    command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint=run/checkpoints/best.pt", *GREEDY]
-    process = subprocess.Popen(command, cwd=folder, stdin=inner, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        "--checkpoint=run/checkpoints/best.pt",
+        *GREEDY,
+    ]
+    process = subprocess.Popen(
+        command, cwd=folder, stdin=inner, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     os.write(outer, b"Line 1:\nLine 2:\n\x04")
     out, err = process.communicate(timeout=100)
     os.close(outer)
     os.close(inner)
     assert process.returncode == 0 and err.count(b"prompt> ") == 3
-    assert out.decode().replace("\r", "") == f"{expected(folder, 'Line 1:')}\n{expected(folder, 'Line 2:')}\n"
+    assert (
+        out.decode().replace("\r", "")
+        == f"{expected(folder, 'Line 1:')}\n{expected(folder, 'Line 2:')}\n"
+    )
 
 
 def test_the_same_seed_gives_the_same_text(say):
@@ -117,7 +145,9 @@ def test_a_character_is_written_when_it_is_whole(folder, monkeypatch):
     sampler = sample.Sampler(folder / "run/checkpoints/best.pt", "cpu", "off")
     text = "ab\U0001fae8é 漢\ufffd!"
     tokens = sampler.tokenizer.encode_ordinary(text)
-    monkeypatch.setattr(train, "continuations", lambda *_args, **_options: iter([token] for token in tokens))
+    monkeypatch.setattr(
+        train, "continuations", lambda *_args, **_options: iter([token] for token in tokens)
+    )
     pieces = list(sampler.stream("x", sample.Options(Path())))
     assert len(pieces) == len(tokens), "one for each token"
     assert list(filter(None, pieces)) == ["ab", "\U0001fae8", "é", " ", "漢", "\ufffd", "!"]
@@ -128,10 +158,20 @@ def test_no_sample_ends_inside_a_character(tmp_path, monkeypatch, capsys):
     """Neither of sample.py nor of train.py, at whichever token of a character it ends."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("🫨漢鬱" * 200, encoding="utf-8")
-    flags = [*TINY_FLAGS, GPT2, "--input_file=text.txt", "--out_dir=run", "--steps=60", "--lr=0.02", "--amp=off"]
+    flags = [
+        *TINY_FLAGS,
+        GPT2,
+        "--input_file=text.txt",
+        "--out_dir=run",
+        "--steps=60",
+        "--lr=0.02",
+        "--amp=off",
+    ]
     assert train.main([*flags, "--save_every=60", "--sample_every=60"]) == 0
     checkpoint = load_checkpoint(Path("run/checkpoints/best.pt"))
-    config = replace(Config.from_dict(checkpoint["config"]), temperature=0.0, prompt="🫨漢", num_prompts=1)
+    config = replace(
+        Config.from_dict(checkpoint["config"]), temperature=0.0, prompt="🫨漢", num_prompts=1
+    )
     corpus, tokenizer, endings = load_corpus(config, load_tokenizer()), load_tokenizer(), set()
     for n in range(1, 9):
         trainer = train.Trainer(replace(config, max_new_tokens=n), corpus, None)
@@ -141,7 +181,12 @@ def test_no_sample_ends_inside_a_character(tmp_path, monkeypatch, capsys):
         endings.add(whole[-1] == "\ufffd")
         assert trainer.sample(tokenizer) == ("🫨漢", [whole.removesuffix("\ufffd")])
         capsys.readouterr()
-        command = ["--checkpoint=run/checkpoints/best.pt", "--prompt=🫨漢", *GREEDY, f"--max_new_tokens={n}"]
+        command = [
+            "--checkpoint=run/checkpoints/best.pt",
+            "--prompt=🫨漢",
+            *GREEDY,
+            f"--max_new_tokens={n}",
+        ]
         assert sample.main(command) == 0
         assert capsys.readouterr()[0] == whole.removesuffix("\ufffd") + "\n"
     assert endings == {True, False}, "some of them would have"
@@ -157,7 +202,9 @@ def test_of_a_folder_the_best_is_taken_then_the_last_then_the_one_before(tmp_pat
             assert checkpoint_in(folder, "--checkpoint") == checkpoints / name
         assert checkpoint_in(checkpoints / name, "--checkpoint") == checkpoints / name
         (checkpoints / name).unlink()
-    with pytest.raises(FileNotFoundError, match=r"--checkpoint .*run: no best.pt, last.pt, prev.pt in this folder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"--checkpoint .*run: no best.pt, last.pt, prev.pt in this folder"
+    ):
         checkpoint_in(checkpoints.parent, "--checkpoint")
 
 
@@ -198,7 +245,10 @@ def test_without_any_run_it_says_how_to_train_one(tmp_path, monkeypatch, capsys)
 def test_copied_passages_are_found():
     tokenizer = load_tokenizer()
     corpus = "Before we proceed any further, hear me speak. You are all resolved rather to die than to famish?"
-    found, text = sample.Corpus(corpus, tokenizer), "Now hear me speak. You are all resolved rather to dance."
+    found, text = (
+        sample.Corpus(corpus, tokenizer),
+        "Now hear me speak. You are all resolved rather to dance.",
+    )
     assert found.longest_copy(text) == " hear me speak. You are all resolved rather to d"
     assert 0 < found.share_copied(text) < 1
     assert found.longest_copy(corpus) == corpus and found.share_copied(corpus) == 1
@@ -253,14 +303,24 @@ def test_text_on_a_system_that_is_told_to_speak_ascii(folder):
 
 
 def test_hardly_any_temperature_is_none(say):
-    assert len({say("--prompt=Line 1: the", *GREEDY, f"--temperature={t}")[0] for t in ("0", "1e-300")}) == 1
+    assert (
+        len(
+            {say("--prompt=Line 1: the", *GREEDY, f"--temperature={t}")[0] for t in ("0", "1e-300")}
+        )
+        == 1
+    )
 
 
 def test_the_vocabulary_is_that_of_the_checkpoint(folder, tmp_path):
     """Whatever lies by now where it once was read from."""
     words = tmp_path / "tokenizer.json"
     words.write_text(train_vocabulary([folder / "text.txt"], 300), encoding="utf-8")
-    flags = [*TINY_FLAGS, f"--input_file={folder / 'text.txt'}", f"--out_dir={tmp_path / 'run'}", "--steps=4"]
+    flags = [
+        *TINY_FLAGS,
+        f"--input_file={folder / 'text.txt'}",
+        f"--out_dir={tmp_path / 'run'}",
+        "--steps=4",
+    ]
     assert train.main([*flags, f"--tokenizer={words}", f"--cache_dir={tmp_path / 'cache'}"]) == 0
     path = tmp_path / "run/checkpoints/best.pt"
     before = sample.Sampler(path).tokenizer.content
@@ -272,16 +332,24 @@ def test_the_vocabulary_is_that_of_the_checkpoint(folder, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
 def test_nobody_listens_to_stderr(folder):
     command = f"{sys.executable} {ROOT / 'sample.py'} --checkpoint run/checkpoints/best.pt --prompt Line 2>&-"
-    result = subprocess.run(f"{command} --max_new_tokens 3", cwd=folder, shell=True, capture_output=True, text=True)
+    result = subprocess.run(
+        f"{command} --max_new_tokens 3", cwd=folder, shell=True, capture_output=True, text=True
+    )
     assert result.returncode == 0 and "tok/s" not in result.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
 def test_a_reader_that_has_enough_is_no_error(folder):
-    command = f"{sys.executable} {ROOT / 'sample.py'} --checkpoint run/checkpoints/best.pt --prompt Line "
+    command = (
+        f"{sys.executable} {ROOT / 'sample.py'} --checkpoint run/checkpoints/best.pt --prompt Line "
+    )
     result = subprocess.run(
-        f"{command} --max_new_tokens 3000 | head -c 5", cwd=folder, shell=True, capture_output=True, text=True
+        f"{command} --max_new_tokens 3000 | head -c 5",
+        cwd=folder,
+        shell=True,
+        capture_output=True,
+        text=True,
     )
     assert result.stdout.startswith("Line") and len(result.stdout) == 5
     assert "Traceback" not in result.stderr

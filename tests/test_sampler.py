@@ -28,19 +28,28 @@ def test_a_pass_leaves_no_token_out_and_takes_none_twice_but_at_its_seam():
     per_pass = 34  # 1000 / 30, rounded up
     for number in (0, 1, 7):
         starts = train.covering_starts(5, number * per_pass, per_pass, n_starts, T)
-        covered = np.bincount(np.concatenate([(start + np.arange(T)) % n_starts for start in starts]))
+        covered = np.bincount(
+            np.concatenate([(start + np.arange(T)) % n_starts for start in starts])
+        )
         assert len(covered) == n_starts and covered.min() == 1 and covered.max() == 2
         assert (covered == 2).sum() == per_pass * T - n_starts
         assert (np.diff(starts) != T).mean() > 0.8, "in random order"
-    assert not np.array_equal(train.pass_starts(5, 0, n_starts, T), train.pass_starts(5, 1, n_starts, T))
-    assert not np.array_equal(train.pass_starts(5, 0, n_starts, T), train.pass_starts(6, 0, n_starts, T))
+    assert not np.array_equal(
+        train.pass_starts(5, 0, n_starts, T), train.pass_starts(5, 1, n_starts, T)
+    )
+    assert not np.array_equal(
+        train.pass_starts(5, 0, n_starts, T), train.pass_starts(6, 0, n_starts, T)
+    )
 
 
 def test_slices_do_not_depend_on_how_they_are_asked_for():
     """Step by step, a step over the seam of two passes, all at once: the same."""
     whole = train.covering_starts(3, 0, 60, 100, 7)
     for size in (1, 4, 9, 60):
-        parts = [train.covering_starts(3, first, min(size, 60 - first), 100, 7) for first in range(0, 60, size)]
+        parts = [
+            train.covering_starts(3, first, min(size, 60 - first), 100, 7)
+            for first in range(0, 60, size)
+        ]
         assert np.array_equal(np.concatenate(parts), whole)
     assert whole.dtype == np.int64 and whole.min() >= 0 and whole.max() <= 99
 
@@ -75,7 +84,9 @@ def test_independent_slices_start_anywhere(config):
     corpus = Corpus(np.arange(1000, dtype=np.uint16), "", 1000)
 
     def starts(slices: str, seed: int = 1) -> list[int]:
-        trainer = train.Trainer(replace(config, slices=slices, seed=seed, batch_size=8), corpus, None)
+        trainer = train.Trainer(
+            replace(config, slices=slices, seed=seed, batch_size=8), corpus, None
+        )
         return [start for step in range(1, 8) for start in trainer.slices(step)[0][:, 0].tolist()]
 
     assert starts("independent") == starts("independent") != starts("independent", seed=2)
@@ -106,9 +117,17 @@ def test_neighbouring_steps_share_no_stream():
 
 def test_the_words_are_philox_as_published():
     """Random123's known answer for philox4x64-10 with counter and key zero; NumPy counts from one."""
-    bits = np.random.Philox(counter=np.array([2**64 - 1] * 4, dtype=np.uint64), key=np.zeros(2, dtype=np.uint64))
-    assert [hex(word) for word in bits.random_raw(2).tolist()] == ["0x16554d9eca36314c", "0xdb20fe9d672d0fdc"]
-    assert train.random_words(0, 0, 1)[0] == np.random.Philox(key=np.zeros(2, dtype=np.uint64)).random_raw()
+    bits = np.random.Philox(
+        counter=np.array([2**64 - 1] * 4, dtype=np.uint64), key=np.zeros(2, dtype=np.uint64)
+    )
+    assert [hex(word) for word in bits.random_raw(2).tolist()] == [
+        "0x16554d9eca36314c",
+        "0xdb20fe9d672d0fdc",
+    ]
+    assert (
+        train.random_words(0, 0, 1)[0]
+        == np.random.Philox(key=np.zeros(2, dtype=np.uint64)).random_raw()
+    )
 
 
 def test_large_words_stay_in_range():

@@ -13,7 +13,9 @@ import update_readme
 from parts.run.screen import log
 
 
-def test_what_is_said_before_the_run_has_a_directory_is_said_like_all_else(tmp_path, monkeypatch, capsys):
+def test_what_is_said_before_the_run_has_a_directory_is_said_like_all_else(
+    tmp_path, monkeypatch, capsys
+):
     """Here that the text has changed; on the screen, and in the log of the run that comes of it."""
     monkeypatch.chdir(tmp_path)
     Path("books").mkdir()

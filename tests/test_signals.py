@@ -17,7 +17,10 @@ import train
 from parts.compute.signals import Interruption, terminating
 from parts.run.checkpoint import load_checkpoint
 
-pytestmark = [*KILLS, pytest.mark.skipif(os.name == "nt", reason="Windows delivers no POSIX signals")]
+pytestmark = [
+    *KILLS,
+    pytest.mark.skipif(os.name == "nt", reason="Windows delivers no POSIX signals"),
+]
 ANNOUNCEMENT = "Finishing this step, then saving. Ctrl-C once more breaks off without saving."
 
 MAIN = f"sys.path.insert(0, {str(ROOT)!r}); import train; sys.exit(train.main(sys.argv[1:]))"
@@ -41,7 +44,13 @@ def start(tmp_path, text_file):
     """Start a run and wait until its CSV has so many rows, or until it has made the file `sign`."""
 
     def run(*program: str, steps: int, rows: int = 0, sign: str = "") -> subprocess.Popen:
-        flags = [*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", f"--steps={steps}", "--log_every=1"]
+        flags = [
+            *TINY_FLAGS,
+            f"--input_file={text_file}",
+            "--out_dir=run",
+            f"--steps={steps}",
+            "--log_every=1",
+        ]
         process = subprocess.Popen(
             [sys.executable, *program, *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in a shell's background ignore it
@@ -67,8 +76,13 @@ def test_the_first_finishes_the_step_saves_and_says_how_to_continue(start, tmp_p
     step = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)["step"]
     assert f"after step {step}. To continue: python train.py --out_dir run\n" in out
     sampled = out.count(f"Sample at step {step}: ")
-    assert sampled == 1 if number == signal.SIGINT else sampled <= (step % 4 == 0), "for who is there"
-    assert json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "interrupted"
+    assert sampled == 1 if number == signal.SIGINT else sampled <= (step % 4 == 0), (
+        "for who is there"
+    )
+    assert (
+        json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))["stop_reason"]
+        == "interrupted"
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -77,7 +91,9 @@ def test_the_second_leaves_at_once(start, tmp_path, number, code):
     process.send_signal(number)
     time.sleep(1.3)
     assert process.poll() is None
-    for _ in range(8):  # a busy machine may deliver the first so late that the second seems to be the same
+    for _ in range(
+        8
+    ):  # a busy machine may deliver the first so late that the second seems to be the same
         process.send_signal(number)
         with suppress(subprocess.TimeoutExpired):
             out, err = process.communicate(timeout=2.5)
@@ -146,9 +162,17 @@ def test_a_terminal_that_is_gone_keeps_no_run_from_saving(start, tmp_path):
 
 
 def test_nohup_keeps_the_run_at_work(tmp_path, text_file):
-    flags = [*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", "--steps=60", "--save_every=30"]
+    flags = [
+        *TINY_FLAGS,
+        f"--input_file={text_file}",
+        "--out_dir=run",
+        "--steps=60",
+        "--save_every=30",
+    ]
     command = ["nohup", sys.executable, ROOT / "train.py", *flags]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while process.poll() is None:
         process.send_signal(signal.SIGHUP) if (tmp_path / "run/logs").exists() else None
         time.sleep(0.2)
@@ -185,4 +209,7 @@ def test_the_sample_after_the_save_can_be_left_out(launch, before_step, monkeypa
     log = log_text(Path("run"))
     assert "Interrupted by SIGINT after step 3. To continue: " in log and "Broken off" not in log
     assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 3
-    assert json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "interrupted"
+    assert (
+        json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"]
+        == "interrupted"
+    )

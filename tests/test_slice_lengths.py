@@ -43,7 +43,9 @@ def test_every_fourth_slice_is_whole_and_the_others_are_quarters_however_they_ar
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
 def test_loss_and_gradient_are_of_the_mean_over_all_tokens(config, corpus, micro_batch):
-    config = replace(config, seq_len=16, block_size=16, batch_size=8, micro_batch=micro_batch, mixed_steps=5)
+    config = replace(
+        config, seq_len=16, block_size=16, batch_size=8, micro_batch=micro_batch, mixed_steps=5
+    )
     trainer = train.Trainer(config, corpus, None)
     whole, quarters = trainer.slices(1)
     loss = trainer.accumulate(1, [whole, quarters])
@@ -52,12 +54,16 @@ def test_loss_and_gradient_are_of_the_mean_over_all_tokens(config, corpus, micro
     losses = [trainer.model(part[:, :-1], part[:, 1:]) for part in (whole, quarters)]
     (losses[0] / 4 + losses[1] * 3 / 4).backward()
     torch.testing.assert_close(loss, losses[0].detach())
-    torch.testing.assert_close(found, [p.grad for p in trainer.model.parameters()], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found, [p.grad for p in trainer.model.parameters()], rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("mixed_steps", [0, 5])
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
-def test_which_loss_is_told_changes_no_bit_of_the_gradients(config, corpus, micro_batch, mixed_steps):
+def test_which_loss_is_told_changes_no_bit_of_the_gradients(
+    config, corpus, micro_batch, mixed_steps
+):
     """Nor of the loss of a step without mixed slices: as when it was the mean over all pieces."""
     config = replace(config, seq_len=16, block_size=16, batch_size=8, mixed_steps=mixed_steps)
     trainer = train.Trainer(replace(config, micro_batch=micro_batch), corpus, None)
@@ -97,7 +103,15 @@ def on_ranks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("processes", "batch_size", "grad_accum", "micro_batch"),
-    [(1, 8, 1, 8), (1, 8, 1, 2), (1, 2, 3, 2), (2, 8, 1, 4), (2, 5, 2, 1), (4, 4, 2, 2), (8, 8, 1, 1)],
+    [
+        (1, 8, 1, 8),
+        (1, 8, 1, 2),
+        (1, 2, 3, 2),
+        (2, 8, 1, 4),
+        (2, 5, 2, 1),
+        (4, 4, 2, 2),
+        (8, 8, 1, 1),
+    ],
 )
 def test_the_loss_of_a_mixed_step_is_that_of_its_whole_slices(
     config, corpus, on_ranks, processes, batch_size, grad_accum, micro_batch
@@ -120,7 +134,15 @@ def test_the_loss_of_a_mixed_step_is_that_of_its_whole_slices(
 
 
 def test_quarters_beside_whole_slices_then_whole_ones(config, corpus):
-    config = replace(config, seq_len=16, block_size=16, batch_size=8, micro_batch=4, mixed_steps=3, target_window=2)
+    config = replace(
+        config,
+        seq_len=16,
+        block_size=16,
+        batch_size=8,
+        micro_batch=4,
+        mixed_steps=3,
+        target_window=2,
+    )
     trainer, seen, windows = train.Trainer(config, corpus, None), [], []
     trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
     for _ in range(5):
@@ -153,9 +175,10 @@ def test_a_rehearsal_does_whole_slices_which_take_the_most_memory(launch, monkey
     monkeypatch.setattr(
         train.Trainer,
         "accumulate",
-        lambda trainer, step, slices: (shapes.append([len(x[0]) for x in slices]), accumulate(trainer, step, slices))[
-            1
-        ],
+        lambda trainer, step, slices: (
+            shapes.append([len(x[0]) for x in slices]),
+            accumulate(trainer, step, slices),
+        )[1],
     )
     assert launch("run", *SHORT, "--mixed_steps=6", "--dry_run") == 0
     assert shapes == [[17], [17]]
@@ -173,7 +196,13 @@ def test_another_seq_len_later_begins_a_new_window_and_best(launch):
 
 
 def test_it_is_a_part_of_the_steps_where_slices_can_be_cut():
-    for flag in ("--steps=900", "--seq_len=64", "--val_fraction=0.1", "--preset=small", "--batch_size=4"):
+    for flag in (
+        "--steps=900",
+        "--seq_len=64",
+        "--val_fraction=0.1",
+        "--preset=small",
+        "--batch_size=4",
+    ):
         config = parse_config([flag])
         assert config.mixed_steps == int(0.8 * config.steps) > 0
     for flag in ("--seq_len=130", "--batch_size=3"):

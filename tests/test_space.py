@@ -29,7 +29,9 @@ from parts.text.vocabulary import encode_prompt, saved_tokenizer
 if importlib.util.find_spec("gradio") is None:  # the page imports it, in a process of its own
     pytest.skip("needs gradio (space/requirements.txt)", allow_module_level=True)
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("space")]  # one page for all visitors
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
 PAGES = """
 import sys
@@ -48,11 +50,24 @@ def model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("space")
     checkpoint = os.environ.get("SPACE_CHECKPOINT")
     if checkpoint is None:
-        text = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(200))
+        text = "".join(
+            f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(200)
+        )
         (path / "text.txt").write_text(text, encoding="utf-8")
-        flags = [*TINY_FLAGS, GPT2, "--block_size=256", "--seq_len=256", "--steps=15", "--batch_size=1", "--lr=0.02"]
+        flags = [
+            *TINY_FLAGS,
+            GPT2,
+            "--block_size=256",
+            "--seq_len=256",
+            "--steps=15",
+            "--batch_size=1",
+            "--lr=0.02",
+        ]
         flags += ["--save_every=15", "--sample_every=15"]
-        assert train.main([*flags, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}"]) == 0
+        assert (
+            train.main([*flags, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}"])
+            == 0
+        )
         checkpoint = path / "run/checkpoints/best.pt"
     assert export_hf.main([f"--checkpoint={ROOT / checkpoint}", f"--out={path / 'hf'}"]) == 0
     return path / "hf"
@@ -64,7 +79,10 @@ def served(folder: Path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | OFFLINE | {"MODEL_DIR": str(folder), "GRADIO_SERVER_PORT": str(port)}
-    environment |= {"HTTP_PROXY": "http://127.0.0.1:9", "no_proxy": "example.org"}  # nobody is there
+    environment |= {
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "no_proxy": "example.org",
+    }  # nobody is there
     process = subprocess.Popen([sys.executable, str(ROOT / "space/app.py")], env=environment)
     address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 400
     try:
@@ -218,20 +236,38 @@ def ask(address: str, path: str, body: bytes, kind: str = "application/json") ->
 
 def test_what_no_page_would_ask_holds_nobody_up(address):
     """Each is answered with text, or refused, at once."""
-    for values in ([10**9, 0.9, 50, 1], [20, 1e-300, 50, 1], [20, float("nan"), 50, None], [20, 0.9, -5, -1]):
-        _, answer = ask(address, "/gradio_api/call/write", json.dumps({"data": ["Line", *values]}).encode())
+    for values in (
+        [10**9, 0.9, 50, 1],
+        [20, 1e-300, 50, 1],
+        [20, float("nan"), 50, None],
+        [20, 0.9, -5, -1],
+    ):
+        _, answer = ask(
+            address, "/gradio_api/call/write", json.dumps({"data": ["Line", *values]}).encode()
+        )
         event = json.loads(answer).get("event_id")
-        with urllib.request.urlopen(f"{address}/gradio_api/call/write/{event}", timeout=100) as stream:
+        with urllib.request.urlopen(
+            f"{address}/gradio_api/call/write/{event}", timeout=100
+        ) as stream:
             assert b"event: " in stream.read()
 
 
 def test_nobody_jumps_the_queue_or_fills_the_disk(address):
     body = json.dumps({"data": ["Line", 20, 0.9, 50, 1], "session_hash": "x"}).encode()
     assert ask(address, "/gradio_api/run/write", body)[0] >= 400
-    large = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n' + b"x" * 10**6 + b"\r\n--b--"
+    large = (
+        b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n'
+        + b"x" * 10**6
+        + b"\r\n--b--"
+    )
     assert ask(address, "/gradio_api/upload", large, "multipart/form-data; boundary=b")[0] >= 400
     assert (
-        ask(address, "/gradio_api/call/write", json.dumps({"data": ["x" * 10**6, 20, 0.9, 50, 1]}).encode())[0] >= 400
+        ask(
+            address,
+            "/gradio_api/call/write",
+            json.dumps({"data": ["x" * 10**6, 20, 0.9, 50, 1]}).encode(),
+        )[0]
+        >= 400
     )
 
 
@@ -258,9 +294,18 @@ def bytes_model(tmp_path_factory) -> Path:
     """An exported model whose tokens are single bytes, of a text whose characters have three."""
     path = tmp_path_factory.mktemp("bytes")
     (path / "text.txt").write_text("漢字を書く。" * 100, encoding="utf-8")
-    flags = [*TINY_FLAGS, "--tokenizer=bpe:257", "--block_size=64", "--seq_len=64", "--steps=60", "--lr=0.02"]
+    flags = [
+        *TINY_FLAGS,
+        "--tokenizer=bpe:257",
+        "--block_size=64",
+        "--seq_len=64",
+        "--steps=60",
+        "--lr=0.02",
+    ]
     flags += ["--save_every=60", "--sample_every=60", f"--cache_dir={path / 'cache'}"]
-    assert train.main([*flags, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}"]) == 0
+    assert (
+        train.main([*flags, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}"]) == 0
+    )
     assert export_hf.main([f"--checkpoint={path / 'run'}", f"--out={path / 'hf'}"]) == 0
     return path / "hf"
 
@@ -279,8 +324,21 @@ def test_text_ends_where_the_exported_model_ends_a_document(tmp_path, monkeypatc
     Path("texts").mkdir()
     for number in range(60):
         Path(f"texts/{number}.txt").write_text("One: two 3.\n", encoding="utf-8")
-    flags = [*TINY_FLAGS, "--input_file=texts", "--out_dir=run", "--block_size=64", "--seq_len=64", "--steps=60"]
-    flags += ["--lr=0.02", "--save_every=60", "--sample_every=60", "--temperature=0", "--max_new_tokens=40"]
+    flags = [
+        *TINY_FLAGS,
+        "--input_file=texts",
+        "--out_dir=run",
+        "--block_size=64",
+        "--seq_len=64",
+        "--steps=60",
+    ]
+    flags += [
+        "--lr=0.02",
+        "--save_every=60",
+        "--sample_every=60",
+        "--temperature=0",
+        "--max_new_tokens=40",
+    ]
     assert train.main([*flags, "--prompt=One: two"]) == 0
     assert export_hf.main(["--checkpoint=run", "--out=hf"]) == 0
     writer, whole = writer_of(Path("hf")), "One: two 3.\n"
@@ -294,7 +352,9 @@ def test_text_ends_where_the_exported_model_ends_a_document(tmp_path, monkeypatc
 
     def sampled(*more: str) -> tuple[str, str]:
         capsys.readouterr()
-        assert sample.main(["--checkpoint=run", "--temperature=0", "--max_new_tokens=40", *more]) == 0
+        assert (
+            sample.main(["--checkpoint=run", "--temperature=0", "--max_new_tokens=40", *more]) == 0
+        )
         return capsys.readouterr()
 
     text, told = sampled("--prompt=One: two")

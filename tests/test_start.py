@@ -25,7 +25,9 @@ def spin_count(script: str, **environment: str) -> str:
     )
     clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, env=clean | environment, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        command, env=clean | environment, cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
 
 
 @pytest.mark.slow

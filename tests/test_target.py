@@ -48,7 +48,9 @@ def results(run: str) -> dict:
 def test_a_low_window_alone_goes_on_and_says_so_and_a_later_one_stops(launch, random_slices):
     asked = random_slices({6: 50.0})
     assert launch("run", *AIM) == 0
-    assert list(dict.fromkeys(step for step, _ in asked)) == [3, 6], "once a window, and the last not again at the end"
+    assert list(dict.fromkeys(step for step, _ in asked)) == [3, 6], (
+        "once a window, and the last not again at the end"
+    )
     found, text = results("run"), log_text(Path("run"))
     assert (found["stop_reason"], found["final_step"]) == ("target", 6)
     assert found["corpus_loss"] == pytest.approx(50) and found["window_loss"] < 10

@@ -47,19 +47,35 @@ def test_what_fails_is_a_warning_and_the_run_is_saved_before(launch, prompt_disk
     assert set(at_the_end.values()) == {8} and {"sample", "corpus loss"} <= at_the_end.keys()
     assert ("sample", 0) in failing, "in mid-run, too"
     log = log_text(Path("run"))
-    assert "The sample failed at step 8, the run goes on without: RuntimeError: CUDA error: out of memory more" in log
-    assert log.count(" failed at step ") == len(failing) and "inf" not in log.replace("INFO", "").replace("info", "")
-    assert (step_on_disk(), results("run")["stop_reason"], results("run")["corpus_loss"]) == (8, "steps", None)
+    assert (
+        "The sample failed at step 8, the run goes on without: RuntimeError: CUDA error: out of memory more"
+        in log
+    )
+    assert log.count(" failed at step ") == len(failing) and "inf" not in log.replace(
+        "INFO", ""
+    ).replace("info", "")
+    assert (step_on_disk(), results("run")["stop_reason"], results("run")["corpus_loss"]) == (
+        8,
+        "steps",
+        None,
+    )
     if "--target_loss=99" in flags:
         assert log.count("The check of the target failed") == 2, "each time that a window is full"
-        assert "whether the target was reached is unknown: the loss on random slices could not be measured" in log
-    Path("README.md").write_text("<!--AUTO:SUMMARY:START-->\n<!--AUTO:SUMMARY:END-->\n", encoding="utf-8")
+        assert (
+            "whether the target was reached is unknown: the loss on random slices could not be measured"
+            in log
+        )
+    Path("README.md").write_text(
+        "<!--AUTO:SUMMARY:START-->\n<!--AUTO:SUMMARY:END-->\n", encoding="utf-8"
+    )
     assert update_readme.main(["--out_dir=run"]) == 0 and launch("run", *flags) == 0
     assert len(failing) == log.count(" failed at step "), "the second start has nothing to do"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["--val_fraction=0.1 --eval_every=2 --patience=9", "--target_loss=5.37 --lr=0.02"])
+@pytest.mark.parametrize(
+    "case", ["--val_fraction=0.1 --eval_every=2 --patience=9", "--target_loss=5.37 --lr=0.02"]
+)
 def test_a_signal_at_any_look_is_heeded_and_nothing_is_lost(launch, prompt_disk, monkeypatch, case):
     """Between two tokens or two parts of a measurement, in mid-run and at the end; the next start does it anew."""
     looks, last = [], [10**9]
@@ -79,7 +95,11 @@ def test_a_signal_at_any_look_is_heeded_and_nothing_is_lost(launch, prompt_disk,
         looks.clear()
         codes.append(launch("run", *flags))
         if codes[-1]:
-            told = [line for line in log_text(Path("run")).splitlines() if "Interrupted by SIGTERM after step" in line]
+            told = [
+                line
+                for line in log_text(Path("run")).splitlines()
+                if "Interrupted by SIGTERM after step" in line
+            ]
             assert f"after step {step_on_disk()}." in told[-1]
             assert results("run")["stop_reason"] == "interrupted"
     assert codes[:3] == [143] * 3 and set(codes) == {143, 0}

@@ -17,7 +17,9 @@ from parts.report.tensorboard import GROUPS
 from parts.run.checkpoint import load_checkpoint
 from parts.run.layout import METRICS
 
-needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+needs_tensorboard = pytest.mark.skipif(
+    find_spec("tensorboard") is None, reason="tensorboard is not installed"
+)
 FLAGS = ["--lr=0.01", "--decay_steps=10", "--warmup_steps=2", "--amp=off"]
 ON = [*FLAGS, "--tensorboard"]
 SAMPLES = "samples/text_summary"
@@ -49,7 +51,10 @@ def columns(run: str) -> dict[str, dict[int, float]]:
         table = list(csv.DictReader(file))
     names = [name for name in METRICS if name != "step" and any(row[name] for row in table)]
     tags = {name: f"{GROUPS.get(name, 'loss')}/{name}" for name in names}
-    return {tags[name]: {int(row["step"]): float(row[name]) for row in table if row[name]} for name in names}
+    return {
+        tags[name]: {int(row["step"]): float(row[name]) for row in table if row[name]}
+        for name in names
+    }
 
 
 def assert_the_whole_run_is_shown(run: str) -> None:
@@ -58,8 +63,13 @@ def assert_the_whole_run_is_shown(run: str) -> None:
     for name, steps in expected.items():
         assert found.pop(name) == pytest.approx(steps, rel=1e-6), name
     blocks = Path(run, "samples/samples.txt").read_bytes().decode().split("=" * 80 + "\nSTEP ")[1:]
-    code = {int(step): "\n" + block for step, _, block in (block.strip("\n").partition("\n\n") for block in blocks)}
-    assert found.pop(SAMPLES) == {step: block.replace("\n", "\n    ")[1:] for step, block in code.items()}
+    code = {
+        int(step): "\n" + block
+        for step, _, block in (block.strip("\n").partition("\n\n") for block in blocks)
+    }
+    assert found.pop(SAMPLES) == {
+        step: block.replace("\n", "\n    ")[1:] for step, block in code.items()
+    }
     assert all(tag.startswith(("_hparams_/", "results/")) for tag in found), found.keys()
 
 
@@ -77,37 +87,61 @@ def test_a_run_is_shown_row_by_row_with_samples_flags_and_results(launch):
     assert_the_whole_run_is_shown("run")
     reader = EventAccumulator("run/tensorboard").Reload()
     for name, steps in columns("run").items():
-        assert {one.step: one.value for one in reader.Scalars(name)} == pytest.approx(steps, rel=1e-6)
-    losses = {"loss/loss", "loss/window_loss", "loss/val_loss"}  # the first group, which is open when the page opens
+        assert {one.step: one.value for one in reader.Scalars(name)} == pytest.approx(
+            steps, rel=1e-6
+        )
+    losses = {
+        "loss/loss",
+        "loss/window_loss",
+        "loss/val_loss",
+    }  # the first group, which is open when the page opens
     others = {"optimizer/lr", "optimizer/grad_norm", "speed/tokens_per_sec"}
-    assert losses | others <= set(reader.Tags()["scalars"]) and min(reader.Tags()["scalars"]).startswith("loss/")
+    assert losses | others <= set(reader.Tags()["scalars"]) and min(
+        reader.Tags()["scalars"]
+    ).startswith("loss/")
 
     results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
     found = told("run")
     for name in ("best_loss", "corpus_loss", "perplexity", "val_loss"):
         assert found[f"results/{name}"] == {8: pytest.approx(results[name], rel=1e-6)}
     contents = {
-        value.tag: value.metadata.plugin_data.content for event in events("run") for value in event.summary.value
+        value.tag: value.metadata.plugin_data.content
+        for event in events("run")
+        for value in event.summary.value
     }
-    flags = metadata.parse_session_start_info_plugin_data(contents["_hparams_/session_start_info"]).hparams
+    flags = metadata.parse_session_start_info_plugin_data(
+        contents["_hparams_/session_start_info"]
+    ).hparams
     config = Config.from_dict(load_checkpoint(Path("run/checkpoints/last.pt"))["config"])
-    assert flags["lr"].number_value == config.lr == 0.01 and flags["optimizer"].string_value == "muon"
+    assert (
+        flags["lr"].number_value == config.lr == 0.01 and flags["optimizer"].string_value == "muon"
+    )
     assert flags["input_file"].string_value == config.input_file[0].as_posix()
     experiment = metadata.parse_experiment_plugin_data(contents["_hparams_/experiment"])
     assert "results/best_loss" in {info.name.tag for info in experiment.metric_infos}
-    assert not [path for path in Path("run/tensorboard").iterdir() if path.is_dir()], "one run, not two"
+    assert not [path for path in Path("run/tensorboard").iterdir() if path.is_dir()], (
+        "one run, not two"
+    )
 
 
 @needs_tensorboard
 @pytest.mark.slow
-def test_a_run_broken_off_again_and_again_shows_what_the_whole_run_shows(launch, prompt_disk, before_step):
+def test_a_run_broken_off_again_and_again_shows_what_the_whole_run_shows(
+    launch, prompt_disk, before_step
+):
     assert launch("whole", *ON, "--steps=10") == 0
     before_step({3: lambda: signal.raise_signal(signal.SIGTERM), 6: die, 9: die})
     assert [launch("parts", *ON, "--steps=10") for _ in range(4)] == [143, 130, 130, 0]
     assert_the_whole_run_is_shown("parts")
     whole, parts = told("whole"), told("parts")
-    assert {tag: list(steps) for tag, steps in parts.items()} == {tag: list(steps) for tag, steps in whole.items()}
-    for tag in whole.keys() - {"speed/tokens_per_sec", "speed/elapsed_sec", "_hparams_/session_start_info"}:
+    assert {tag: list(steps) for tag, steps in parts.items()} == {
+        tag: list(steps) for tag, steps in whole.items()
+    }
+    for tag in whole.keys() - {
+        "speed/tokens_per_sec",
+        "speed/elapsed_sec",
+        "_hparams_/session_start_info",
+    }:
         assert parts[tag] == whole[tag], tag
 
 
@@ -126,16 +160,29 @@ def test_an_interrupted_run_has_its_results_so_far_at_hand(launch, before_step):
 @pytest.mark.slow
 @pytest.mark.xdist_group("kills")
 def test_a_killed_run_loses_nothing(launch, tmp_path, text_file):
-    flags = [*TINY_FLAGS, *ON, f"--input_file={text_file}", "--out_dir=run", "--steps=100000", "--log_every=1"]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    flags = [
+        *TINY_FLAGS,
+        *ON,
+        f"--input_file={text_file}",
+        "--out_dir=run",
+        "--steps=100000",
+        "--log_every=1",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags], cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
     metrics, last = tmp_path / "run/logs/train_metrics.csv", tmp_path / "run/checkpoints/last.pt"
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not (last.exists() and metrics.read_bytes().count(b"\n") > 12):
+    while time.monotonic() < deadline and not (
+        last.exists() and metrics.read_bytes().count(b"\n") > 12
+    ):
         time.sleep(0.02)
     process.kill()
     process.wait()
     rows = set(columns("run")["loss/loss"])
-    assert len(rows) >= 12 and len(rows ^ set(told("run")["loss/loss"])) <= 1, "the row of the last instant"
+    assert len(rows) >= 12 and len(rows ^ set(told("run")["loss/loss"])) <= 1, (
+        "the row of the last instant"
+    )
     step = load_checkpoint(last)["step"]
     assert launch("run", *ON, "--log_every=1", f"--steps={step + 3}") == 0
     assert_the_whole_run_is_shown("run")
@@ -151,7 +198,9 @@ def test_turned_on_and_off_at_any_time(launch, capsys):
     assert_the_whole_run_is_shown("run")
     times = {event.step: event.wall_time for event in events("run") if event.summary.value[:1]}
     elapsed = columns("run")["speed/elapsed_sec"]
-    assert times[4] - times[1] == pytest.approx(elapsed[4] - elapsed[1], abs=1e-3), "the relative axis is right"
+    assert times[4] - times[1] == pytest.approx(elapsed[4] - elapsed[1], abs=1e-3), (
+        "the relative axis is right"
+    )
     assert launch("run", *FLAGS, "--steps=8") == 0
     assert events("run") == [], "rather than a run that seems to have ended at step 6"
     capsys.readouterr()
@@ -164,7 +213,11 @@ def test_turned_on_and_off_at_any_time(launch, capsys):
 def test_without_the_package_the_run_goes_on(launch, monkeypatch, hidden):
     """Neither where it is missing nor where what it needs is."""
     package = {"tensorboard": "tensorboard", "protobuf": "google.protobuf"}[hidden]
-    loaded = [name for name in sys.modules if name.startswith((package, "tensorboard", "torch.utils.tensorboard"))]
+    loaded = [
+        name
+        for name in sys.modules
+        if name.startswith((package, "tensorboard", "torch.utils.tensorboard"))
+    ]
     for name in loaded:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)

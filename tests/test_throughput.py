@@ -13,7 +13,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def options(text_file):
     return throughput.Options(
-        preset="demo", batch_size=1, seq_len=16, grad_accum=1, rounds=2, warm_up=1, device="cpu", input_file=text_file
+        preset="demo",
+        batch_size=1,
+        seq_len=16,
+        grad_accum=1,
+        rounds=2,
+        warm_up=1,
+        device="cpu",
+        input_file=text_file,
     )
 
 
@@ -23,7 +30,9 @@ def test_programs_that_do_not_fit_are_left_out_and_named(options, monkeypatch):
     found, left_out = throughput.measure(options, ["products", "train.py, eager"])
     assert list(found) == ["products"] and len(found["products"]["seconds"]) == 2
     assert found["products"]["peak_mb"] > 100
-    assert list(left_out) == ["train.py, eager"] and left_out["train.py, eager"].startswith("0.1 GB of memory are left")
+    assert list(left_out) == ["train.py, eager"] and left_out["train.py, eager"].startswith(
+        "0.1 GB of memory are left"
+    )
 
 
 def test_a_program_that_fails_costs_only_itself(options):
@@ -33,6 +42,8 @@ def test_a_program_that_fails_costs_only_itself(options):
 
 def test_a_program_that_is_killed_is_told_apart():
     program = "import os; os.kill(os.getpid(), 9)"
-    server = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     with pytest.raises(ChildProcessError, match="killed, probably for want of memory"):
         throughput.ask(server)

@@ -68,9 +68,14 @@ def test_pieces_have_the_ids_of_the_whole(words, size, tokenizer, tmp_path_facto
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=80), size=st.integers(1, 40))
+@given(
+    text=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=80),
+    size=st.integers(1, 40),
+)
 def test_pieces_of_any_unicode(text, size, tokenizer, tmp_path_factory):
-    test_pieces_have_the_ids_of_the_whole.hypothesis.inner_test([text], size, tokenizer, tmp_path_factory)
+    test_pieces_have_the_ids_of_the_whole.hypothesis.inner_test(
+        [text], size, tokenizer, tmp_path_factory
+    )
 
 
 def test_every_place_that_may_be_cut_may_be_cut(tokenizer):
@@ -81,23 +86,32 @@ def test_every_place_that_may_be_cut_may_be_cut(tokenizer):
         whole = tokenizer.encode_ordinary(text)
         place = last_cut(text)
         while place:
-            assert tokenizer.encode_ordinary(text[:place]) + tokenizer.encode_ordinary(text[place:]) == whole, text
+            assert (
+                tokenizer.encode_ordinary(text[:place]) + tokenizer.encode_ordinary(text[place:])
+                == whole
+            ), text
             cuts += 1
             place = last_cut(text[:place])
     assert cuts > 3_000
 
 
-@pytest.mark.parametrize("text", ["漢字仮名交り文、" * 3000, "abc123" * 4000, "a-b" * 8000, "x" * 20_000 + " end"])
+@pytest.mark.parametrize(
+    "text", ["漢字仮名交り文、" * 3000, "abc123" * 4000, "a-b" * 8000, "x" * 20_000 + " end"]
+)
 def test_text_with_hardly_any_white_space(text, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("parts.text.vocabulary.CHUNK", 1000)
-    assert in_pieces(text, tmp_path / "dense.txt", 1000, tokenizer).tolist() == tokenizer.encode_ordinary(text)
+    assert in_pieces(
+        text, tmp_path / "dense.txt", 1000, tokenizer
+    ).tolist() == tokenizer.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("white", [" ", "\n", "\t \n", "\u00a0"])
 def test_endless_white_space(white, tokenizer, tmp_path):
     run = (white * 300_000)[:300_000]
     for text in (f"one{run}two", f"{run}two", f"one{run}"):
-        assert in_pieces(text, tmp_path / "white.txt", 0, tokenizer).tolist() == tokenizer.encode_ordinary(text)
+        assert in_pieces(
+            text, tmp_path / "white.txt", 0, tokenizer
+        ).tolist() == tokenizer.encode_ordinary(text)
 
 
 def load(*inputs, tokenizer, folder, threads=2):
@@ -107,7 +121,11 @@ def load(*inputs, tokenizer, folder, threads=2):
 @pytest.fixture
 def texts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, text in (("b/two.txt", "Second text.\n"), ("b/a/one.txt", "First text, é.\r\n"), ("b/other.md", "Third")):
+    for name, text in (
+        ("b/two.txt", "Second text.\n"),
+        ("b/a/one.txt", "First text, é.\r\n"),
+        ("b/other.md", "Third"),
+    ):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(text.encode())
     return tmp_path
@@ -120,19 +138,29 @@ def test_documents_are_joined_in_a_stable_order(texts, tokenizer):
     assert (found.tokens == 50_256).sum() == 2 and found.n_bytes == sum(
         p.stat().st_size for p in find_files([Path("b"), Path("b/other.md")])
     )
-    assert find_files([Path("b/two.txt"), Path("b")]) == [Path("b/two.txt"), Path("b/a/one.txt")], "none twice"
+    assert find_files([Path("b/two.txt"), Path("b")]) == [Path("b/two.txt"), Path("b/a/one.txt")], (
+        "none twice"
+    )
 
 
-def test_the_file_is_used_again_and_a_changed_text_is_noticed(texts, tokenizer, caplog, monkeypatch):
+def test_the_file_is_used_again_and_a_changed_text_is_noticed(
+    texts, tokenizer, caplog, monkeypatch
+):
     monkeypatch.setattr(train.log, "propagate", True)
     first = load("b", tokenizer=tokenizer, folder="cache")
     (path,) = Path("cache").glob("*.tokens")
     written = path.stat().st_mtime_ns
     again = load("b", tokenizer=tokenizer, folder="cache")
-    assert path.stat().st_mtime_ns == written and again.sha256 == first.sha256 and (again.tokens == first.tokens).all()
+    assert (
+        path.stat().st_mtime_ns == written
+        and again.sha256 == first.sha256
+        and (again.tokens == first.tokens).all()
+    )
     assert not caplog.messages
     Path("b/two.txt").write_text("Changed.", encoding="utf-8")
-    assert "Changed." in tokenizer.decode(load("b", tokenizer=tokenizer, folder="cache").tokens.tolist())
+    assert "Changed." in tokenizer.decode(
+        load("b", tokenizer=tokenizer, folder="cache").tokens.tolist()
+    )
     assert "has changed" in caplog.text and len(list(Path("cache").glob("*.tokens"))) == 1
 
 
@@ -148,7 +176,10 @@ def test_a_damaged_file_is_noticed_whatever_the_damage(texts, tokenizer, caplog,
         whole = path.read_bytes()
         places = [*generator.sample(range(len(whole)), min(60, len(whole))), len(whole) - 1]
         damages = [whole[:place] for place in places] + [whole + b"\0\0", b"", b"\n" * 100]
-        damages += [whole[:p] + bytes([whole[p] ^ 1 << generator.randrange(8)]) + whole[p + 1 :] for p in places]
+        damages += [
+            whole[:p] + bytes([whole[p] ^ 1 << generator.randrange(8)]) + whole[p + 1 :]
+            for p in places
+        ]
         for damaged in damages:
             path.write_bytes(damaged)
             found = load("b", tokenizer=tokenizer, folder="cache")
@@ -271,7 +302,8 @@ def test_tokens_in_any_order_have_the_text_that_the_library_gives_them(kind, tok
         n = len(parts["model"]["vocab"])
         parts["model"]["vocab"] |= {"漢字 é": n}
         parts["added_tokens"] += [
-            parts["added_tokens"][0] | {"id": n + i, "content": word} for i, word in enumerate(["<é b>", "<é>"], 1)
+            parts["added_tokens"][0] | {"id": n + i, "content": word}
+            for i, word in enumerate(["<é b>", "<é>"], 1)
         ]
         vocabulary = OwnVocabulary(json.dumps(parts), "odd.json")
         assert vocabulary.n_vocab == n + 3
@@ -287,9 +319,13 @@ def test_tokens_in_any_order_have_the_text_that_the_library_gives_them(kind, tok
 
 def test_a_folder_says_how_many_files_it_gave(texts, tokenizer):
     def told(*inputs: str) -> tuple[str, int]:
-        config = decide(dict(input_file=tuple(map(Path, inputs)), threads=1, seq_len=2, device="cpu"))
+        config = decide(
+            dict(input_file=tuple(map(Path, inputs)), threads=1, seq_len=2, device="cpu")
+        )
         corpus = load_corpus(config, tokenizer)
-        line = next(line for line in plan(config, corpus, 0.0, Progress()) if line.startswith("Corpus: "))
+        line = next(
+            line for line in plan(config, corpus, 0.0, Progress()) if line.startswith("Corpus: ")
+        )
         record = launch_record([], config, corpus, None, {})
         return line.partition(" tokens")[0].rpartition(", ")[0], record["corpus"]["files"]
 
@@ -308,12 +344,16 @@ def test_an_own_vocabulary(vocabulary, tiny_shakespeare):
     again = OwnVocabulary(train_vocabulary([tiny_shakespeare], 1000), "again")
     assert again.content == vocabulary.content, "learned the same twice"
     special = vocabulary.encode_ordinary("<|endoftext|>")
-    assert len(special) > 1 and vocabulary.eot_token not in special, "special tokens in a text are plain text"
+    assert len(special) > 1 and vocabulary.eot_token not in special, (
+        "special tokens in a text are plain text"
+    )
 
 
 @settings(max_examples=150, deadline=None)
 @given(words=st.lists(st.sampled_from(NASTY), max_size=60), size=st.integers(1, 40))
-def test_pieces_have_the_ids_of_the_whole_under_an_own_vocabulary(words, size, own, tmp_path_factory):
+def test_pieces_have_the_ids_of_the_whole_under_an_own_vocabulary(
+    words, size, own, tmp_path_factory
+):
     test_pieces_have_the_ids_of_the_whole.hypothesis.inner_test(words, size, own, tmp_path_factory)
 
 
@@ -335,11 +375,19 @@ def test_a_run_with_an_own_vocabulary_keeps_it(texts):
     assert saved["config"]["vocab_size"] == 300 == len(saved["model"]["wte.weight"])
     assert train.main([*flags, "--steps=6"]) == 0, "and continues with it"
     # The vocabulary that was learned can be named, and is the same one.
-    named = [*TINY_FLAGS, "--input_file=b/two.txt", "--tokenizer=run/tokenizer.json", "--out_dir=named", "--steps=4"]
+    named = [
+        *TINY_FLAGS,
+        "--input_file=b/two.txt",
+        "--tokenizer=run/tokenizer.json",
+        "--out_dir=named",
+        "--steps=4",
+    ]
     assert train.main(named) == 0
     other = load_checkpoint(Path("named/checkpoints/last.pt"))["model"]
     assert all((value == other[name]).all() for name, value in saved["model"].items())
-    assert train.main([*flags[:-2], "--out_dir=run", "--tokenizer=gpt2"]) == 2, "another vocabulary is another model"
+    assert train.main([*flags[:-2], "--out_dir=run", "--tokenizer=gpt2"]) == 2, (
+        "another vocabulary is another model"
+    )
 
 
 def test_the_floor_of_a_large_corpus_is_estimated(monkeypatch):
@@ -387,7 +435,10 @@ def test_folders_and_globs_follow_one_rule(mixed, inputs, expected, left_out):
     found: dict[str, set[Path]] = {}
     files = find_files(list(map(Path, inputs)), left_out=found)
     assert [path.relative_to("m").as_posix() for path in files] == expected.split()
-    said = {why: " ".join(sorted(p.relative_to("m").as_posix() for p in paths)) for why, paths in found.items()}
+    said = {
+        why: " ".join(sorted(p.relative_to("m").as_posix() for p in paths))
+        for why, paths in found.items()
+    }
     assert said == left_out
 
 
@@ -396,13 +447,17 @@ def test_what_is_left_out_or_equal_is_said(mixed, tokenizer):
     flags = dict(input_file=(Path("m"),), val_file=(Path("b"),), threads=1, seq_len=2, device="cpu")
     Path("m/link").unlink()
     config = decide(flags)
-    lines = [line.replace(os.sep, "/") for line in plan(config, load_corpus(config, tokenizer), 0.0, Progress())]
+    lines = [
+        line.replace(os.sep, "/")
+        for line in plan(config, load_corpus(config, tokenizer), 0.0, Progress())
+    ]
     assert (
         "Corpus: m (4 files; left out: hidden 2 (m/._a.txt, m/.x), broken links 1 (m/lost.txt), not .txt 1 "
         "(m/sub/d.md); the same text twice: m/a.txt = m/sub/again.txt), "
     ) in "\n".join(lines)
     assert any(
-        re.match(r"Validation: \d+ tokens \(2 files; left out: not \.txt 1 \(b/other\.md\)\)", one) for one in lines
+        re.match(r"Validation: \d+ tokens \(2 files; left out: not \.txt 1 \(b/other\.md\)\)", one)
+        for one in lines
     )
 
 
@@ -421,7 +476,9 @@ def test_a_text_is_not_trained_on_and_held_out(texts, tokenizer, names, flags, r
     """Texts of 10 tokens under names in this order; a and z are equal."""
     Path("m").mkdir()
     for number, name in enumerate(names, 1):
-        Path("m", f"{number}{name}.txt").write_text(("b" if name == "b" else "a") + " one" * 9, encoding="utf-8")
+        Path("m", f"{number}{name}.txt").write_text(
+            ("b" if name == "b" else "a") + " one" * 9, encoding="utf-8"
+        )
     Path("copy.txt").write_text("a" + " one" * 9, encoding="utf-8")
     flags = flags | ({"val_file": (Path(flags["val_file"]),)} if "val_file" in flags else {})
     config = decide(dict(input_file=(Path("m"),), threads=1, seq_len=2, **flags))
@@ -440,13 +497,18 @@ def test_a_run_does_not_read_itself(launch, text_file, capsys):
     for steps in (2, 3):
         assert launch("books/out", "--input_file=books", f"--steps={steps}") == 0
     log = capsys.readouterr().out
-    assert "Resuming from step 2" in log and f"(1 file; left out: written by train.py 1 ({Path('books/out')}))" in log
+    assert (
+        "Resuming from step 2" in log
+        and f"(1 file; left out: written by train.py 1 ({Path('books/out')}))" in log
+    )
     shutil.copytree("books/out", "books", dirs_exist_ok=True)
     for inputs in ("books", "books/*", "books/**/*"):
         assert find_files([Path(inputs)]) == [Path("books/a.txt")]
     with pytest.raises(FileNotFoundError, match="matches no file; left out: written by train"):
         find_files([Path("data/**/*")])
-    assert find_files([Path("books/samples")]) == [Path("books/samples/samples.txt")], "which is named"
+    assert find_files([Path("books/samples")]) == [Path("books/samples/samples.txt")], (
+        "which is named"
+    )
 
 
 @pytest.mark.parametrize("flag", ["--input_file", "--val_file"])
@@ -489,7 +551,10 @@ def good(own):
         (lambda parts: parts["model"].update(dropout=0.5), "a BPE without dropout"),
         (lambda parts: parts.update(normalizer={"type": "Lowercase"}), "normalizer: none"),
         (lambda parts: parts["pre_tokenizer"].update(use_regex=False), "GPT-2's pattern"),
-        (lambda parts: parts["pre_tokenizer"].update(add_prefix_space=True), "without a prefix space"),
+        (
+            lambda parts: parts["pre_tokenizer"].update(add_prefix_space=True),
+            "without a prefix space",
+        ),
         (lambda parts: parts.update(decoder=None), "decoder: ByteLevel"),
         (lambda parts: parts["model"]["vocab"].pop("e"), "vocabulary: every byte"),
         (lambda parts: parts["model"]["vocab"].update(e=70_000), "ids without gaps"),
@@ -523,7 +588,9 @@ def test_another_vocabulary_under_the_same_name_is_another_model(texts, own, cap
     flags = [*TINY_FLAGS, "--input_file=b/two.txt", "--out_dir=run", "--steps=4"]
     assert train.main([*flags, "--tokenizer=own.json"]) == 0
     Path("same.json").write_text(own.content, encoding="utf-8")
-    assert train.main([*flags, "--tokenizer=same.json", "--steps=5"]) == 0, "the same one under another name"
+    assert train.main([*flags, "--tokenizer=same.json", "--steps=5"]) == 0, (
+        "the same one under another name"
+    )
     Path("own.json").write_text(train_vocabulary([Path("b/two.txt")], 300), encoding="utf-8")
     assert train.main([*flags, "--tokenizer=own.json", "--steps=6"]) == 2
     assert "has another vocabulary" in capsys.readouterr().err
@@ -535,11 +602,16 @@ def test_bytes_between_documents_are_no_text(texts):
     for number in range(40):
         (many / f"{number}.txt").write_text(f"Line {number}.\n", encoding="utf-8")
     Path("b/two.txt").write_text("Another text to train on.", encoding="utf-8")
-    for flags in (dict(val_fraction=0.5, input_file=(many,)), dict(val_file=(many,), input_file=(Path("b/two.txt"),))):
+    for flags in (
+        dict(val_fraction=0.5, input_file=(many,)),
+        dict(val_file=(many,), input_file=(Path("b/two.txt"),)),
+    ):
         config = decide(dict(threads=1, seq_len=4, **flags))
         corpus = load_corpus(config, load_tokenizer())
         size = sum(path.stat().st_size for path in many.glob("*.txt"))
-        n_tokens = 40 * 5 - 1 if flags.get("val_file") else len(corpus.val_tokens) + len(corpus.tokens)
+        n_tokens = (
+            40 * 5 - 1 if flags.get("val_file") else len(corpus.val_tokens) + len(corpus.tokens)
+        )
         assert corpus.val_bytes_per_token == pytest.approx(size / n_tokens, rel=0.05)
 
 
@@ -557,7 +629,9 @@ def test_a_large_text_needs_no_number_of_threads(texts, tokenizer, monkeypatch):
 
 
 def test_bytes_per_token_are_those_of_the_part_that_is_trained_on(texts):
-    Path("mix.txt").write_text("Plain English words here. " * 200 + "漢字仮名交り文" * 400, encoding="utf-8")
+    Path("mix.txt").write_text(
+        "Plain English words here. " * 200 + "漢字仮名交り文" * 400, encoding="utf-8"
+    )
     config = decide(dict(input_file=(Path("mix.txt"),), max_tokens=500, seq_len=16))
     assert load_corpus(config, load_tokenizer()).bytes_per_token == pytest.approx(26 / 5, rel=0.01)
 
@@ -588,8 +662,16 @@ def test_an_empty_text_yields_no_vocabulary_and_is_called_empty(texts, capsys):
 def test_sigterm_while_a_text_is_encoded_leaves_nothing_half_written(tmp_path):
     text = " ".join(str(n) for n in range(3_000_000))
     Path(tmp_path / "long.txt").write_text(text, encoding="utf-8")
-    command = [sys.executable, str(ROOT / "train.py"), "--preset=demo", "--input_file=long.txt", "--out_dir=run"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--preset=demo",
+        "--input_file=long.txt",
+        "--out_dir=run",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not any(path.stat().st_size > 100_000 for path in tmp_path.glob("data/cache/*.tmp")):
         assert process.poll() is None, "it was done before it could be stopped"
         time.sleep(0.005)

@@ -52,7 +52,9 @@ def test_the_loss_is_the_mean_over_the_global_batch_before_the_update(config, co
         expected = trainer.model(slices[:, :-1], slices[:, 1:]).item()
     loss, _, _ = trainer.update()
     assert loss == pytest.approx(expected, abs=1e-5)
-    assert abs(loss - math.log(VOCAB_SIZE)) < 0.3, "not divided by grad_accum, not the last micro-batch"
+    assert abs(loss - math.log(VOCAB_SIZE)) < 0.3, (
+        "not divided by grad_accum, not the last micro-batch"
+    )
 
 
 def test_grad_norm_is_that_before_clipping(config, corpus):
@@ -76,7 +78,9 @@ def test_optimizer_groups_cover_each_parameter_once(config, optimizer):
     model = train.GPT(config)
     config = replace(config, optimizer=optimizer, weight_decay=0.1)
     groups = [g for one in train.build_optimizers(model, config).values() for g in one.param_groups]
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(
+        id(p) for p in model.parameters()
+    )
     names = {id(p): name for name, p in model.named_parameters()}
     for group in groups:
         for name in (names[id(p)] for p in group["params"]):
@@ -95,7 +99,9 @@ def test_muon_has_the_matrices_of_the_blocks(config):
 
 def test_a_muon_step_is_orthogonal_and_as_large_as_an_adamw_step(config, corpus):
     """Its singular values lie around one, as the Polar Express leaves them, scaled so that the RMS is 0.2 lr."""
-    trainer = train.Trainer(replace(config, optimizer="muon", lr=0.1, weight_decay=0.0, clip_grad=0), corpus, None)
+    trainer = train.Trainer(
+        replace(config, optimizer="muon", lr=0.1, weight_decay=0.0, clip_grad=0), corpus, None
+    )
     before = trainer.model.h[0].mlp.c_fc.weight.detach().clone()
     _, _, lr = trainer.update()
     update = (before - trainer.model.h[0].mlp.c_fc.weight.detach()) / lr
@@ -107,7 +113,9 @@ def test_a_muon_step_is_orthogonal_and_as_large_as_an_adamw_step(config, corpus)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_weight_decay_shrinks_matrices_only(config, corpus, optimizer):
     """With zero gradients a weight moves by -lr * decay * weight and nothing else."""
-    trainer = train.Trainer(replace(config, optimizer=optimizer, lr=0.1, weight_decay=0.5), corpus, None)
+    trainer = train.Trainer(
+        replace(config, optimizer=optimizer, lr=0.1, weight_decay=0.5), corpus, None
+    )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     for parameter in trainer.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -120,7 +128,9 @@ def test_weight_decay_shrinks_matrices_only(config, corpus, optimizer):
 
 @pytest.mark.parametrize(("schedule", "quarter"), [("linear", 0.75), ("cosine", 0.8535534)])
 def test_learning_rate_schedule(config, schedule, quarter):
-    config = replace(config, lr=1e-3, min_lr=1e-4, warmup_steps=10, decay_steps=110, steps=200, schedule=schedule)
+    config = replace(
+        config, lr=1e-3, min_lr=1e-4, warmup_steps=10, decay_steps=110, steps=200, schedule=schedule
+    )
     rates = [train.learning_rate(step, config) for step in range(1, 201)]
     assert rates[0] == pytest.approx(1e-4) and rates[0] > 0
     assert rates[9] == max(rates) == 1e-3
@@ -145,11 +155,15 @@ def test_default_warmup_is_a_small_part_of_the_run():
 def test_the_rate_moves_once_per_step_whatever_the_accumulation(config, corpus):
     seen = []
     for grad_accum in (1, 4):
-        trainer = train.Trainer(replace(config, grad_accum=grad_accum, warmup_steps=2, lr=1e-3), corpus, None)
+        trainer = train.Trainer(
+            replace(config, grad_accum=grad_accum, warmup_steps=2, lr=1e-3), corpus, None
+        )
         seen.append([trainer.update()[2] for _ in range(4)])
         for optimizer in trainer.optimizers.values():
             assert optimizer.param_groups[0]["lr"] == seen[-1][-1]
-    assert seen[0] == seen[1] == [train.learning_rate(step, trainer.config) for step in (1, 2, 3, 4)]
+    assert (
+        seen[0] == seen[1] == [train.learning_rate(step, trainer.config) for step in (1, 2, 3, 4)]
+    )
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -171,7 +185,10 @@ def test_an_fp16_overflow_skips_the_step_and_halves_the_scale(config, corpus):
     trainer.update()
     trainer.scaler.update(2.0**40)  # any gradient overflows
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    moments = {k: v["exp_avg"].clone() for k, v in trainer.optimizers["adamw"].state_dict()["state"].items()}
+    moments = {
+        k: v["exp_avg"].clone()
+        for k, v in trainer.optimizers["adamw"].state_dict()["state"].items()
+    }
     trainer.update()
     assert trainer.progress.skipped_steps == 1 and trainer.progress.step == 2
     assert trainer.scaler.get_scale() == 2.0**39
@@ -184,13 +201,19 @@ def test_a_non_finite_loss_never_reaches_the_weights(config, corpus):
     trainer = train.Trainer(config, corpus, None)
     with torch.no_grad():
         trainer.model.ln_f.weight[0] = math.nan
-    others = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if n != "ln_f.weight"}
+    others = {
+        n: p.detach().clone() for n, p in trainer.model.named_parameters() if n != "ln_f.weight"
+    }
     for _ in range(train.MAX_SKIPPED_IN_A_ROW - 1):
         loss, _, _ = trainer.update()
     assert math.isnan(loss)
-    with pytest.raises(train.TrainingFailed, match=r"20 steps in a row, the last being step 20: .*--lr"):
+    with pytest.raises(
+        train.TrainingFailed, match=r"20 steps in a row, the last being step 20: .*--lr"
+    ):
         trainer.update()
-    assert all(torch.equal(p, others[n]) for n, p in trainer.model.named_parameters() if n in others)
+    assert all(
+        torch.equal(p, others[n]) for n, p in trainer.model.named_parameters() if n in others
+    )
     assert trainer.progress.recent_losses == []
 
 
@@ -227,7 +250,10 @@ def test_best_is_the_lowest_window_with_the_weights_after_its_step(config, corpu
     saver.consider_window_loss()
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     best_loss = trainer.progress.best_loss
-    assert best_loss == trainer.progress.window_loss(trainer.config) and trainer.progress.best_step == 6
+    assert (
+        best_loss == trainer.progress.window_loss(trainer.config)
+        and trainer.progress.best_step == 6
+    )
     trainer.update()
     trainer.progress.recent_losses = [99.0] * 3
     saver.consider_window_loss(at_end=True)
@@ -242,7 +268,9 @@ def test_corpus_loss_is_the_mean_over_slices_with_its_standard_error(config, cor
     slices = train.take_slices(corpus.tokens, starts, config.seq_len)
     with torch.no_grad():
         each = torch.stack([model(s[None, :-1], s[None, 1:]) for s in slices]).double()
-    parts = [train.corpus_losses(model, corpus.tokens, config, 5, *ends) for ends in ((0, 4), (4, 7))]
+    parts = [
+        train.corpus_losses(model, corpus.tokens, config, 5, *ends) for ends in ((0, 4), (4, 7))
+    ]
     mean, error = train.mean_and_error(torch.cat(parts))
     assert mean == pytest.approx(each.mean().item(), abs=1e-5)
     assert error == pytest.approx(each.std().item() / 7**0.5, rel=1e-2)
@@ -302,4 +330,6 @@ def test_the_eta_leaves_out_the_first_step_of_a_start(launch, monkeypatch):
     monkeypatch.setattr(train.Trainer, "update", timed)
     assert launch("run", "--steps=30", "--save_every=1000") == 0
     told = re.findall(r"step (\d+)/30 [^\n]*\n[^\n]*ETA (\S+) \(", log_text(Path("run")))
-    assert told == [("2", "0:00:28"), ("10", "0:00:20")], "after the second step, and with ten to go by"
+    assert told == [("2", "0:00:28"), ("10", "0:00:20")], (
+        "after the second step, and with ten to go by"
+    )

@@ -27,7 +27,9 @@ def tree() -> tree_sitter.Tree:
 
 
 def test_it_parses(tree):
-    broken = [node.text.decode() for node in nodes(tree.root_node) if node.is_error or node.is_missing]
+    broken = [
+        node.text.decode() for node in nodes(tree.root_node) if node.is_error or node.is_missing
+    ]
     assert not broken
 
 
@@ -48,18 +50,29 @@ def test_the_flags_are_the_trainers(tree):
 def test_it_splats_its_arguments_and_keeps_the_exit_code(tree):
     commands = [node.text.decode() for node in nodes(tree.root_node) if node.type == "command"]
     assert "& $python train.py @trainArgs" in commands
-    assert any(command.startswith("& $python update_readme.py --out_dir $outDir") for command in commands)
+    assert any(
+        command.startswith("& $python update_readme.py --out_dir $outDir") for command in commands
+    )
     assert "$trainArgs += $args" in CODE
-    assert re.search(r"@trainArgs\s+\$exitCode = \$LASTEXITCODE\s+if \(\$exitCode -eq 0 -and ", CODE)
+    assert re.search(
+        r"@trainArgs\s+\$exitCode = \$LASTEXITCODE\s+if \(\$exitCode -eq 0 -and ", CODE
+    )
     assert CODE.rstrip().endswith("exit $exitCode")
-    assert "Push-Location -LiteralPath $PSScriptRoot" in CODE and "$ErrorActionPreference = 'Stop'" in CODE
+    assert (
+        "Push-Location -LiteralPath $PSScriptRoot" in CODE
+        and "$ErrorActionPreference = 'Stop'" in CODE
+    )
     assert CODE.count("SetThreadExecutionState($") == 2, "kept awake, and let go again"
 
 
 def test_what_python_writes_to_stderr_is_no_error():
     """The editor of 5.1 makes an error of it, and 'Stop' would end the run."""
     before, _, after = CODE.partition("$ErrorActionPreference = 'Continue'")
-    assert "& $python" not in before and after.count("& $python") == 2 and "ErrorActionPreference" not in after
+    assert (
+        "& $python" not in before
+        and after.count("& $python") == 2
+        and "ErrorActionPreference" not in after
+    )
 
 
 @pytest.mark.parametrize(("argument", "expected"), [("--out_dir=x/y", "x/y"), ("--out-dir=z", "z")])

@@ -27,7 +27,9 @@ from parts.report.comparison import compare
 from parts.report.reader import read_metrics, read_run
 from parts.report.sections import INVISIBLE, filled, preformatted
 
-ALL = "".join(f"## {n}\n\n<!--AUTO:{n}:START-->\n<!--AUTO:{n}:END-->\n\n" for n in update_readme.SECTIONS)
+ALL = "".join(
+    f"## {n}\n\n<!--AUTO:{n}:START-->\n<!--AUTO:{n}:END-->\n\n" for n in update_readme.SECTIONS
+)
 HEADER = "step,loss,lr,tokens_per_sec,elapsed_sec\n"
 
 
@@ -37,7 +39,12 @@ def finished_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     text = folder / "input.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
-    assert train.main([*TINY_FLAGS, "--input_file", str(text), "--out_dir", str(folder / "out" / "run")]) == 0
+    assert (
+        train.main(
+            [*TINY_FLAGS, "--input_file", str(text), "--out_dir", str(folder / "out" / "run")]
+        )
+        == 0
+    )
     return folder / "out" / "run"
 
 
@@ -52,7 +59,9 @@ def partial_run(tmp_path) -> Path:
     """A directory with the old five-column CSV alone."""
     logs = tmp_path / "out" / "old" / "logs"
     logs.mkdir(parents=True)
-    (logs / "train_metrics.csv").write_text(HEADER + "1,10.9,3e-4,100,1\n50,6.5,3e-4,110,50\n", encoding="utf-8")
+    (logs / "train_metrics.csv").write_text(
+        HEADER + "1,10.9,3e-4,100,1\n50,6.5,3e-4,110,50\n", encoding="utf-8"
+    )
     return logs.parent
 
 
@@ -71,7 +80,9 @@ def test_a_file_that_is_not_there_is_made_with_all_sections(run, tmp_path, capsy
     assert update(run, readme) == 0 and f"{readme}: made from {run}" in capsys.readouterr().out
     text = readme.read_text(encoding="utf-8")
     assert re.findall(r"AUTO:(\w+):START", text) == list(update_readme.SECTIONS)
-    assert "\n# " not in text and all(section(text, name).strip() for name in update_readme.SECTIONS)
+    assert "\n# " not in text and all(
+        section(text, name).strip() for name in update_readme.SECTIONS
+    )
     assert update(run, readme, "--check") == 0, "it is what a second start would write"
 
 
@@ -84,14 +95,21 @@ def test_the_command_with_every_flag_gives_the_same_run(finished_run, tmp_path, 
     shown = html.unescape(section(readme.read_text(encoding="utf-8"), "REPRO"))
     (command,) = (line for line in shown.splitlines() if line.startswith("python train.py --"))
     words = shlex.split(command)[2:]
-    assert "--target_loss" in words and "--lr" in words and len([word for word in words if word[:2] == "--"]) > 40
+    assert (
+        "--target_loss" in words
+        and "--lr" in words
+        and len([word for word in words if word[:2] == "--"]) > 40
+    )
     assert train.main(words) == 0
     assert rows(Path("out/again")) == rows(finished_run)
 
 
 def test_a_run_whose_rate_was_changed_is_repeated_by_no_one_command(run):
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    same, other = "The same with every flag", "No one command repeats this run, since --lr, --min_lr changed on the way"
+    same, other = (
+        "The same with every flag",
+        "No one command repeats this run, since --lr, --min_lr changed on the way",
+    )
     for changed, expected, unexpected in (
         ({"steps": 4, "log_every": 1, "val_sha256": "f00d"}, same, other),
         ({"min_lr": 0, "lr": 1}, other, same),
@@ -115,13 +133,20 @@ PROMPTS = [
 def shown_commands(run: Path) -> list[list[str]]:
     """The words of the commands in REPRO, as a reader copies them: of each launch, and the one with every flag."""
     lines = html.unescape(update_readme.repro_section(read_run(run), run)).splitlines()
-    return [shlex.split(line.partition("python train.py ")[2]) for line in lines if "python train.py " in line]
+    return [
+        shlex.split(line.partition("python train.py ")[2])
+        for line in lines
+        if "python train.py " in line
+    ]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=ascii)
 @pytest.mark.parametrize("words", [1, 2])
 def test_a_prompt_of_any_characters_is_repeated(run, prompt, words):
-    argv = ["--preset=demo", *(["--prompt", prompt] if words == 2 and prompt[0] != "-" else [f"--prompt={prompt}"])]
+    argv = [
+        "--preset=demo",
+        *(["--prompt", prompt] if words == 2 and prompt[0] != "-" else [f"--prompt={prompt}"]),
+    ]
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     config["launches"][0]["command"] = shlex.join(["python", "train.py", *argv])
     config["config"] = parse_config(argv).as_dict()
@@ -132,7 +157,14 @@ def test_a_prompt_of_any_characters_is_repeated(run, prompt, words):
 
 
 def test_names_of_any_characters_are_repeated(run):
-    argv = ["--input_file", "./-a.txt", "b c.txt", "./-d.txt", "--cache_dir=-e", "--tokenizer=--f.json"]
+    argv = [
+        "--input_file",
+        "./-a.txt",
+        "b c.txt",
+        "./-d.txt",
+        "--cache_dir=-e",
+        "--tokenizer=--f.json",
+    ]
     flags = parse_config(argv)
     words = shlex.split(update_readme.full_command(flags.as_dict()))[2:]
     assert {"--cache_dir=-e", "./-d.txt", "--tokenizer=--f.json"} <= set(words)
@@ -140,7 +172,9 @@ def test_names_of_any_characters_are_repeated(run):
 
 
 @pytest.mark.slow
-def test_a_run_that_went_on_from_a_checkpoint_starts_there_again(finished_run, tmp_path, monkeypatch):
+def test_a_run_that_went_on_from_a_checkpoint_starts_there_again(
+    finished_run, tmp_path, monkeypatch
+):
     """Also when it was then continued without that flag; and a step back within a run is no start."""
     monkeypatch.chdir(tmp_path)
     source = finished_run / "checkpoints/last.pt"
@@ -172,13 +206,20 @@ def test_fills_every_section_and_nothing_else(run, tmp_path):
     assert emptied == before
     assert "![Loss curve](out/run/logs/loss_curve.png)" in text
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    assert f"**{results['best_loss']:.6f}** at step {results['best_step']}" in section(text, "SUMMARY")
+    assert f"**{results['best_loss']:.6f}** at step {results['best_step']}" in section(
+        text, "SUMMARY"
+    )
     assert f"{results['corpus_loss']:.6f} ± " in section(text, "SUMMARY")
     assert "| 8 | " in section(text, "METRICS") and "| 1 | " in section(text, "METRICS")
     assert "STEP 8" in section(text, "SAMPLES") and "STEP 4" not in section(text, "SAMPLES")
     assert "Training complete." in section(text, "LOGS")
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    for value in (config["command"], str(config["seed"]), config["corpus"]["sha256"], config["versions"]["torch"]):
+    for value in (
+        config["command"],
+        str(config["seed"]),
+        config["corpus"]["sha256"],
+        config["versions"]["torch"],
+    ):
         assert value in section(text, "REPRO")
 
 
@@ -215,10 +256,10 @@ def test_markers_in_code_are_text(run, tmp_path):
 
 def test_code_spans_lists_and_foreign_comments_are_text(run, tmp_path):
     readme = tmp_path / "README.md"
-    before = (
-        "```x``` is code\n\n- ```sh\n  <!--AUTO:LOGS:START-->\n  ```\n\n<!-- auto-generated -->\n<!-- AUTO-TOC -->\n"
+    before = "```x``` is code\n\n- ```sh\n  <!--AUTO:LOGS:START-->\n  ```\n\n<!-- auto-generated -->\n<!-- AUTO-TOC -->\n"
+    readme.write_text(
+        "\ufeff" + before + "<!--AUTO:LOGS:START-->\n<!--AUTO:LOGS:END-->\n", encoding="utf-8"
     )
-    readme.write_text("\ufeff" + before + "<!--AUTO:LOGS:START-->\n<!--AUTO:LOGS:END-->\n", encoding="utf-8")
     assert update(run, readme) == 0
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("\ufeff" + before) and "Training complete." in text
@@ -239,7 +280,9 @@ def test_json_of_any_type_is_shown_or_left_out(run, tmp_path, values, plots):
     assert update(run, readme) == 0
     text = readme.read_text(encoding="utf-8")
     assert text.count("<!--AUTO:") == 12
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in section(text, "SUMMARY").splitlines())
+    assert all(
+        len(re.findall(r"(?<!\\)\|", line)) == 3 for line in section(text, "SUMMARY").splitlines()
+    )
     assert update(run, readme, "--check") == 0
 
 
@@ -292,7 +335,9 @@ def test_a_validation_loss_is_drawn_and_tabled(run, tmp_path, plots):
     readme = tmp_path / "README.md"
     readme.write_text(ALL, encoding="utf-8")
     assert update(run, readme) == 0
-    assert "| val_loss |" in readme.read_text(encoding="utf-8") and "9.2500" in readme.read_text(encoding="utf-8")
+    assert "| val_loss |" in readme.read_text(encoding="utf-8") and "9.2500" in readme.read_text(
+        encoding="utf-8"
+    )
     assert (run / "logs/loss_curve.png").read_bytes() != without
 
 
@@ -339,7 +384,9 @@ def test_dollars_in_a_name_are_no_formula(run, tmp_path, monkeypatch, plots):
     readme = tmp_path / "README.md"
     readme.write_text(ALL, encoding="utf-8")
     for one in runs:
-        assert update(one, readme) == 0 and (one / "logs" / "loss_curve.png").stat().st_size > 10_000
+        assert (
+            update(one, readme) == 0 and (one / "logs" / "loss_curve.png").stat().st_size > 10_000
+        )
     assert update_readme.main(["--out_dir", *map(str, runs)]) == 0
     figure = update_readme.comparison_figure(compare(list(map(read_run, runs))))
     assert sorted(text.get_text() for text in figure.legends[0].get_texts()) == sorted(names)
@@ -356,7 +403,9 @@ def test_a_name_in_any_letters_is_drawn_without_a_word(run, tmp_path, monkeypatc
         warnings.simplefilter("always")
         assert update_readme.draw_loss_curve(runs[0]).stat().st_size > 10_000
         assert update_readme.main(["--out_dir", *map(str, runs)]) == 0
-    assert [str(warning.message) for warning in caught] == [] and Path("out/compare.png").stat().st_size > 10_000
+    assert [str(warning.message) for warning in caught] == [] and Path(
+        "out/compare.png"
+    ).stat().st_size > 10_000
 
 
 def test_letters_come_from_a_font_that_has_them(run, tmp_path, plots, monkeypatch):
@@ -377,7 +426,11 @@ def test_letters_come_from_a_font_that_has_them(run, tmp_path, plots, monkeypatc
     builder.setupPost()
     builder.save(tmp_path / "sun.ttf")
     run = run.rename(run.with_name("日"))
-    others = [font for font in font_manager.fontManager.ttflist if font.name not in update_readme.EAST_ASIAN]
+    others = [
+        font
+        for font in font_manager.fontManager.ttflist
+        if font.name not in update_readme.EAST_ASIAN
+    ]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", others)
     before = update_readme.draw_loss_curve(run).read_bytes()
     font_manager.fontManager.addfont(tmp_path / "sun.ttf")
@@ -394,19 +447,27 @@ NASTY = [
 
 @pytest.mark.parametrize("text", NASTY)
 def test_hostile_samples_stay_in_their_block(run, tmp_path, text):
-    (run / "samples/samples.txt").write_text(f"{'=' * 80}\nSTEP 4\n\nPROMPT:\n{text}\n", encoding="utf-8", newline="")
+    (run / "samples/samples.txt").write_text(
+        f"{'=' * 80}\nSTEP 4\n\nPROMPT:\n{text}\n", encoding="utf-8", newline=""
+    )
     readme = tmp_path / "README.md"
     readme.write_text(ALL + "end\n", encoding="utf-8")
     assert update(run, readme) == 0
     once = readme.read_bytes()
     content = section(once.decode(), "SAMPLES")
     inside = content.removeprefix("<pre>\n").removesuffix("\n</pre>\n")
-    assert len(inside) == len(content) - len("<pre>\n\n</pre>\n") and "<" not in inside and ">" not in inside
+    assert (
+        len(inside) == len(content) - len("<pre>\n\n</pre>\n")
+        and "<" not in inside
+        and ">" not in inside
+    )
     assert update(run, readme) == 0 and readme.read_bytes() == once
     assert once.decode().endswith("end\n") and once.decode().count("<!--AUTO:") == 12
 
 
-fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @fuzz
@@ -418,12 +479,29 @@ def test_no_text_escapes_its_block(text):
     assert html.unescape(inside) == INVISIBLE.sub("\ufffd", text).strip("\n")
 
 
-PIECES = ["<!--AUTO:PLOT:START-->", "<!--AUTO:PLOT:END-->", "<!--AUTO:LOGS:START-->", "<!--AUTO:LOGS:END-->"]
-PIECES += ["```", "~~~~", "text", "", "<!-- AUTO:X -->", "    ```", "`<!--AUTO:LOGS:END-->`", "\r", "é"]
+PIECES = [
+    "<!--AUTO:PLOT:START-->",
+    "<!--AUTO:PLOT:END-->",
+    "<!--AUTO:LOGS:START-->",
+    "<!--AUTO:LOGS:END-->",
+]
+PIECES += [
+    "```",
+    "~~~~",
+    "text",
+    "",
+    "<!-- AUTO:X -->",
+    "    ```",
+    "`<!--AUTO:LOGS:END-->`",
+    "\r",
+    "é",
+]
 
 
 @fuzz
-@given(lines=st.lists(st.sampled_from(PIECES), max_size=12), newline=st.sampled_from(["\n", "\r\n"]))
+@given(
+    lines=st.lists(st.sampled_from(PIECES), max_size=12), newline=st.sampled_from(["\n", "\r\n"])
+)
 def test_any_readme_is_filled_or_refused(partial_run, tmp_path, lines, newline):
     readme = tmp_path / "README.md"
     before = newline.join(lines).encode()
@@ -438,7 +516,10 @@ def test_any_readme_is_filled_or_refused(partial_run, tmp_path, lines, newline):
 
 @fuzz
 @given(
-    data=st.one_of(st.binary(max_size=200), st.text(alphabet='0123456789.,\n-einfa"\r', max_size=200).map(str.encode))
+    data=st.one_of(
+        st.binary(max_size=200),
+        st.text(alphabet='0123456789.,\n-einfa"\r', max_size=200).map(str.encode),
+    )
 )
 def test_no_csv_crashes_the_reader(partial_run, data):
     path = partial_run / "logs/train_metrics.csv"
@@ -451,7 +532,13 @@ def test_no_csv_crashes_the_reader(partial_run, data):
     assert update(partial_run, readme, "--check") in (0, 1)
 
 
-DAMAGED = ["logs/train.log", "samples/samples.txt", "results.json", "config.json", "logs/train_metrics.csv"]
+DAMAGED = [
+    "logs/train.log",
+    "samples/samples.txt",
+    "results.json",
+    "config.json",
+    "logs/train_metrics.csv",
+]
 WORDS = ["=" * 80, "STEP 4", "PROMPT:", "OUTPUT:", "</pre>", "2025-12-14 03:38:36,559 | INFO | ", "```",
          "<!--AUTO:LOGS:END-->", "step,loss", "1,2", '{"best_loss": 1', "}", "\x00", "\u2028", "\x1b[31m",
          "|", "é"]  # fmt: skip
@@ -465,9 +552,13 @@ WORDS = ["=" * 80, "STEP 4", "PROMPT:", "OUTPUT:", "</pre>", "2025-12-14 03:38:3
         st.lists(st.sampled_from(WORDS), max_size=12).map(lambda words: "\n".join(words).encode()),
     ),
 )
-def test_no_file_of_a_run_crashes_the_updater_or_escapes(finished_run, tmp_path_factory, name, data):
+def test_no_file_of_a_run_crashes_the_updater_or_escapes(
+    finished_run, tmp_path_factory, name, data
+):
     folder = tmp_path_factory.mktemp("fuzz")
-    run = Path(shutil.copytree(finished_run, folder / "run", ignore=shutil.ignore_patterns("checkpoints")))
+    run = Path(
+        shutil.copytree(finished_run, folder / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    )
     (run / name).write_bytes(data)
     readme = folder / "README.md"
     before = "before\n" + ALL + "after\n"
@@ -475,7 +566,10 @@ def test_no_file_of_a_run_crashes_the_updater_or_escapes(finished_run, tmp_path_
     code = update(run, readme, "--check")
     assert code in (0, 1, 2) and readme.read_bytes() == before.encode()
     if code != 2:
-        made = {one: partial(make, read_run(run), readme) for one, make in update_readme.SECTIONS.items()}
+        made = {
+            one: partial(make, read_run(run), readme)
+            for one, make in update_readme.SECTIONS.items()
+        }
         text = filled(before, made, readme)
         for section_name in update_readme.SECTIONS:
             text = text.replace(section(text, section_name), "", 1)

@@ -50,18 +50,28 @@ def test_the_tail_is_held_out(config, text_file, tokenizer):
     text = tokenizer.decode(split.val_tokens.tolist())
     assert split.val_bytes_per_token == len(text.encode()) / len(split.val_tokens)
     assert whole.bytes_per_token == text_file.stat().st_size / len(whole.tokens)
-    trainer = train.Trainer(replace(config, val_fraction=0.25, input_file=(text_file,)), split, None)
-    windows = {tuple(window) for window in np.lib.stride_tricks.sliding_window_view(split.tokens, config.seq_len + 1)}
+    trainer = train.Trainer(
+        replace(config, val_fraction=0.25, input_file=(text_file,)), split, None
+    )
+    windows = {
+        tuple(window)
+        for window in np.lib.stride_tricks.sliding_window_view(split.tokens, config.seq_len + 1)
+    }
     for step in range(1, 60):
         assert {tuple(row) for row in trainer.slices(step)[0].tolist()} <= windows
 
 
 def test_another_text_can_be_the_split(config, text_file, tokenizer):
     other = text_file.with_name("other.txt")
-    other.write_text("Quite another text, long enough for a slice or two of it, is held here. " * 3, encoding="utf-8")
+    other.write_text(
+        "Quite another text, long enough for a slice or two of it, is held here. " * 3,
+        encoding="utf-8",
+    )
     corpus = load_corpus(replace(config, input_file=(text_file,), val_file=(other,)), tokenizer)
     assert tokenizer.decode(corpus.val_tokens.tolist()) == other.read_text(encoding="utf-8")
-    assert len(corpus.tokens) == len(load_corpus(replace(config, input_file=(text_file,)), tokenizer).tokens)
+    assert len(corpus.tokens) == len(
+        load_corpus(replace(config, input_file=(text_file,)), tokenizer).tokens
+    )
 
 
 def test_the_loss_is_the_mean_over_evenly_spread_slices(config):
@@ -70,7 +80,9 @@ def test_the_loss_is_the_mean_over_evenly_spread_slices(config):
     found, error = train.validation_loss(model, tokens, config)
     T = config.seq_len
     starts = np.linspace(0, len(tokens) - 1 - T, (len(tokens) - 1) // T).astype(int)
-    assert starts[0] == 0 and starts[-1] == len(tokens) - 1 - T and (np.diff(starts) >= T).all(), "no overlap"
+    assert starts[0] == 0 and starts[-1] == len(tokens) - 1 - T and (np.diff(starts) >= T).all(), (
+        "no overlap"
+    )
     with torch.no_grad():
         losses = []
         for start in starts:
@@ -79,13 +91,17 @@ def test_the_loss_is_the_mean_over_evenly_spread_slices(config):
     assert found == pytest.approx(np.mean(losses), rel=1e-5)
     assert error == pytest.approx(np.std(losses, ddof=1) / len(losses) ** 0.5, rel=1e-4)
     assert train.validation_loss(model, tokens, config) == (found, error) and model.training
-    assert train.validation_loss(model, tokens[: T + 1], config)[1] == 0, "of one slice it is unknown"
+    assert train.validation_loss(model, tokens[: T + 1], config)[1] == 0, (
+        "of one slice it is unknown"
+    )
 
 
 def test_large_splits_are_measured_in_part(config, monkeypatch):
     monkeypatch.setattr(train, "VAL_TOKENS", 64)
     seen = []
-    monkeypatch.setattr(train, "slice_losses", lambda model, slices, config: seen.append(slices) or torch.zeros(1))
+    monkeypatch.setattr(
+        train, "slice_losses", lambda model, slices, config: seen.append(slices) or torch.zeros(1)
+    )
     train.validation_loss(None, np.arange(10_000, dtype=np.uint16), config)
     assert seen[0][:, 0].tolist() == [0, 3327, 6655, 9983]
 
@@ -96,12 +112,19 @@ def test_it_stands_in_rows_lines_and_results(here):
     assert list(measured) == ["3", "6", "8"], "every eval_every steps, and the last"
     for row in table("run"):
         if row["val_loss"]:
-            assert float(row["val_perplexity"]) == pytest.approx(math.exp(measured[row["step"]]), rel=1e-4)
+            assert float(row["val_perplexity"]) == pytest.approx(
+                math.exp(measured[row["step"]]), rel=1e-4
+            )
         assert bool(row["bits_per_byte"]) == bool(row["window_loss"])
     log = Path("run/logs/train.log").read_text(encoding="utf-8")
-    assert re.findall(r"step (\d+)/8 .*\| val_loss ([\d.]+)", log) == [(s, f"{v:.6f}") for s, v in measured.items()]
+    assert re.findall(r"step (\d+)/8 .*\| val_loss ([\d.]+)", log) == [
+        (s, f"{v:.6f}") for s, v in measured.items()
+    ]
     found = results("run")
-    assert found["val_loss"] == pytest.approx(measured["8"], abs=1e-7) and found["best_metric"] == "val_loss"
+    assert (
+        found["val_loss"] == pytest.approx(measured["8"], abs=1e-7)
+        and found["best_metric"] == "val_loss"
+    )
     assert found["best_loss"] == pytest.approx(min(measured.values()), abs=1e-7)
     assert "Validation: " in log and "never trained on" in log
     expected = (
@@ -115,7 +138,15 @@ def test_it_stands_in_rows_lines_and_results(here):
     assert found["val_bits_per_byte"] == pytest.approx(expected)
 
 
-OVERFITTING = [*FLAGS, GPT2, "--lr=0.05", "--warmup_steps=0", "--max_tokens=120", "--eval_every=5", "--log_every=50"]
+OVERFITTING = [
+    *FLAGS,
+    GPT2,
+    "--lr=0.05",
+    "--warmup_steps=0",
+    "--max_tokens=120",
+    "--eval_every=5",
+    "--log_every=50",
+]
 OVERFITTING += ["--save_every=1000", "--sample_every=1000"]
 
 
@@ -134,9 +165,14 @@ def test_the_best_is_the_one_with_the_lowest_validation_loss(here):
     corpus = load_corpus(config, load_tokenizer())
     loss, error = train.validation_loss(model, corpus.val_tokens, config)
     assert loss == pytest.approx(best["loss"], rel=1e-6)
-    assert error == (results("run")["best_loss_standard_error"] or 0), "of one slice it is not known"
+    assert error == (results("run")["best_loss_standard_error"] or 0), (
+        "of one slice it is not known"
+    )
     log = Path("run/logs/train.log").read_text(encoding="utf-8")
-    assert f"best.pt has the weights of step {lowest}, with the lowest validation loss: {measured[lowest]:.6f}, " in log
+    assert (
+        f"best.pt has the weights of step {lowest}, with the lowest validation loss: {measured[lowest]:.6f}, "
+        in log
+    )
     assert (
         " now: from there on the model overfits" in log
         and "slices of the training part, with the last weights), " in log
@@ -151,7 +187,10 @@ def test_patience_ends_the_run(here):
     flags = [*OVERFITTING, "--steps=500", "--out_dir=run"]
     assert train.main([*flags, "--patience=3"]) == 0
     found, steps = results("run"), [int(row["step"]) for row in table("run") if row["val_loss"]]
-    assert found["stop_reason"] == "patience" and found["final_step"] == steps[-1] == found["best_step"] + 15
+    assert (
+        found["stop_reason"] == "patience"
+        and found["final_step"] == steps[-1] == found["best_step"] + 15
+    )
     assert train.main([*flags, "--patience=3"]) == 0
     assert results("run")["final_step"] == found["final_step"], "nothing left to do"
     assert train.main([*flags, "--patience=5"]) == 0
@@ -163,18 +202,35 @@ def test_a_resumed_run_is_the_same_run(here):
     flags = [*FLAGS, "--dropout=0.1", "--patience=50"]
     assert train.main([*flags, "--steps=12", "--out_dir=whole"]) == 0
     for steps in (5, 9, 12):
-        assert train.main([*flags, f"--steps={steps}", "--decay_steps=12", "--warmup_steps=0", "--out_dir=parts"]) == 0
-    first, second = ([row for row in table(run) if int(row["step"]) % 3 == 0] for run in ("whole", "parts"))
+        assert (
+            train.main(
+                [
+                    *flags,
+                    f"--steps={steps}",
+                    "--decay_steps=12",
+                    "--warmup_steps=0",
+                    "--out_dir=parts",
+                ]
+            )
+            == 0
+        )
+    first, second = (
+        [row for row in table(run) if int(row["step"]) % 3 == 0] for run in ("whole", "parts")
+    )
     for name in ("step", "loss", "val_loss"):
         assert [row[name] for row in first] == [row[name] for row in second]
-    last = [load_checkpoint(Path(run, "checkpoints/last.pt"))["model"] for run in ("whole", "parts")]
+    last = [
+        load_checkpoint(Path(run, "checkpoints/last.pt"))["model"] for run in ("whole", "parts")
+    ]
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
 
 
 @pytest.mark.slow
 def test_a_best_of_another_measure_does_not_count(here):
     without = [flag for flag in FLAGS if "val_fraction" not in flag]
-    Path("other.txt").write_text("Some other text to look at, and then again some more of it. " * 5, encoding="utf-8")
+    Path("other.txt").write_text(
+        "Some other text to look at, and then again some more of it. " * 5, encoding="utf-8"
+    )
     assert train.main([*without, "--out_dir=run"]) == 0
     assert results("run")["best_metric"] == "window_loss"
     assert train.main([*without, "--out_dir=run", "--steps=12", "--val_file=other.txt"]) == 0
@@ -216,8 +272,13 @@ def test_the_steps_of_a_pass(n_tokens, flags, steps):
 
 @pytest.mark.slow
 def test_another_content_of_the_validation_text_is_another_measure(here):
-    Path("other.txt").write_text("Some other text to look at, and then again some more of it. " * 5, encoding="utf-8")
-    flags = [flag for flag in FLAGS if "val_fraction" not in flag] + ["--val_file=other.txt", "--out_dir=run"]
+    Path("other.txt").write_text(
+        "Some other text to look at, and then again some more of it. " * 5, encoding="utf-8"
+    )
+    flags = [flag for flag in FLAGS if "val_fraction" not in flag] + [
+        "--val_file=other.txt",
+        "--out_dir=run",
+    ]
     assert train.main(flags) == 0
     before = Path("run/checkpoints/best.pt").read_bytes()
     for steps, held_out in ((12, "0123456789 " * 60), (16, "9876543210 " * 60)):
@@ -228,11 +289,16 @@ def test_another_content_of_the_validation_text_is_another_measure(here):
     assert load_checkpoint(Path("run/checkpoints/best-2.pt"))["step"] <= 12
     log = log_text(Path("run"))
     kept = [Path(f"run/checkpoints/{name}.pt") for name in ("best", "best-1", "best-2")]
-    assert all(f"{kept[0]} does not compare with the losses from here on: kept as {one}" in log for one in kept[1:])
+    assert all(
+        f"{kept[0]} does not compare with the losses from here on: kept as {one}" in log
+        for one in kept[1:]
+    )
 
 
 def test_the_same_validation_text_under_another_name_is_the_same_measure(here):
-    Path("other.txt").write_text("Some other text to look at, and then again some more of it. " * 5, encoding="utf-8")
+    Path("other.txt").write_text(
+        "Some other text to look at, and then again some more of it. " * 5, encoding="utf-8"
+    )
     flags = [flag for flag in FLAGS if "val_fraction" not in flag] + ["--out_dir=run"]
     assert train.main([*flags, "--val_file=other.txt", "--patience=2"]) == 0
     best, before = Path("run/checkpoints/best.pt").read_bytes(), results("run")
@@ -240,10 +306,18 @@ def test_the_same_validation_text_under_another_name_is_the_same_measure(here):
     worse = ["--steps=30", "--lr=9", "--min_lr=9", "--patience=2"]
     assert train.main([*flags, f"--val_file={Path('moved.txt').resolve()}", *worse]) == 0
     found = results("run")
-    assert found["stop_reason"] == "patience" and found["val_loss"] > before["best_loss"], "or nothing is shown"
-    assert [found[name] for name in ("best_loss", "best_step")] == [before[name] for name in ("best_loss", "best_step")]
-    assert Path("run/checkpoints/best.pt").read_bytes() == best and not list(Path("run").glob("*/best-*"))
-    assert validation(read_run(Path("run")))["step"].iloc[0] == 3, "nor did the measure change for who reads the run"
+    assert found["stop_reason"] == "patience" and found["val_loss"] > before["best_loss"], (
+        "or nothing is shown"
+    )
+    assert [found[name] for name in ("best_loss", "best_step")] == [
+        before[name] for name in ("best_loss", "best_step")
+    ]
+    assert Path("run/checkpoints/best.pt").read_bytes() == best and not list(
+        Path("run").glob("*/best-*")
+    )
+    assert validation(read_run(Path("run")))["step"].iloc[0] == 3, (
+        "nor did the measure change for who reads the run"
+    )
 
 
 def test_a_run_that_ends_as_it_is_resumed_is_measured_too(here, prompt_disk):
@@ -260,13 +334,23 @@ def test_a_run_that_ends_as_it_is_resumed_is_measured_too(here, prompt_disk):
         assert train.main([*flags, "--steps=100", "--save_every=4"]) == 130
     assert train.main([*flags, "--steps=4", "--decay_steps=100"]) == 0
     found = results("run")
-    assert found["val_loss"] == found["best_loss"] and found["best_step"] == found["final_step"] == 4
+    assert (
+        found["val_loss"] == found["best_loss"] and found["best_step"] == found["final_step"] == 4
+    )
     assert Path("run/checkpoints/best.pt").exists()
 
 
 @pytest.mark.slow
 def test_a_run_that_diverges_does_not_overfit(here):
-    flags = [*FLAGS, "--lr=5", "--min_lr=1", "--eval_every=1", "--steps=40", "--out_dir=run", "--optimizer=adamw"]
+    flags = [
+        *FLAGS,
+        "--lr=5",
+        "--min_lr=1",
+        "--eval_every=1",
+        "--steps=40",
+        "--out_dir=run",
+        "--optimizer=adamw",
+    ]
     assert train.main(flags) in (0, 1)
     assert "overfits" not in Path("run/logs/train.log").read_text(encoding="utf-8")
     assert overfitting(read_run(Path("run"))) is None

@@ -53,7 +53,10 @@ def test_a_validation_loss_that_was_still_falling(ended):
         "python train.py --out_dir out/x --steps 60"
     )
     lowest = replace(progress, best_step=30, best_loss=0.249)
-    assert verdict(config, lowest, 0.05, "steps") == "Verdict: the validation loss was lowest at step 30"
+    assert (
+        verdict(config, lowest, 0.05, "steps")
+        == "Verdict: the validation loss was lowest at step 30"
+    )
     once = replace(config, eval_every=40)
     assert "still falling" not in verdict(once, progress, 0.05, "steps"), "of a single measurement"
     patient = verdict(config, replace(lowest, measured_in_vain=1), 0.05, "patience")
@@ -72,7 +75,9 @@ def test_a_model_that_overfits(ended):
 def test_the_last_lines_of_a_run_have_it(launch):
     assert launch("run", "--target_loss=0.3") == 0
     said, _see = re.search(r"Verdict: (.+)\n(.*Next: .+)", log_text(Path("run"))).groups()
-    assert re.fullmatch(r"the target was missed by \d\.\d{4}; .+: python train\.py --out_dir run --steps 12", said)
+    assert re.fullmatch(
+        r"the target was missed by \d\.\d{4}; .+: python train\.py --out_dir run --steps 12", said
+    )
     assert launch("none") == 0
     assert "Verdict: all 8 steps are done, with neither a target nor " in log_text(Path("none"))
 
@@ -80,10 +85,18 @@ def test_the_last_lines_of_a_run_have_it(launch):
 def test_the_command_that_goes_on_can_be_pasted(config):
     config = replace(config, out_dir=Path("out/my run"))
     typed = ["--preset", "demo", "--resume", "never", "--prompt", "one\ntwo", "--resume=never"]
-    assert how_to_continue(typed, config, True) == "To continue: python train.py --out_dir 'out/my run'"
+    assert (
+        how_to_continue(typed, config, True)
+        == "To continue: python train.py --out_dir 'out/my run'"
+    )
     again = how_to_continue(typed, config, False, " from step 3")
     assert again == "To start again: python train.py --preset demo --prompt 'one\\ntwo'"
     dashed = replace(config, out_dir=Path("-x"), tensorboard=True)
     command = how_to_continue(typed, dashed, True).removeprefix("To continue: python train.py ")
     assert read_typed(shlex.split(command)) == {"out_dir": Path("-x"), "tensorboard": True}
-    assert without_never(["--resume", "out/y/last.pt", "--seed", "1"]) == ["--resume", "out/y/last.pt", "--seed", "1"]
+    assert without_never(["--resume", "out/y/last.pt", "--seed", "1"]) == [
+        "--resume",
+        "out/y/last.pt",
+        "--seed",
+        "1",
+    ]

@@ -14,7 +14,13 @@ from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from parts.report.reader import read_run
-from parts.text.vocabulary import DOCUMENT_END, LONG_WORD, OwnVocabulary, TextYieldsFewer, train_vocabulary
+from parts.text.vocabulary import (
+    DOCUMENT_END,
+    LONG_WORD,
+    OwnVocabulary,
+    TextYieldsFewer,
+    train_vocabulary,
+)
 
 LINES = "".join(f"Line {i}: {i * i} is the square of {i}.\n" for i in range(500))
 
@@ -26,7 +32,10 @@ def plainly_learned(text: str, n_vocab: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=n_vocab, special_tokens=[DOCUMENT_END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=n_vocab,
+        special_tokens=[DOCUMENT_END],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator([text], trainer)
     return tokenizer
@@ -44,7 +53,9 @@ def test_one_long_word_is_learned_from_in_pieces(tmp_path):
         (tmp_path / "text.txt").write_text(letter * 20_000, encoding="utf-8")
         with pytest.raises(TextYieldsFewer) as problem:
             train_vocabulary([tmp_path / "text.txt"], 400)
-        vocabulary = OwnVocabulary(train_vocabulary([tmp_path / "text.txt"], problem.value.n_vocab), "own")
+        vocabulary = OwnVocabulary(
+            train_vocabulary([tmp_path / "text.txt"], problem.value.n_vocab), "own"
+        )
         longest = max(len(vocabulary.decode_bytes([token])) for token in range(vocabulary.n_vocab))
         assert LONG_WORD / 4 < longest <= LONG_WORD
 
@@ -90,7 +101,9 @@ def test_a_signal_ends_the_learning_of_a_vocabulary(tmp_path):
 def with_pairs(content: str) -> str:
     """A tokenizer.json with merges as pairs."""
     parts = json.loads(content)
-    parts["model"]["merges"] = [pair if isinstance(pair, list) else pair.split() for pair in parts["model"]["merges"]]
+    parts["model"]["merges"] = [
+        pair if isinstance(pair, list) else pair.split() for pair in parts["model"]["merges"]
+    ]
     return json.dumps(parts)
 
 

@@ -145,7 +145,9 @@ def test_the_bar_shows_the_estimate_of_the_log_and_no_other(launch, monkeypatch)
     terminal = at_terminal(monkeypatch)
     assert launch("run", "--steps=4", "--target_loss=0") == 0
     shown = terminal.getvalue()
-    assert re.search(r"1/4 steps \[\d\d:\d\d, loss \d\.\d{4}, [\d,]+ tok/s\]", shown), "none before the second step"
+    assert re.search(r"1/4 steps \[\d\d:\d\d, loss \d\.\d{4}, [\d,]+ tok/s\]", shown), (
+        "none before the second step"
+    )
     assert re.search(r"2/4 steps \[\d\d:\d\d, loss \d\.\d{4}, [\d,]+ tok/s, ETA 0:00:00\]", shown)
     assert "s/step" not in shown and "step/s" not in shown
     assert "{remaining}" not in BAR and "{rate" not in BAR
@@ -175,7 +177,10 @@ def test_how_long_is_said_where_it_is_long(config):
     quick = Progress(tokens=10**6, elapsed_sec=100.0)
     slow = Progress(tokens=10**6, elapsed_sec=10_000.0)
     config = replace(config, seq_len=128)
-    assert words.measuring_line(1024, config, quick) == "Measuring the corpus loss on at most 1,024 random slices ..."
+    assert (
+        words.measuring_line(1024, config, quick)
+        == "Measuring the corpus loss on at most 1,024 random slices ..."
+    )
     assert ", about 0:07:17 ..." in words.measuring_line(1024, config, slow)
     assert words.rehearsing_line(config) == "Measuring two steps ..."
     large = replace(config, n_embd=768, n_layer=12, n_head=12, block_size=1024)

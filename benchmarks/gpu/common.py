@@ -53,7 +53,9 @@ class Options:
     """cpu: to try this program itself; that proves nothing of a card, and writes no record of its own accord"""
 
 
-Check = Callable[[Options, Path], str]  # the folder is its own; returns its figure, raises when it fails
+Check = Callable[
+    [Options, Path], str
+]  # the folder is its own; returns its figure, raises when it fails
 CHECKS: dict[str, dict[str, tuple[Check, float]]] = {"numerics": {}, "robustness": {}, "speed": {}}
 
 
@@ -86,7 +88,9 @@ def at_most(value: float, limit: float) -> str:
 
 def trainer_of(options: Options, *flags: str) -> train.Trainer:
     """A trainer on the card, as the command line would make it."""
-    config = parse_config([f"--input_file={options.input_file}", f"--device={options.device}", *flags])
+    config = parse_config(
+        [f"--input_file={options.input_file}", f"--device={options.device}", *flags]
+    )
     config = choose_runtime(config, None)
     configure_torch(config)
     trainer = train.Trainer(config, load_corpus(config, load_tokenizer()), None)
@@ -97,20 +101,32 @@ def trainer_of(options: Options, *flags: str) -> train.Trainer:
 
 def command(options: Options, out: Path, *flags: str) -> list[str]:
     """train.py as its user would type it."""
-    return [sys.executable, str(ROOT / "train.py"), f"--input_file={options.input_file}", f"--out_dir={out}", *flags]
+    return [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--input_file={options.input_file}",
+        f"--out_dir={out}",
+        *flags,
+    ]
 
 
 def run(options: Options, out: Path, *flags: str) -> str:
     """Train to the end. Returns what was said; raises AssertionError when the run fails."""
-    done = subprocess.run(command(options, out, *flags), capture_output=True, text=True, errors="replace")
-    assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-300:]}{done.stderr[-500:]}"
+    done = subprocess.run(
+        command(options, out, *flags), capture_output=True, text=True, errors="replace"
+    )
+    assert done.returncode == 0, (
+        f"exit code {done.returncode}: {done.stdout[-300:]}{done.stderr[-500:]}"
+    )
     return done.stdout
 
 
 @contextmanager
 def started(line: list[str], **pipes) -> Iterator[subprocess.Popen]:
     """A program beside the check, which does not outlive it; torchrun is given the time to end what it started."""
-    process = subprocess.Popen(line, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | pipes)
+    process = subprocess.Popen(
+        line, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | pipes
+    )
     try:
         yield process
     finally:
@@ -146,7 +162,11 @@ def tensors(values: object, path: str = "") -> dict[str, torch.Tensor]:
         return {path: values}
     if not isinstance(values, dict):
         return {}
-    return {name: x for key, value in values.items() for name, x in tensors(value, f"{path}/{key}").items()}
+    return {
+        name: x
+        for key, value in values.items()
+        for name, x in tensors(value, f"{path}/{key}").items()
+    }
 
 
 def clones(values: object) -> dict[str, torch.Tensor]:
@@ -157,8 +177,14 @@ def clones(values: object) -> dict[str, torch.Tensor]:
 def assert_equal(found: object, expected: dict[str, torch.Tensor]) -> int:
     """How many tensors are the same bit for bit. Raises AssertionError when not all are."""
     read = tensors(found)
-    different = [name for name, x in expected.items() if name not in read or not torch.equal(read[name].cpu(), x.cpu())]
-    assert not different and expected, f"{len(different)} of {len(expected)} differ, {different[:3]}"
+    different = [
+        name
+        for name, x in expected.items()
+        if name not in read or not torch.equal(read[name].cpu(), x.cpu())
+    ]
+    assert not different and expected, (
+        f"{len(different)} of {len(expected)} differ, {different[:3]}"
+    )
     return len(expected)
 
 

@@ -45,8 +45,13 @@ from parts.recipe import decide
 @check("numerics", "what auto chooses for the default run")
 def choices(options: Options, here: Path) -> str:
     config = choose_runtime(parse_config([f"--input_file={options.input_file}"]), None)
-    chosen = {name: config.origins[name] for name in ("device", "amp", "compile", "threads", "micro_batch")}
-    return "; ".join(f"{name} {getattr(config, name)} ({o.reason or o.source})" for name, o in chosen.items())
+    chosen = {
+        name: config.origins[name]
+        for name in ("device", "amp", "compile", "threads", "micro_batch")
+    }
+    return "; ".join(
+        f"{name} {getattr(config, name)} ({o.reason or o.source})" for name, o in chosen.items()
+    )
 
 
 @check("numerics", "fp32 logits of GPT-2 124M against the CPU's, largest difference")
@@ -100,7 +105,9 @@ def head(options: Options, here: Path) -> str:
     answers = []
     for amp, limit in ((False, 1e-5), (True, 2e-2)):
         found = there_and_back(lambda f, w: HeadLoss.apply(f, w, targets), amp)
-        answers.append(at_most(max(distance(a, b) for a, b in zip(found, expected, strict=True)), limit))
+        answers.append(
+            at_most(max(distance(a, b) for a, b in zip(found, expected, strict=True)), limit)
+        )
     return "; ".join(answers)
 
 
@@ -121,7 +128,11 @@ for amp, limit in (("off", 1e-3), ("bf16", 0.05)):
         compiled = gradients_of(trainer, torch.compile(trainer.model, dynamic=False))
         largest = max(x.norm().item() for x in eager.values())
         # The gradients of the keys' biases are zero but for rounding.
-        found = {name: distance(compiled[name], x) for name, x in eager.items() if x.norm() > 1e-3 * largest}
+        found = {
+            name: distance(compiled[name], x)
+            for name, x in eager.items()
+            if x.norm() > 1e-3 * largest
+        }
         name = max(found, key=found.get)
         return f"{at_most(found[name], limit)} ({name}, of {len(found)})"
 
@@ -140,7 +151,10 @@ def recompilations(options: Options, here: Path) -> str:
     return at_most(counters["stats"]["unique_graphs"] - before, 0)
 
 
-@check("numerics", "an infinite gradient under fp16 changes nothing but the scale, and twenty end the run")
+@check(
+    "numerics",
+    "an infinite gradient under fp16 changes nothing but the scale, and twenty end the run",
+)
 def infinite_gradients(options: Options, here: Path) -> str:
     trainer = trainer_of(options, *SMALL, "--amp=fp16", "--compile=off")
     for _ in range(3):
@@ -148,7 +162,9 @@ def infinite_gradients(options: Options, here: Path) -> str:
     before = clones({"model": trainer.state()["model"], "optimizer": trainer.state()["optimizer"]})
     trainer.model.ln_f.weight.register_hook(lambda gradient: gradient * math.inf)
     trainer.update()
-    count = assert_equal({"model": trainer.state()["model"], "optimizer": trainer.state()["optimizer"]}, before)
+    count = assert_equal(
+        {"model": trainer.state()["model"], "optimizer": trainer.state()["optimizer"]}, before
+    )
     scale = trainer.scaler.get_scale()
     assert scale == FIXED_SCALE / 2, f"the scale is {scale}"
     with contextlib.suppress(train.TrainingFailed):
@@ -189,7 +205,14 @@ def synchronisations(options: Options, here: Path) -> str:
 
 @check("numerics", "--deterministic: two runs, and a killed one, bit for bit")
 def deterministic(options: Options, here: Path) -> str:
-    flags = [*SMALL, f"--device={options.device}", "--deterministic", "--steps=400", "--save_every=20", "--log_every=1"]
+    flags = [
+        *SMALL,
+        f"--device={options.device}",
+        "--deterministic",
+        "--steps=400",
+        "--save_every=20",
+        "--log_every=1",
+    ]
     flags += ["--target_loss=0"]
     run(options, here / "whole", *flags)
     run(options, here / "again", *flags)
@@ -199,7 +222,9 @@ def deterministic(options: Options, here: Path) -> str:
     said = run(options, here / "killed", *flags)
     assert "Resuming from step" in said, "it was killed too late"
     for name in ("again", "killed"):
-        different = {what: value for what, value in differences(here / "whole", here / name).items() if value}
+        different = {
+            what: value for what, value in differences(here / "whole", here / name).items() if value
+        }
         assert not different, f"{name}: {different}"
     return re.search(r"Resuming from step \d+", said)[0] + ", nothing differs"
 
@@ -210,7 +235,13 @@ def greedy(options: Options, here: Path) -> str:
     model = train.GPT(decide({})).to(options.device)
     tokens = torch.randint(0, 50_257, (2, 8), generator=torch.Generator().manual_seed(0))
     (found, _) = train.generate(
-        model, tokens.tolist(), 100, context=1024, temperature=0.0, top_k=0, generators=[torch.Generator()] * 2
+        model,
+        tokens.tolist(),
+        100,
+        context=1024,
+        temperature=0.0,
+        top_k=0,
+        generators=[torch.Generator()] * 2,
     )
     expected = tokens[:1].to(options.device)
     with train.evaluating(model):
@@ -226,8 +257,18 @@ def marked_tests(options: Options, here: Path) -> str:
     needs_card(options)
     if not all(importlib.util.find_spec(name) for name in ("pytest", "xdist")):
         raise LeftOut("needs the packages of requirements-dev.txt")
-    pytest = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]  # pyproject.toml has one -q
-    listed = subprocess.run([*pytest, "-m", "cuda", "--collect-only"], cwd=ROOT, capture_output=True, text=True)
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+    ]  # pyproject.toml has one -q
+    listed = subprocess.run(
+        [*pytest, "-m", "cuda", "--collect-only"], cwd=ROOT, capture_output=True, text=True
+    )
     names = re.findall(r"^\S+::\S.*$", listed.stdout, re.MULTILINE)
     assert names, listed.stdout[-500:] + listed.stderr[-500:]
     failed = []

@@ -64,7 +64,9 @@ def save_and_compare(trainer: train.Trainer, saver: train.Saver, before: int, af
     occupy(before)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
-            parameter *= 1.001  # behind that work: a copy that does not wait takes what was there before
+            parameter *= (
+                1.001  # behind that work: a copy that does not wait takes what was there before
+            )
     state, weights = clones(trainer.state()), clones({"model": trainer.model.state_dict()})
     with torch.cuda.stream(trainer.copying):  # nothing without a card
         occupy(after)  # a step that does not wait overtakes the copies
@@ -74,11 +76,15 @@ def save_and_compare(trainer: train.Trainer, saver: train.Saver, before: int, af
         trainer.update()
     saver.writer.finish()
     assert not saver.run.missing(), saver.run.missing()
-    return assert_equal(load_checkpoint(saver.run.last), state) + assert_equal(load_checkpoint(saver.run.best), weights)
+    return assert_equal(load_checkpoint(saver.run.last), state) + assert_equal(
+        load_checkpoint(saver.run.best), weights
+    )
 
 
 @check(
-    "robustness", "last.pt and best.pt are of their step, with slow work before it and before the copies", seconds=240
+    "robustness",
+    "last.pt and best.pt are of their step, with slow work before it and before the copies",
+    seconds=240,
 )
 def snapshots(options: Options, here: Path) -> str:
     trainer, count = trainer_of(options, "--compile=off"), 0
@@ -114,7 +120,9 @@ def shrinking(options: Options, here: Path) -> str:
         """Peak memory in bytes, the micro-batch at the end, the loss."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        trainer = trainer_of(options, "--batch_size=128", f"--micro_batch={micro_batch}", "--compile=off")
+        trainer = trainer_of(
+            options, "--batch_size=128", f"--micro_batch={micro_batch}", "--compile=off"
+        )
         if cap:
             torch.cuda.set_per_process_memory_fraction(cap / total)
         loss = [trainer.update()[0] for _ in range(3)][-1]
@@ -134,7 +142,9 @@ def interrupted(options: Options, out: Path, name: str, in_a_save: bool) -> int:
     if os.name == "nt":
         raise LeftOut("Windows sends no signals to a program")
     flags = [f"--device={options.device}", "--compile=off", "--log_every=1", "--num_prompts=0"]
-    flags += ["--save_every=3"] if in_a_save else [*SMALL, "--steps=1000000", "--save_every=1000000"]
+    flags += (
+        ["--save_every=3"] if in_a_save else [*SMALL, "--steps=1000000", "--save_every=1000000"]
+    )
     writing = out / "checkpoints" / "last.pt.tmp"
     with started(command(options, out, *flags)) as process:
         wait_for(writing.exists if in_a_save else lambda: "step 20/" in log_of(out), process)
@@ -162,7 +172,10 @@ def backends(options: Options, here: Path) -> str:
         raise LeftOut("this PyTorch has no NCCL")
     meeting = f"file://{here / 'meeting'}"
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=meeting, rank=0, world_size=1)
-    ranks, x = Ranks(0, 2), torch.ones(3, device="cuda")  # as if there were another, whose part is nothing
+    ranks, x = (
+        Ranks(0, 2),
+        torch.ones(3, device="cuda"),
+    )  # as if there were another, whose part is nothing
     ranks.average([x])
     assert x.tolist() == [0.5] * 3 and ranks.largest(7) == 7
     return "both"
@@ -171,9 +184,13 @@ def backends(options: Options, here: Path) -> str:
 def as_rank(rank: int, options: Options, here: Path, processes: int) -> None:
     """Eight steps as one of several processes on one card; the first writes their losses."""
     if processes > 1:
-        dist.init_process_group("gloo", init_method=f"file://{here / 'meeting'}", rank=rank, world_size=processes)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{here / 'meeting'}", rank=rank, world_size=processes
+        )
     trainer = trainer_of(options, *SMALL, "--amp=off", "--compile=off", "--steps=100")
-    config = replace(trainer.config, processes=processes, micro_batch=trainer.config.global_batch // processes)
+    config = replace(
+        trainer.config, processes=processes, micro_batch=trainer.config.global_batch // processes
+    )
     trainer = train.Trainer(config, trainer.corpus, None, Ranks(rank, processes))
     found = [trainer.update()[0] for _ in range(8)]
     if rank == 0:
@@ -187,7 +204,9 @@ def two_on_one_card(options: Options, here: Path) -> str:
         raise LeftOut("gloo is built without CUDA for Windows")
     as_rank(0, options, here, 1)
     torch.multiprocessing.spawn(as_rank, (options, here, 2), nprocs=2)
-    found, expected = (json.loads((here / f"losses-{n}.json").read_text(encoding="utf-8")) for n in (2, 1))
+    found, expected = (
+        json.loads((here / f"losses-{n}.json").read_text(encoding="utf-8")) for n in (2, 1)
+    )
     return at_most(worst(found, expected), 1e-3)
 
 
@@ -223,7 +242,14 @@ for fate in ("killed", "failing"):
             raise LeftOut("torchrun does not start under Windows")
         script, sign = here / "loses_one.py", here / fate
         script.write_text(LOSES_ONE, encoding="utf-8")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(script),
+        ]
         flags = [*SMALL, f"--device={options.device}", "--save_every=2", "--compile=off"]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         line = [*torchrun, *command(options, here / "run", *flags)[2:], str(sign)]
@@ -236,7 +262,10 @@ for fate in ("killed", "failing"):
         return f"{at_most(time.monotonic() - since, 60)} s; {words[0]}"
 
 
-@check("robustness", "a run that moves from CPU to card and back, against one that stays; losses of 30 steps")
+@check(
+    "robustness",
+    "a run that moves from CPU to card and back, against one that stays; losses of 30 steps",
+)
 def moving(options: Options, here: Path) -> str:
     flags = [*SMALL, "--amp=off", "--log_every=1", "--decay_steps=30", "--target_loss=0"]
     run(options, here / "stays", *flags, "--device=cpu", "--steps=30")
@@ -247,7 +276,9 @@ def moving(options: Options, here: Path) -> str:
 
 @check("robustness", "export, and the same greedy text on CPU and card")
 def export_and_sample(options: Options, here: Path) -> str:
-    run(options, here / "run", *SMALL, f"--device={options.device}", "--steps=50", "--target_loss=0")
+    run(
+        options, here / "run", *SMALL, f"--device={options.device}", "--steps=50", "--target_loss=0"
+    )
     checkpoint = f"--checkpoint={here / 'run' / 'checkpoints' / 'best.pt'}"
 
     def said(script: str, *flags: str) -> str:

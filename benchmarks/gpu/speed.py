@@ -30,7 +30,9 @@ def default_recipe(options: Options, here: Path) -> str:
 @check("speed", "the demo, from launch to target")
 def demo(options: Options, here: Path) -> str:
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--preset=demo", f"--out_dir={here / 'run'}"])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--preset=demo", f"--out_dir={here / 'run'}"]
+    )
     assert done.returncode == 0, f"exit code {done.returncode}"
     found = read_json(here / "run" / "results.json")
     return f"{time.perf_counter() - started:.1f} s, {found['stop_reason']} after {found['final_step']} steps"
@@ -85,8 +87,18 @@ def muon_share(options: Options, here: Path) -> str:
 @check("speed", "a save, beside training and waited for", seconds=240)
 def saves(options: Options, here: Path) -> str:
     record = here / "stalls.json"
-    program = [sys.executable, str(ROOT / "benchmarks" / "stalls.py"), f"--input-file={options.input_file}"]
-    flags = ["--batch-size=32", "--optimizer=muon", "--steps=30", "--rounds=3", f"--record={record}"]
+    program = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "stalls.py"),
+        f"--input-file={options.input_file}",
+    ]
+    flags = [
+        "--batch-size=32",
+        "--optimizer=muon",
+        "--steps=30",
+        "--rounds=3",
+        f"--record={record}",
+    ]
     done = subprocess.run([*program, *flags], capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stderr[-500:]
     return "; ".join(
@@ -104,7 +116,9 @@ def largest_micro_batch(options: Options, here: Path) -> str:
         if gigabytes * 1e9 > total:
             break
         torch.cuda.empty_cache()
-        trainer = trainer_of(options, "--batch_size=1024", "--amp=bf16", "--compile=off", "--mixed_steps=0")
+        trainer = trainer_of(
+            options, "--batch_size=1024", "--amp=bf16", "--compile=off", "--mixed_steps=0"
+        )
         torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total)
         for _ in range(2):
             trainer.update()
@@ -121,17 +135,31 @@ for shape_name, (batch_size, seq_len) in SHAPES.items():
 
             @check("speed", f"{shape_name}, {how}, {optimizer}", seconds=240)
             def our_speed(
-                options: Options, here: Path, size=(batch_size, seq_len), compiled=compiled, optimizer=optimizer
+                options: Options,
+                here: Path,
+                size=(batch_size, seq_len),
+                compiled=compiled,
+                optimizer=optimizer,
             ) -> str:
-                shape = Shape(batch_size=size[0], seq_len=size[1], grad_accum=1, input_file=options.input_file)
-                flags = [f"--compile={'on' if compiled else 'off'}", f"--optimizer={optimizer}", "--amp=bf16"]
+                shape = Shape(
+                    batch_size=size[0], seq_len=size[1], grad_accum=1, input_file=options.input_file
+                )
+                flags = [
+                    f"--compile={'on' if compiled else 'off'}",
+                    f"--optimizer={optimizer}",
+                    "--amp=bf16",
+                ]
                 return throughput(options, shape, lambda: ours(shape, *flags))
 
         @check("speed", f"{shape_name}, {how}, nanoGPT with adamw")
-        def their_speed(options: Options, here: Path, size=(batch_size, seq_len), compiled=compiled) -> str:
+        def their_speed(
+            options: Options, here: Path, size=(batch_size, seq_len), compiled=compiled
+        ) -> str:
             if options.nanogpt is None:
                 raise LeftOut("no --nanogpt")
-            shape = Shape(batch_size=size[0], seq_len=size[1], grad_accum=1, input_file=options.input_file)
+            shape = Shape(
+                batch_size=size[0], seq_len=size[1], grad_accum=1, input_file=options.input_file
+            )
             shape = replace(shape, nanogpt=options.nanogpt)
             try:
                 return throughput(options, shape, lambda: nanogpt(shape, compiled))

@@ -35,7 +35,9 @@ def compile_proven(
 
 def measures(model: nn.Module, loss: torch.Tensor) -> list[float]:
     """The loss, then the norm of each parameter's gradient; the gradients are gone afterwards."""
-    norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+    norms = [
+        parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None
+    ]
     model.zero_grad(set_to_none=True)
     return torch.stack([loss, *norms]).tolist()
 
@@ -43,10 +45,17 @@ def measures(model: nn.Module, loss: torch.Tensor) -> list[float]:
 def compare(found: list[float], expected: list[float], names: list[str], config: Config) -> None:
     """Raises ArithmeticError when they differ by more than rounding, or with dropout by more than its chance."""
     tolerance = 0.5 if config.dropout else 0.05
-    noise = tolerance * max(filter(math.isfinite, expected[1:]), default=0.0) / 5  # some gradients are nothing else
+    noise = (
+        tolerance * max(filter(math.isfinite, expected[1:]), default=0.0) / 5
+    )  # some gradients are nothing else
     labels = ["the loss", *(f"the gradient norm of {name}" for name in names)]
     for label, compiled, otherwise in zip(labels, found, expected, strict=True):
         if config.amp == "fp16" and not math.isfinite(compiled):
             continue  # fp16 overflows earlier in larger pieces
-        if math.isfinite(otherwise) and not abs(compiled - otherwise) <= tolerance * abs(otherwise) + noise:
-            raise ArithmeticError(f"{label} is {compiled:.6g} compiled and {otherwise:.6g} otherwise")
+        if (
+            math.isfinite(otherwise)
+            and not abs(compiled - otherwise) <= tolerance * abs(otherwise) + noise
+        ):
+            raise ArithmeticError(
+                f"{label} is {compiled:.6g} compiled and {otherwise:.6g} otherwise"
+            )

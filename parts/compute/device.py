@@ -111,7 +111,9 @@ def choose_micro_batch(config: Config) -> tuple[int, str]:
     """How many slices to work on at once, and why."""
     if config.device != "cpu":
         return largest_divisor(config.share, config.batch_size), "--batch_size"
-    return largest_divisor(config.share, max(1, 2048 // config.seq_len)), "on a CPU at most 2,048 tokens at once"
+    return largest_divisor(
+        config.share, max(1, 2048 // config.seq_len)
+    ), "on a CPU at most 2,048 tokens at once"
 
 
 def choose_threads(config: Config) -> tuple[int, str]:
@@ -137,11 +139,17 @@ def choose_runtime(config: Config, previous: Config | None) -> Config:
     Raises ValueError for an unusable --device.
     """
 
-    def decide(name: str, choose: Callable[[], tuple[str | int, str]], usable: Callable[[str], bool]) -> None:
+    def decide(
+        name: str, choose: Callable[[], tuple[str | int, str]], usable: Callable[[str], bool]
+    ) -> None:
         nonlocal config
         if getattr(config, name) not in ("auto", None):
             return
-        before = previous.origins.get(name, Origin(From.RUN)) if previous is not None else Origin(From.MACHINE)
+        before = (
+            previous.origins.get(name, Origin(From.RUN))
+            if previous is not None
+            else Origin(From.MACHINE)
+        )
         source = From.RUN if before.source == From.TYPED else before.source
         value, origin = getattr(previous, name, None), Origin(source, "as in the run so far")
         if value is None or not usable(value):
@@ -192,12 +200,18 @@ def configure_torch(config: Config) -> None:
             torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
     same_bits = config.device == "cpu" or config.deterministic
     if same_bits:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by PyTorch's reproducibility notes
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # asked for by PyTorch's reproducibility notes
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # added at run time
-    torch.use_deterministic_algorithms(same_bits)  # or compiled code adds up gradients in varying order
+    torch.use_deterministic_algorithms(
+        same_bits
+    )  # or compiled code adds up gradients in varying order
 
 
-BESIDES = 2**29  # bytes of a card for what PyTorch's allocator does not hand out: kernels, loaded as they are needed
+BESIDES = (
+    2**29
+)  # bytes of a card for what PyTorch's allocator does not hand out: kernels, loaded as they are needed
 
 
 def driver_spills() -> bool:
@@ -222,7 +236,9 @@ def peak_memory(device: str) -> int | None:
         import resource
     except ModuleNotFoundError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def keep_freed_memory() -> None:

@@ -14,14 +14,18 @@ import torch.nn.functional as F
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear; for a few rows in fp32 on a CPU oneDNN's, which reads the weight twice as fast as the usual BLAS."""
-    few_rows = x.device.type == "cpu" and x.numel() <= 16 * x.shape[-1] and not torch.is_grad_enabled()
+    few_rows = (
+        x.device.type == "cpu" and x.numel() <= 16 * x.shape[-1] and not torch.is_grad_enabled()
+    )
     if few_rows and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
         with suppress(AttributeError):  # a PyTorch built without oneDNN
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float
+) -> torch.Tensor:
     """softmax(q k' / sqrt(head_dim)) v, each position seeing itself and those before it; all (B, n_head, T, head_dim).
 
     PyTorch's fused kernel, but on a CPU, where its backward pass takes four times as long as the formula, the
@@ -54,7 +58,9 @@ class HeadLoss(torch.autograd.Function):
     BLOCK = 128  # rows whose softmax in fp32 stays in a CPU's caches; a GPU takes all at once
 
     @staticmethod
-    def forward(ctx, features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx, features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
         kind, N = features.device.type, len(features)
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -72,8 +78,14 @@ class HeadLoss(torch.autograd.Function):
                 for block, target in zip(*blocks, strict=True):
                     log_p = F.log_softmax(block, -1, dtype=torch.float32)
                     loss -= log_p.gather(1, target).sum()
-                    block.copy_(log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32)))
-                d_features[rows] = logits @ weight  # the gradient by now; that of the padding is zero
+                    block.copy_(
+                        log_p.exp_().scatter_add_(
+                            1, target, -torch.ones_like(target, dtype=torch.float32)
+                        )
+                    )
+                d_features[rows] = (
+                    logits @ weight
+                )  # the gradient by now; that of the padding is zero
                 part = (logits.T @ features[rows])[:V]
                 d_weight = part.float() if d_weight is None else d_weight.add_(part)
         ctx.save_for_backward(d_features, d_weight)

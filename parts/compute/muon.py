@@ -23,7 +23,9 @@ POLAR_EXPRESS = tuple(
         (3.3184196736706015, -2.488488024314874, 0.51004894012372),
     )
 )
-UPDATE_RMS = 0.2  # of an update, in learning rates: about AdamW's, so that one rate suits both (Liu et al.)
+UPDATE_RMS = (
+    0.2  # of an update, in learning rates: about AdamW's, so that one rate suits both (Liu et al.)
+)
 BATCH_ELEMENTS = 2**26  # of the matrices worked on at once; bounds the memory of a step
 TINY = 1e-20
 
@@ -46,7 +48,9 @@ class Muon(torch.optim.Optimizer):
         beta2: float = 0.95,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2))
+        super().__init__(
+            params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2)
+        )
         self.dtype = dtype
 
     @torch.no_grad()
@@ -74,13 +78,19 @@ class Muon(torch.optim.Optimizer):
             buffers.append(state["momentum_buffer"])
             row_mean_squares.append(state["row_mean_square"])
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        looking_ahead = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))  # (matrices, m, n)
+        looking_ahead = torch.stack(
+            torch._foreach_lerp(gradients, buffers, group["momentum"])
+        )  # (matrices, m, n)
         update = polar_factor(looking_ahead, self.dtype).float()
-        squares = torch.linalg.vector_norm(update, dim=-1, keepdim=True).square() / update.shape[-1]  # (matrices, m, 1)
+        squares = (
+            torch.linalg.vector_norm(update, dim=-1, keepdim=True).square() / update.shape[-1]
+        )  # (matrices, m, 1)
         torch._foreach_lerp_(row_mean_squares, list(squares), 1 - group["beta2"])
         # The mean squares begin at zero, too small by a factor that all rows share and the next two lines take out.
         scale = torch.stack(row_mean_squares).clamp(min=TINY).rsqrt()
-        scale *= UPDATE_RMS * (squares * scale.square()).mean(-2, keepdim=True).clamp(min=TINY).rsqrt()
+        scale *= (
+            UPDATE_RMS * (squares * scale.square()).mean(-2, keepdim=True).clamp(min=TINY).rsqrt()
+        )
         update *= scale
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(matrices, list(update), alpha=-group["lr"])
@@ -102,9 +112,13 @@ def polar_factor(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     for first in range(0, len(POLAR_EXPRESS), at_once):
         gram = x.mT @ x if tall else x @ x.mT  # square, as high as the shorter side
         (scale, b, c), *more = POLAR_EXPRESS[first : first + at_once]
-        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # the steps so far multiply X by scale I + rest
+        rest = torch.baddbmm(
+            gram, gram, gram, beta=b, alpha=c
+        )  # the steps so far multiply X by scale I + rest
         for a, b, c in more:
-            square = torch.baddbmm(rest, rest, rest, beta=2 * scale)  # of the factor, less scale^2 I
+            square = torch.baddbmm(
+                rest, rest, rest, beta=2 * scale
+            )  # of the factor, less scale^2 I
             gram = torch.baddbmm(gram, square, gram, beta=scale**2)
             step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             rest = torch.baddbmm(a * rest + scale * step, step, rest)

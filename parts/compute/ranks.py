@@ -30,7 +30,10 @@ class Ranks:
 
         Raises ConnectionError.
         """
-        named = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
+        named = all(
+            name in os.environ
+            for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
+        )
         if not named or os.environ["WORLD_SIZE"] == "1":
             return cls()
         backends = "gloo"
@@ -40,12 +43,20 @@ class Ranks:
                 backends = "cpu:gloo,cuda:nccl"
         try:
             store, rank, count = next(dist.rendezvous("env://", timeout=TO_MEET))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # several machines may count their restarts differently
-                store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-            dist.init_process_group(backends, store=store, rank=rank, world_size=count, timeout=TO_MEET)
+            if (
+                os.environ.get("GROUP_WORLD_SIZE") == "1"
+            ):  # several machines may count their restarts differently
+                store = dist.PrefixStore(
+                    f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store
+                )
+            dist.init_process_group(
+                backends, store=store, rank=rank, world_size=count, timeout=TO_MEET
+            )
             dist.distributed_c10d._set_pg_timeout(TO_WAIT)
         except (RuntimeError, ValueError) as error:
-            raise ConnectionError(f"the processes of this run do not reach each other ({in_short(error)})") from error
+            raise ConnectionError(
+                f"the processes of this run do not reach each other ({in_short(error)})"
+            ) from error
         return cls(dist.get_rank(), dist.get_world_size())
 
     def average(self, tensors: list[torch.Tensor]) -> None:
@@ -84,7 +95,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            raise ConnectionError(f"another process of this run is gone ({in_short(error)})") from error
+            raise ConnectionError(
+                f"another process of this run is gone ({in_short(error)})"
+            ) from error
 
     def end(self, code: int) -> None:
         """End this process here and now, if there are others: on its way out PyTorch may wait for them, and they for

@@ -70,8 +70,12 @@ class Interruption:
             raise BrokenOff(signal.Signals(number).name)
         if self.signal == 0:
             self.signal, self.time = number, time.monotonic()
-            message = b"\nFinishing this step, then saving. Ctrl-C once more breaks off without saving.\n"
-            with suppress(OSError, AttributeError):  # the terminal may be gone, and `print` may not be entered twice
+            message = (
+                b"\nFinishing this step, then saving. Ctrl-C once more breaks off without saving.\n"
+            )
+            with suppress(
+                OSError, AttributeError
+            ):  # the terminal may be gone, and `print` may not be entered twice
                 os.write(sys.stderr.fileno(), b"" if self.silent else message)
 
     def __exit__(self, kind: type | None, *_exception) -> None:

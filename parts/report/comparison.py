@@ -9,12 +9,39 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from parts.report.reader import Run, duration, latest, lowest_validation, number, outcome, state, validation
+from parts.report.reader import (
+    Run,
+    duration,
+    latest,
+    lowest_validation,
+    number,
+    outcome,
+    state,
+    validation,
+)
 from parts.report.sections import cell, escaped, markdown_table, visible
 
 # Flags that say where things lie, or what is told of a run. Texts are compared by what is in them.
-REPORTING = {"input_file", "val_file", "out_dir", "resume", "cache_dir", "log_every", "save_every", "sample_every"}
-REPORTING |= {"eval_every", "prompt", "num_prompts", "max_new_tokens", "top_k", "temperature", "tensorboard", "dry_run"}
+REPORTING = {
+    "input_file",
+    "val_file",
+    "out_dir",
+    "resume",
+    "cache_dir",
+    "log_every",
+    "save_every",
+    "sample_every",
+}
+REPORTING |= {
+    "eval_every",
+    "prompt",
+    "num_prompts",
+    "max_new_tokens",
+    "top_k",
+    "temperature",
+    "tensorboard",
+    "dry_run",
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -37,7 +64,11 @@ def find_runs(paths: tuple[Path, ...]) -> list[Path]:
     for path in paths:
         matches = [path] if path.is_dir() else []
         if is_glob(path):
-            matches = [match for match in sorted(map(Path, glob.glob(str(path), recursive=True))) if holds_run(match)]
+            matches = [
+                match
+                for match in sorted(map(Path, glob.glob(str(path), recursive=True)))
+                if holds_run(match)
+            ]
             if not matches:
                 raise FileNotFoundError(f"--out_dir {path}: no run directory matches")
         elif not path.exists():
@@ -45,7 +76,9 @@ def find_runs(paths: tuple[Path, ...]) -> list[Path]:
         for match in matches:
             found.setdefault(match.resolve(), match)
     if not found:
-        raise FileNotFoundError(f"--out_dir {' '.join(map(str, paths))}: there is no run directory among them")
+        raise FileNotFoundError(
+            f"--out_dir {' '.join(map(str, paths))}: there is no run directory among them"
+        )
     return list(found.values())
 
 
@@ -73,7 +106,10 @@ def named(runs: list[Run]) -> dict[str, Run]:
     """The runs by what tells them apart, in the order of that: their paths from the common parent on."""
     places = {absolute(run.out_dir): run for run in runs}
     parent = common_parent(list(places))
-    names = {(path.relative_to(parent) if parent else path).as_posix(): run for path, run in places.items()}
+    names = {
+        (path.relative_to(parent) if parent else path).as_posix(): run
+        for path, run in places.items()
+    }
     return {name: names[name] for name in sorted(names)}
 
 
@@ -101,7 +137,9 @@ def validation_text(run: Run, one_vocabulary: bool) -> Identity:
     return *training_text(run, one_vocabulary), number(run.flags, "val_fraction") or 0
 
 
-def odd_one(runs: dict[str, Run], text: Callable[[Run, bool], Identity], one_vocabulary: bool) -> str | None:
+def odd_one(
+    runs: dict[str, Run], text: Callable[[Run, bool], Identity], one_vocabulary: bool
+) -> str | None:
     """The name of a run whose text is not that of the first; None when all have the same."""
     texts = {name: text(run, one_vocabulary) for name, run in runs.items()}
     first = next(iter(texts.values()))
@@ -111,7 +149,9 @@ def odd_one(runs: dict[str, Run], text: Callable[[Run, bool], Identity], one_voc
 def described(run: Run) -> str:
     """A training text in words."""
     file, sha256, tokens = (run.corpus.get(key) for key in ("file", "sha256", "tokens"))
-    return visible(f"{file}, sha256 {str(sha256)[:12]}, {tokens} tokens of {run.flags.get('tokenizer', 'gpt2')}")[:120]
+    return visible(
+        f"{file}, sha256 {str(sha256)[:12]}, {tokens} tokens of {run.flags.get('tokenizer', 'gpt2')}"
+    )[:120]
 
 
 def check_comparable(runs: dict[str, Run], one_vocabulary: bool) -> None:
@@ -155,9 +195,13 @@ def compare(found: list[Run]) -> "Comparison":
     if not one_vocabulary:
         notes.append("Losses are in bits per byte, because the vocabularies differ.")
     if not one_vocabulary and by_validation and not runs[first].flags.get("val_file"):
-        notes.append("Each run holds out the same part of its own tokens, which is nearly the same text.")
+        notes.append(
+            "Each run holds out the same part of its own tokens, which is nearly the same text."
+        )
     if held_out:
-        notes.append(f"Not by validation loss: {visible(first)} and {visible(held_out)} hold out different texts.")
+        notes.append(
+            f"Not by validation loss: {visible(first)} and {visible(held_out)} hold out different texts."
+        )
     elif 0 < len(without) < len(runs):
         notes.append(f"Not by validation loss: {visible(without[0])} has none.")
     if learned:
@@ -167,7 +211,10 @@ def compare(found: list[Run]) -> "Comparison":
     loss = lowest_validation_loss if by_validation else corpus_loss
     losses = {name: loss(run, not one_vocabulary) for name, run in runs.items()}
     return Comparison(
-        {name: runs[name] for name in sorted(runs, key=lambda name: (losses[name] or (math.inf,), name))},
+        {
+            name: runs[name]
+            for name in sorted(runs, key=lambda name: (losses[name] or (math.inf,), name))
+        },
         losses,
         "lowest validation loss" if by_validation else "corpus loss",
         "nats per token" if one_vocabulary else "bits per byte",
@@ -197,7 +244,9 @@ def lowest_validation_loss(run: Run, bits: bool) -> Measured | None:
 
 def corpus_loss(run: Run, bits: bool) -> Measured | None:
     """Mean and standard error over random slices; None until the run is over, and again when it goes on."""
-    nats, error = (number(run.results, key) for key in ("corpus_loss", "corpus_loss_standard_error"))
+    nats, error = (
+        number(run.results, key) for key in ("corpus_loss", "corpus_loss_standard_error")
+    )
     value = number(run.results, "bits_per_byte") if bits else nats
     if value is None or not nats or state(run) == "running":
         return None
@@ -222,18 +271,27 @@ class Comparison:
 
     def table(self) -> list[list[str]]:
         """Header and rows."""
-        flags = differing_flags(list(self.runs.values()), REPORTING if self.one_text else REPORTING - {"input_file"})
+        flags = differing_flags(
+            list(self.runs.values()), REPORTING if self.one_text else REPORTING - {"input_file"}
+        )
         header = ["run", f"{self.label}, {self.unit}", "tokens", "time", "outcome", *flags]
         return [
             header,
-            *([name, *self.cells(name), *(shown(self.runs[name], flag) for flag in flags)] for name in self.runs),
+            *(
+                [name, *self.cells(name), *(shown(self.runs[name], flag) for flag in flags)]
+                for name in self.runs
+            ),
         ]
 
     def cells(self, name: str) -> list[str]:
         """What came of a run."""
         run, loss = self.runs[name], self.losses[name]
         tokens, elapsed = latest(run, "tokens", "tokens"), latest(run, "elapsed_sec", "elapsed_sec")
-        unmeasured = f"none: {how}" if (how := state(run)) in ("running", "interrupted", "failed") else "none"
+        unmeasured = (
+            f"none: {how}"
+            if (how := state(run)) in ("running", "interrupted", "failed")
+            else "none"
+        )
         return [
             unmeasured if loss is None else loss[1],
             "" if tokens is None else f"{tokens:,.0f}",
@@ -251,7 +309,10 @@ class Comparison:
         columns = []
         for column in zip(*self.table(), strict=True):
             texts = [visible(text) for text in column]
-            width, numeric = max(map(len, texts)), all(re.fullmatch(r"[\d.,:e+-]*", text) for text in texts[1:])
+            width, numeric = (
+                max(map(len, texts)),
+                all(re.fullmatch(r"[\d.,:e+-]*", text) for text in texts[1:]),
+            )
             columns.append([text.rjust(width) if numeric else text.ljust(width) for text in texts])
         lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
         return "\n".join([*lines, *([""] * bool(self.notes)), *self.notes])
@@ -265,7 +326,9 @@ def outcome_with_window(run: Run) -> str:
 
 def shown(run: Run, flag: str) -> str:
     """A flag's value as the table has it; its values, where it changed when the run was continued."""
-    values = (written(flags.get(flag, "unknown")) for flags in run.flags_over_time)  # unknown to an older program
+    values = (
+        written(flags.get(flag, "unknown")) for flags in run.flags_over_time
+    )  # unknown to an older program
     return ", then ".join(value for value, _ in groupby(values))
 
 

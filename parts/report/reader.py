@@ -46,18 +46,32 @@ class Run:
     @property
     def typed(self) -> set[str]:
         """The flags that were typed, at any start: by the commands, and where there are none by the origins."""
-        commands = [one["command"] for one in self.launches or [self.config] if isinstance(one.get("command"), str)]
+        commands = [
+            one["command"]
+            for one in self.launches or [self.config]
+            if isinstance(one.get("command"), str)
+        ]
         if commands:
-            return {word.replace("-", "_") for command in commands for word in FLAG.findall(command)}
+            return {
+                word.replace("-", "_") for command in commands for word in FLAG.findall(command)
+            }
         origins = self.config.get("origins")
         found = origins.items() if isinstance(origins, dict) else ()
-        return {name for name, origin in found if isinstance(origin, dict) and origin.get("from") in TYPED}
+        return {
+            name
+            for name, origin in found
+            if isinstance(origin, dict) and origin.get("from") in TYPED
+        }
 
     @property
     def launches(self) -> list[dict]:
         """What config.json says of each start, oldest first."""
         launches = self.config.get("launches")
-        return [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
+        return (
+            [launch for launch in launches if isinstance(launch, dict)]
+            if isinstance(launches, list)
+            else []
+        )
 
     @property
     def corpus(self) -> dict:
@@ -96,7 +110,9 @@ def read_run(out_dir: Path) -> Run:
     """
     csv, samples = out_dir / "logs" / "train_metrics.csv", out_dir / "samples" / "samples.txt"
     if not csv.is_file():
-        raise FileNotFoundError(f"--out_dir {out_dir}: there is no run (no {csv.as_posix()}); name a run directory")
+        raise FileNotFoundError(
+            f"--out_dir {out_dir}: there is no run (no {csv.as_posix()}); name a run directory"
+        )
     model = read_json(out_dir / "tokenizer.json").get("model")  # of an own vocabulary
     ids = model.get("vocab") if isinstance(model, dict) else "gpt2"
     return Run(
@@ -119,7 +135,9 @@ def read_text(path: Path, pattern: re.Pattern, what: str) -> str:
         return ""
     text = "\n".join(read_written(path).splitlines())
     if text.strip() and not pattern.search(text):
-        raise ValueError(f"{path.as_posix()} has no {what}: it was not written by train.py; move it away")
+        raise ValueError(
+            f"{path.as_posix()} has no {what}: it was not written by train.py; move it away"
+        )
     return text
 
 
@@ -189,7 +207,10 @@ def overfitting(run: Run) -> float | None:
     if (lowest := lowest_validation(run)) is None:
         return None
     last = validation(run).iloc[-1]
-    risen = last["val_loss"] > 1.01 * lowest["val_loss"] and smoothed(run.metrics)[0].iloc[-1] < lowest["val_loss"]
+    risen = (
+        last["val_loss"] > 1.01 * lowest["val_loss"]
+        and smoothed(run.metrics)[0].iloc[-1] < lowest["val_loss"]
+    )
     return lowest["step"] if risen else None
 
 
@@ -203,7 +224,9 @@ def smoothed(table: pd.DataFrame) -> tuple[pd.Series, str]:
     if has_values(table, "window_loss"):
         return table["window_loss"], "window_loss"
     rows = max(1, len(table) // 20)
-    return table["loss"].rolling(rows, min_periods=1).mean(), f"mean of {rows} rows" if rows > 1 else ""
+    return table["loss"].rolling(
+        rows, min_periods=1
+    ).mean(), f"mean of {rows} rows" if rows > 1 else ""
 
 
 def number(values: dict, key: str) -> float | None:
@@ -217,13 +240,24 @@ def number(values: dict, key: str) -> float | None:
 def latest(run: Run, column: str, key: str) -> float | None:
     """How far a growing number has come: rows are written at once, results.json at saves and at the end."""
     last = run.metrics[column].max() if has_values(run.metrics, column) else None
-    return max((float(value) for value in (last, number(run.results, key)) if value is not None), default=None)
+    return max(
+        (float(value) for value in (last, number(run.results, key)) if value is not None),
+        default=None,
+    )
 
 
 def state(run: Run) -> str:
     """How the run stands: a key of `OUTCOMES`, running, or unknown. A run that was killed looks like one that runs."""
-    reason, saved, rows = run.results.get("stop_reason"), number(run.results, "final_step"), run.metrics["step"]
-    going_on = bool(run.config) if not run.results else saved is not None and len(rows) and rows.iloc[-1] > saved
+    reason, saved, rows = (
+        run.results.get("stop_reason"),
+        number(run.results, "final_step"),
+        run.metrics["step"],
+    )
+    going_on = (
+        bool(run.config)
+        if not run.results
+        else saved is not None and len(rows) and rows.iloc[-1] > saved
+    )
     if going_on or reason == "running":
         return "running"
     return reason if isinstance(reason, str) and reason in OUTCOMES else "unknown"
@@ -233,7 +267,9 @@ def outcome(run: Run) -> str:
     """The same in words."""
     how, step = state(run), latest(run, "step", "final_step")
     if how == "running":
-        return "running, before its first row" if step is None else f"running, as of step {step:,.0f}"
+        return (
+            "running, before its first row" if step is None else f"running, as of step {step:,.0f}"
+        )
     target = number(run.results, "target_loss") or 0
     corpus_loss = number(run.results, "corpus_loss")
     if how == "target" and corpus_loss is not None and corpus_loss > target:

@@ -13,13 +13,25 @@ from pathlib import Path
 
 from parts.run.directory import replacing
 
-NAMES = ("PLOT", "SUMMARY", "LOGS", "METRICS", "SAMPLES", "REPRO", "COMPARE")  # of the sections that there are
+NAMES = (
+    "PLOT",
+    "SUMMARY",
+    "LOGS",
+    "METRICS",
+    "SAMPLES",
+    "REPRO",
+    "COMPARE",
+)  # of the sections that there are
 MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
 LOOKS_LIKE_MARKER = re.compile(r"<!--\s*AUTO\s*:", re.IGNORECASE)
-FENCE = re.compile(r"(?: {0,3}|\s*(?:[-*+]|\d+[.)])\s+)(`{3,}(?=[^`]*$)|~{3,})")  # in a list item, too
+FENCE = re.compile(
+    r"(?: {0,3}|\s*(?:[-*+]|\d+[.)])\s+)(`{3,}(?=[^`]*$)|~{3,})"
+)  # in a list item, too
 FENCE_END = re.compile(r"\s*(`{3,}|~{3,})\s*")
 INLINE_CODE = re.compile(r"(`+)[^`]+\1")
-INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # and reordering
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+)  # and reordering
 
 
 def preformatted(text: str) -> str:
@@ -38,7 +50,9 @@ def visible(text: object) -> str:
     """Text of unknown origin on one line, no two texts alike: what cannot be seen, and the backslash, as Python writes
     them in a string."""
     return "".join(
-        character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
+        character
+        if character.isprintable() and character != "\\"
+        else character.encode("unicode_escape").decode()
         for character in str(text)
     )
 
@@ -87,19 +101,25 @@ def find_sections(lines: list[str], readme: Path) -> dict[str, tuple[int, int]]:
         marker = MARKER.fullmatch(line.strip("\ufeff \t\r\n"))
         if not marker:
             if not name and LOOKS_LIKE_MARKER.search(INLINE_CODE.sub("", line)):
-                raise ValueError(f"{where}: a marker must be exactly <!--AUTO:NAME:START--> or END, alone on its line")
+                raise ValueError(
+                    f"{where}: a marker must be exactly <!--AUTO:NAME:START--> or END, alone on its line"
+                )
         elif marker[1] not in NAMES:
             raise ValueError(f"{where}: unknown section {marker[1]}; there are {', '.join(NAMES)}")
         elif marker[2] == "START":
             if name:
-                raise ValueError(f"{where}: {marker[1]} starts inside {name}, which started in line {start + 1}")
+                raise ValueError(
+                    f"{where}: {marker[1]} starts inside {name}, which started in line {start + 1}"
+                )
             if marker[1] in found:
                 raise ValueError(
                     f"{where}: a second section {marker[1]}; the first is in line {found[marker[1]][0] + 1}"
                 )
             name, start = marker[1], index
         elif marker[1] != name:
-            inside = f"inside {name}, which started in line {start + 1}" if name else "without a start"
+            inside = (
+                f"inside {name}, which started in line {start + 1}" if name else "without a start"
+            )
             raise ValueError(f"{where}: {marker[1]} ends {inside}")
         else:
             found[name], name = (start, index), ""
@@ -118,7 +138,9 @@ def filled(text: str, contents: Mapping[str, Callable[[], str]], readme: Path) -
     lines = re.split(r"(?<=\n)", text)
     newline = "\r\n" if "\r\n" in text else "\n"
     pieces, done = [], 0
-    found = {name: place for name, place in find_sections(lines, readme).items() if name in contents}
+    found = {
+        name: place for name, place in find_sections(lines, readme).items() if name in contents
+    }
     if not found:
         name = "COMPARE" if "COMPARE" in contents else "SUMMARY"
         raise ValueError(
@@ -134,7 +156,9 @@ def filled(text: str, contents: Mapping[str, Callable[[], str]], readme: Path) -
 
 def new_readme(title: str, names: Iterable[str]) -> str:
     """The text of a README with these sections, all empty."""
-    sections = (f"## {n.capitalize()}\n\n<!--AUTO:{n}:START-->\n<!--AUTO:{n}:END-->\n" for n in names)
+    sections = (
+        f"## {n.capitalize()}\n\n<!--AUTO:{n}:START-->\n<!--AUTO:{n}:END-->\n" for n in names
+    )
     return "\n".join([f"# {escaped(visible(title))}\n", *sections])
 
 
@@ -153,9 +177,13 @@ def check_writable(readme: Path) -> None:
     stop `write_text`, which replaces the file; but so a user protects one, root as well."""
     real = readme.resolve()
     if not real.parent.is_dir():
-        raise FileNotFoundError(f"--readme {readme}: there is no folder {real.parent}: make it, or name another file")
+        raise FileNotFoundError(
+            f"--readme {readme}: there is no folder {real.parent}: make it, or name another file"
+        )
     if real.exists() and not (real.stat().st_mode & 0o222 and os.access(real, os.W_OK)):
-        raise PermissionError(f"--readme {readme} is write-protected: make it writable, or name another file")
+        raise PermissionError(
+            f"--readme {readme} is write-protected: make it writable, or name another file"
+        )
     if not os.access(real.parent, os.W_OK):
         raise PermissionError(
             f"--readme {readme}: the folder {real.parent} is not writable: make it so, or name a file elsewhere"

@@ -23,7 +23,13 @@ class StepLog:
     """Tells of one start of a run, and counts its seconds into the progress."""
 
     def __init__(self, config: Config, progress: Progress, corpus: Corpus, run: RunDir, bar: tqdm):
-        self.config, self.progress, self.corpus, self.run, self.bar = config, progress, corpus, run, bar
+        self.config, self.progress, self.corpus, self.run, self.bar = (
+            config,
+            progress,
+            corpus,
+            run,
+            bar,
+        )
         # An untold step was made by the start before: this one only tells of it.
         self.first_step = progress.step + 1 - progress.untold
         self.line_tokens = progress.tokens - progress.untold * config.tokens_per_step
@@ -38,11 +44,20 @@ class StepLog:
         tokens_per_sec = (p.tokens - self.line_tokens) / (now - self.line_time)
         if p.step == self.first_step:
             self.first_done = now
-        self.bar.set_postfix_str(words.bar_text(loss, tokens_per_sec, self.seconds_left()), refresh=False)
+        self.bar.set_postfix_str(
+            words.bar_text(loss, tokens_per_sec, self.seconds_left()), refresh=False
+        )
         self.bar.update()
         if p.skipped_in_a_row:
-            log.warning(f"step {p.step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)")
-        if p.step == 1 or p.step % config.log_every == 0 or p.stop_reason(config) or val_loss is not None:
+            log.warning(
+                f"step {p.step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)"
+            )
+        if (
+            p.step == 1
+            or p.step % config.log_every == 0
+            or p.stop_reason(config)
+            or val_loss is not None
+        ):
             self.line_time, self.line_tokens = now, p.tokens
             row = words.step_row(
                 config, p, self.corpus, loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_sec=tokens_per_sec,

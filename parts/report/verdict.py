@@ -17,7 +17,10 @@ def how_to_continue(argv: list[str], config: Config, saved: bool, since: str = "
 
 def continuing(config: Config) -> list[str]:
     """The flags that a run needs to go on: its directory, and what holds for one start only."""
-    return [*flag_words("out_dir", [config.out_dir.as_posix()]), *(["--tensorboard"] if config.tensorboard else [])]
+    return [
+        *flag_words("out_dir", [config.out_dir.as_posix()]),
+        *(["--tensorboard"] if config.tensorboard else []),
+    ]
 
 
 def without_never(argv: list[str]) -> list[str]:
@@ -82,5 +85,7 @@ def verdict(config: Config, progress: Progress, floor: float, stop_reason: str) 
     if stop_reason == "steps" and (missed or still_falling(c, p)):
         said.append(with_more_steps(c, p))
     if not said:
-        said.append(f"all {p.step:,} steps are done, with neither a target nor a validation split to judge them by")
+        said.append(
+            f"all {p.step:,} steps are done, with neither a target nor a validation split to judge them by"
+        )
     return f"Verdict: {'; '.join(said)}"

@@ -94,7 +94,11 @@ def plan(config: Config, corpus: Corpus, floor: float, progress: Progress) -> li
     """What will happen, to be said before the first step."""
     c, n_tokens = config, len(corpus.tokens)
     planned = progress.tokens + (c.steps - progress.step) * c.tokens_per_step
-    part = f"the first {n_tokens:,} of {corpus.text_tokens:,}" if n_tokens < corpus.text_tokens else f"{n_tokens:,}"
+    part = (
+        f"the first {n_tokens:,} of {corpus.text_tokens:,}"
+        if n_tokens < corpus.text_tokens
+        else f"{n_tokens:,}"
+    )
     files = corpus.remark and f" ({corpus.remark})"
     target = f"target {c.target_loss:g}, {target_rule(c)}" if c.target_loss else "no target"
     return [
@@ -135,10 +139,15 @@ def origin_lines(config: Config) -> list[str]:
         value = values[name]
         if source in HEADINGS and name not in silent and value not in (None, ""):
             why = "" if source == From.RUN or not reason else f" ({reason})"
-            told[source].append(f"{name} {' '.join(value) if isinstance(value, list) else value}{why}")
+            told[source].append(
+                f"{name} {' '.join(value) if isinstance(value, list) else value}{why}"
+            )
     reason = config.origins["device"].reason if "device" in config.origins else ""
     device = f"Device: {config.device} ({reason or '--device'})"
-    return [*(f"{HEADINGS[source]}: {'; '.join(words)}" for source, words in told.items() if words), device]
+    return [
+        *(f"{HEADINGS[source]}: {'; '.join(words)}" for source, words in told.items() if words),
+        device,
+    ]
 
 
 HEADINGS = {
@@ -156,7 +165,11 @@ def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
     c, found = config, []
     if 0 < c.target_loss < floor:
         enough = smallest_seq_len(corpus.tokens, c.target_loss, c.block_size)
-        way = f"--seq_len {enough} is the smallest that can" if enough else f"nor at any --seq_len up to {c.block_size}"
+        way = (
+            f"--seq_len {enough} is the smallest that can"
+            if enough
+            else f"nor at any --seq_len up to {c.block_size}"
+        )
         found.append(
             f"--target_loss {c.target_loss:g} is below the floor {floor:.4f}: no model can reach it at --seq_len "
             f"{c.seq_len}; {way}"
@@ -186,14 +199,22 @@ def unusual_steps(config: Config, corpus: Corpus, floor: float) -> list[str]:
     holds = max(floor, LAW_TARGET / 2) < c.target_loss <= 2 * LAW_TARGET
     if not typed or not holds or usual / 2 <= c.steps <= 2 * usual:
         return []
-    planned, expected = (count * c.tokens_per_step / len(corpus.tokens) for count in (c.steps, usual))
-    return [f"{planned:,.3g} passes over this text; about {expected:,.3g} are usual (--steps {usual})"]
+    planned, expected = (
+        count * c.tokens_per_step / len(corpus.tokens) for count in (c.steps, usual)
+    )
+    return [
+        f"{planned:,.3g} passes over this text; about {expected:,.3g} are usual (--steps {usual})"
+    ]
 
 
 def stuck_hint(progress: Progress, config: Config) -> str | None:
     """What may be wrong when the loss is still that of guessing, long after warm-up; None when it is not."""
     losses, ln_vocab = progress.recent_losses, math.log(config.vocab_size)
-    if progress.step < config.warmup_steps + STUCK_AFTER or not losses or statistics.fmean(losses) < ln_vocab - 0.3:
+    if (
+        progress.step < config.warmup_steps + STUCK_AFTER
+        or not losses
+        or statistics.fmean(losses) < ln_vocab - 0.3
+    ):
         return None
     return (
         f"The loss still is about ln V = {ln_vocab:.3f}, that of guessing. Usual causes: --lr {config.lr:g} is far too "
@@ -218,9 +239,7 @@ def step_row(
 
 def step_line(row: dict[str, float | None], steps: int) -> str:
     """The same as a line of the log."""
-    line = (
-        f"step {row['step']}/{steps} | loss {row['loss']:.6f} | lr {row['lr']:.2e} | tok/s {row['tokens_per_sec']:.1f}"
-    )
+    line = f"step {row['step']}/{steps} | loss {row['loss']:.6f} | lr {row['lr']:.2e} | tok/s {row['tokens_per_sec']:.1f}"
     if row["window_loss"] is not None:
         line += f" | window_loss {row['window_loss']:.6f}"
     line += f" | grad_norm {row['grad_norm']:.3f}"
@@ -253,7 +272,9 @@ def eta_line(config: Config, seconds_left: float) -> str:
 def sample_line(step: int, prompt: str, output: str) -> str:
     """The beginning of a sampled text, on one line."""
     words = " ".join(output.split())
-    rest = " ..." if len(words) > 200 else " (and white space)" * (words == " ".join(prompt.split()))
+    rest = (
+        " ..." if len(words) > 200 else " (and white space)" * (words == " ".join(prompt.split()))
+    )
     return f"Sample at step {step}: {words[:200]}{rest}"
 
 
@@ -289,7 +310,9 @@ def rehearsal(config: Config, step: int, sec: float, memory: int | None, free: f
         f"they end by {clock_after(most)}"
     ]
     if memory is not None:
-        lines.append(f"Memory: {gigabytes(memory)} {where}, and {gigabytes(state + weights)} for the copies of saves")
+        lines.append(
+            f"Memory: {gigabytes(memory)} {where}, and {gigabytes(state + weights)} for the copies of saves"
+        )
     lines.append(
         f"Disk: {gigabytes(3 * state + weights)} at most in {c.out_dir} (last, prev and one being written, "
         f"{gigabytes(state)} each, best {gigabytes(weights)}); {gigabytes(free)} are free"
@@ -348,7 +371,9 @@ def corpus_loss_line(progress: Progress, corpus: Corpus) -> str:
     )
 
 
-def results(config: Config, progress: Progress, corpus: Corpus, floor: float, stop_reason: str) -> dict:
+def results(
+    config: Config, progress: Progress, corpus: Corpus, floor: float, stop_reason: str
+) -> dict:
     """What results.json says. The corpus loss is there at the end: checks are less exact."""
     c, p = config, progress
     over = stop_reason in COMPLETE and p.corpus_measured
@@ -374,7 +399,9 @@ def results(config: Config, progress: Progress, corpus: Corpus, floor: float, st
         "bits_per_byte": bits_per_byte(mean, corpus.bytes_per_token),
         "val_loss": p.val_loss if p.val_step else None,
         "val_perplexity": perplexity(p.val_loss) if p.val_step else None,
-        "val_bits_per_byte": bits_per_byte(p.val_loss, corpus.val_bytes_per_token) if p.val_step else None,
+        "val_bits_per_byte": bits_per_byte(p.val_loss, corpus.val_bytes_per_token)
+        if p.val_step
+        else None,
         "tokens": p.tokens,
         "pseudo_epochs": p.tokens / len(corpus.tokens),
         "elapsed_sec": round(p.elapsed_sec, 2),
@@ -389,7 +416,9 @@ def results(config: Config, progress: Progress, corpus: Corpus, floor: float, st
 def changes(saved: dict, config: Config) -> str:
     """The same in words; empty when none differs."""
     flags = config.as_dict()
-    return ", ".join(f"--{name} {before!r} -> {flags[name]!r}" for name, before in changed(saved, config).items())
+    return ", ".join(
+        f"--{name} {before!r} -> {flags[name]!r}" for name, before in changed(saved, config).items()
+    )
 
 
 def finished(step: int, stop_reason: str) -> str:

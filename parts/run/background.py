@@ -61,7 +61,9 @@ class Snapshot:
                 return torch.empty_like(values, device="cpu", pin_memory=True)
             except RuntimeError as error:
                 reason = in_short(error)
-                log.warning("Saves will be slower: the system refused page-locked memory (%s)", reason)
+                log.warning(
+                    "Saves will be slower: the system refused page-locked memory (%s)", reason
+                )
                 Snapshot.page_locked = False
         return torch.empty_like(values, device="cpu")
 
@@ -96,7 +98,9 @@ class Writer:
         """Begin with these, after any earlier ones."""
         self.finish()
         self._tasks, self._errors = tasks, []
-        self._thread = Thread(target=self._work, daemon=True)  # a second Ctrl-C does not wait for it
+        self._thread = Thread(
+            target=self._work, daemon=True
+        )  # a second Ctrl-C does not wait for it
         try:
             self._thread.start()
         except RuntimeError:  # no memory for a thread

