@@ -4,9 +4,10 @@
     python train.py --input_file data/input.txt          # GPT-2 124M, one GPU
     python train.py --preset small                       # 45M parameters
 
-Run the same command again and it continues where it stopped. Read from top to bottom, this file follows the data:
-slices, model, optimizer and schedule, text and loss, Trainer (which learns), Saver (which writes), the loop, main.
-What it stands on lies in parts/, each file with a promise of its own in its first line.
+Run the same command again and it continues where it stopped. Read from top to bottom, this file
+follows the data: slices, model, optimizer and schedule, text and loss, Trainer (which learns),
+Saver (which writes), the loop, main. What it stands on lies in parts/, each file with a promise of
+its own in its first line.
 
 Shapes: B slices in a micro-batch, T tokens in a slice, C = n_embd channels, V vocabulary entries,
 N tokens in the corpus. Losses are mean nats per token. A step is one optimizer update.
@@ -23,8 +24,6 @@ References:
 
 import logging
 import math
-import signal
-import statistics
 import sys
 import time
 import traceback
@@ -44,7 +43,7 @@ with packages_of("train.py", __name__):
     import torch.nn.functional as F
 
     from parts.commandline import decode_escapes
-    from parts.compute.compiling import compile_proven
+    from parts.compute.compiling import check_compiled, loss_and_gradient_norms
     from parts.compute.device import (
         autocast,
         configure_torch,
@@ -59,14 +58,17 @@ with packages_of("train.py", __name__):
     from parts.compute.muon import Muon
     from parts.compute.ranks import Ranks
     from parts.compute.signals import (
+        SIGNALS,
         Interrupted,
         Interruption,
         exit_code,
         look_for_signals,
+        name_of,
         terminating,
     )
     from parts.flags import Config, From, Origin, decided
-    from parts.progress import COMPLETE, Progress
+    from parts.predecessor import Start
+    from parts.progress import COMPLETE, Progress, StopReason
     from parts.report import words
     from parts.report.provenance import launch_record
     from parts.report.steplog import StepLog, step_log
@@ -77,6 +79,7 @@ with packages_of("train.py", __name__):
         CHECKPOINT_FORMAT,
         STATE_BYTES,
         WEIGHT_BYTES,
+        SavedRun,
         restore_optimizers,
         write_checkpoint,
     )
@@ -84,7 +87,7 @@ with packages_of("train.py", __name__):
     from parts.run.layout import AT_CTRL_C
     from parts.run.screen import logging_to, speaking
     from parts.run.terminal import waiting
-    from parts.setup import Setup, prepare, problems_of_all
+    from parts.setup import Setup, agree, prepare
     from parts.text.corpus import Corpus, loss_floor
     from parts.text.vocabulary import Tokenizer, encode_prompt, whole_characters
 
@@ -95,8 +98,10 @@ log = logging.getLogger("train")
 # Slices
 # ---------------------------------------------------------------------------------------------
 
-# Philox streams: (seed, pass) orders the slices of a pass, the others stand above every pass and step.
-DROPOUT_STREAM, SAMPLES_STREAM, EVALUATION_STREAM = 2**61, 2**62, 2**63
+# Philox streams: (seed, pass) orders the slices of a pass; these stand above every pass and step.
+DROPOUT_STREAM = 2**61
+SAMPLES_STREAM = 2**62
+EVALUATION_STREAM = 2**63
 
 
 def random_words(seed: int, stream: int, count: int) -> np.ndarray:
@@ -109,48 +114,53 @@ def random_words(seed: int, stream: int, count: int) -> np.ndarray:
 
 
 def slice_starts(seed: int, stream: int, count: int, n_starts: int) -> np.ndarray:
-    """`count` starts, int64, uniform over 0 … n_starts - 1 (a word's remainder: bias below n_starts / 2**64)."""
+    """`count` starts, int64, uniform over 0 … n_starts - 1 (bias below n_starts / 2**64)."""
     return (random_words(seed, stream, count) % np.uint64(n_starts)).astype(np.int64)
 
 
 def take_slices(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> torch.Tensor:
-    """Slices of T + 1 tokens, (len(starts), T + 1) int64: inputs are [:, :-1], targets [:, 1:]."""
+    """Slices of T + 1 tokens, (len(starts), T + 1) int64: inputs [:, :-1], targets [:, 1:]."""
     return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
 
 
 def whole_and_quarters(slices: torch.Tensor, first: int) -> list[torch.Tensor]:
-    """Of a step's slices (B, T + 1), the first being number `first`, every fourth; and the quarters of the others,
-    (about 3 * B, T / 4 + 1), with the same inputs and targets, but without the text before them."""
-    whole, length = torch.arange(first, first + len(slices)) % 4 == 0, slices.shape[1] // 4
-    parts = slices[whole], slices[~whole].unfold(1, length + 1, length).flatten(0, 1)
-    return [part for part in parts if len(part)]
+    """Every fourth slice whole, (about B / 4, T + 1), and the quarters of the others, (about 3 * B,
+    T / 4 + 1): the same inputs and targets, without the text before them.
+
+    The slices (B, T + 1) are number `first`, first + 1, … of their step. Empty parts are left out.
+    """
+    length = slices.shape[1] // 4
+    is_whole = torch.arange(first, first + len(slices)) % 4 == 0
+    quarters = slices[~is_whole].unfold(1, length + 1, length).flatten(0, 1)
+    return [part for part in (slices[is_whole], quarters) if len(part)]
 
 
 def micro_batches(slices: torch.Tensor, n_tokens: int) -> tuple[torch.Tensor, ...]:
     """The slices in equal parts of at most so many tokens, as few as can be."""
-    return slices.split(largest_divisor(len(slices), max(1, n_tokens // (slices.shape[1] - 1))))
+    seq_len = slices.shape[1] - 1
+    return slices.split(largest_divisor(len(slices), max(1, n_tokens // seq_len)))
 
 
 @lru_cache(maxsize=2)  # a step may span two passes
 def pass_starts(seed: int, number: int, n_starts: int, seq_len: int) -> np.ndarray:
-    """Starts, int64, of the slices of one pass: every seq_len-th of a ring of all starts, from a random one on,
-    in random order. So each start stays equally likely, and a pass leaves no token out."""
+    """Starts, int64, of the slices of one pass, in random order.
+
+    They are every seq_len-th of a ring of all starts, from a random one on: so each start stays
+    equally likely, and a pass leaves no token out.
+    """
     words = random_words(seed, number, 1 + math.ceil(n_starts / seq_len))
-    return (
-        int(words[0] % np.uint64(n_starts)) + np.argsort(words[1:], kind="stable") * seq_len
-    ) % n_starts
+    origin = int(words[0] % np.uint64(n_starts))
+    return (origin + np.argsort(words[1:], kind="stable") * seq_len) % n_starts
 
 
 def covering_starts(seed: int, first: int, count: int, n_starts: int, seq_len: int) -> np.ndarray:
     """Starts of the run's slices number `first`, … `first + count - 1`, pass after pass."""
     per_pass = math.ceil(n_starts / seq_len)
     numbers = np.arange(first, first + count)
-    parts = [
-        pass_starts(seed, number, n_starts, seq_len)[
-            numbers[numbers // per_pass == number] % per_pass
-        ]
-        for number in range(first // per_pass, (first + count - 1) // per_pass + 1)
-    ]
+    parts = []
+    for number in range(first // per_pass, (first + count - 1) // per_pass + 1):
+        of_pass = numbers[numbers // per_pass == number] % per_pass
+        parts.append(pass_starts(seed, number, n_starts, seq_len)[of_pass])
     return np.concatenate(parts)
 
 
@@ -167,7 +177,7 @@ class Linear(nn.Linear):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and those before it: (B, T, C) -> (B, T, C)."""
+    """Multi-head attention; a token sees itself and those before it: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -176,21 +186,21 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor, past: "Past | None" = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
-        if past is None:
+        if cache is None:
             y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         else:
-            y = past.attention(q, k, v)
+            y = cache.attention(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 @dataclass
-class Past:
-    """Keys and values of the tokens that one attention layer has seen, from the first position on."""
+class KVCache:
+    """Keys and values of the tokens that one attention layer has seen, from position 0 on."""
 
     slots: int
     length: int = 0  # slots in use
@@ -198,20 +208,20 @@ class Past:
     values: torch.Tensor | None = None
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Store k and v behind what is there; q sees all up to its own position. All (B, n_head, T, head_dim)."""
+        """Store k and v behind what is there; q sees all up to its own position.
+
+        All are (B, n_head, T, head_dim).
+        """
         if self.keys is None or self.values is None:
             B, n_head, _, head_dim = k.shape
-            self.keys, self.values = (
-                k.new_zeros(B, n_head, self.slots, head_dim) for _ in range(2)
-            )
-        first, self.length = self.length, self.length + k.shape[2]
-        self.keys[:, :, first : self.length], self.values[:, :, first : self.length] = k, v
-        unseen = torch.ones(k.shape[2], self.length, dtype=torch.bool, device=q.device).triu(
-            first + 1
-        )
-        return attention(
-            q, self.keys[:, :, : self.length], self.values[:, :, : self.length], unseen
-        )
+            self.keys = k.new_zeros(B, n_head, self.slots, head_dim)
+            self.values = torch.zeros_like(self.keys)
+        first = self.length
+        end = self.length = first + k.shape[2]
+        self.keys[:, :, first:end] = k
+        self.values[:, :, first:end] = v
+        unseen = torch.ones(k.shape[2], end, dtype=torch.bool, device=q.device).triu(first + 1)
+        return attention(q, self.keys[:, :, :end], self.values[:, :, :end], unseen)
 
 
 class MLP(nn.Module):
@@ -238,13 +248,13 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, past: Past | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), past)
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """GPT-2. The output head is `wte` itself (tied), so that no second copy can drift or be saved."""
+    """GPT-2. The output head is `wte` itself (tied): no second copy can drift or be saved."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -267,18 +277,18 @@ class GPT(nn.Module):
                 scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(parameter, std=config.init_std * scale, generator=generator)
 
-    def features(self, tokens: torch.Tensor, pasts: list[Past] | None = None) -> torch.Tensor:
+    def features(self, tokens: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
         """(B, T) int64 token ids to (B, T, C) normalised hidden states; T is at most block_size.
 
-        With one `Past` for each block, the tokens stand behind those that it holds, and see them.
+        With a cache for each block, the tokens stand behind those that it holds, and see them.
         """
-        first = pasts[0].length if pasts else 0
+        first = caches[0].length if caches else 0
         end = first + tokens.shape[1]
         assert self.block_size >= end, f"{end} tokens exceed block_size {self.block_size}"
         x = self.wte(tokens) + self.wpe(torch.arange(first, end, device=tokens.device))
         x = F.dropout(x, self.dropout, self.training)
         for layer, block in enumerate(self.h):
-            x = block(x, pasts[layer] if pasts else None)
+            x = block(x, caches[layer] if caches else None)
         return self.ln_f(x)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
@@ -286,7 +296,7 @@ class GPT(nn.Module):
         return linear(features, self.wte.weight)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, T, V) for token ids (B, T); with targets (B, T), their mean loss, a scalar in nats."""
+        """Logits (B, T, V) for token ids (B, T); with targets (B, T), their mean loss in nats."""
         features = self.features(tokens)
         if targets is None:
             return self.logits(features)
@@ -311,35 +321,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def build_optimizers(model: GPT, config: Config) -> dict[str, torch.optim.Optimizer]:
-    """AdamW, and with --optimizer muon Muon for the matrices of the blocks; each parameter is in one group.
+    """AdamW, and with --optimizer muon Muon for the matrices of the blocks.
 
-    Biases and LayerNorms do not decay.
+    Each parameter is in one group. Biases and LayerNorms do not decay.
     """
+    decay = config.weight_decay
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
     others = [model.wte.weight, model.wpe.weight]
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if config.optimizer == "muon":
         dtype = torch.bfloat16 if config.amp == "bf16" else torch.float32
-        optimizers["muon"] = Muon(
-            matrices, lr=config.lr, weight_decay=config.weight_decay, dtype=dtype
-        )
+        optimizers["muon"] = Muon(matrices, lr=config.lr, weight_decay=decay, dtype=dtype)
     else:
         others += matrices
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizers["adamw"] = torch.optim.AdamW(
-        [
-            {"params": others, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        fused=torch.device(config.device).type in ("cuda", "cpu", "mps"),
-    )
+    groups = [{"params": others, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    fused = torch.device(config.device).type in ("cuda", "cpu", "mps")
+    betas = (config.beta1, config.beta2)
+    optimizers["adamw"] = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)
     return optimizers
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Rate of optimizer step 1, 2, …: linear warm-up, then down to min_lr at decay_steps, then flat."""
+    """Rate of optimizer step 1, 2, …: linear warm-up, down to min_lr at decay_steps, then flat."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if step >= config.decay_steps:
@@ -384,28 +388,25 @@ def continuations(
     """The next token of every prompt, max_new_tokens times; the prompts are equally long.
 
     A prompt that got the token `end` gets no other; once all have it, this stops (-1: never).
-    `context` is the longest slice the model was trained on: positions beyond it are untrained, so each token
-    depends on the `context` tokens before it. Each prompt has a (CPU) generator of its own. Temperature 0 takes
-    the likeliest token; top_k 0 samples among all, top_p among the likeliest that make up this probability
-    (Holtzman et al. 2020, arXiv 1904.09751).
+    `context` is the longest slice the model was trained on: positions beyond it are untrained, so
+    each token depends on the `context` tokens before it. Each prompt has a (CPU) generator of its
+    own. Temperature 0 takes the likeliest token; top_k 0 samples among all, top_p among the
+    likeliest that make up this probability (Holtzman et al. 2020, arXiv 1904.09751).
     """
-    tokens = torch.tensor(prompts, device=model.wte.weight.device)  # (B, T)
-    pasts = [Past(context) for _ in model.h]
+    device = model.wte.weight.device
+    tokens = torch.tensor(prompts, device=device)  # (B, T)
+    caches = [KVCache(context) for _ in model.h]
     ended = [False] * len(prompts)
     with evaluating(model):
         for _ in range(max_new_tokens):
             look_for_signals()
-            logits = (
-                model.logits(last_features(model, tokens, context, pasts))
-                .float()
-                .cpu()
-                .nan_to_num()
-            )  # (B, V)
+            logits = model.logits(last_features(model, tokens, context, caches))  # (B, V)
+            rows = zip(logits.float().cpu().nan_to_num(), generators, ended, strict=True)
             chosen = [
-                end if over else choose(scores, temperature, top_k, top_p, g)
-                for scores, g, over in zip(logits, generators, ended, strict=True)
+                end if is_over else choose(scores, temperature, top_k, top_p, generator)
+                for scores, generator, is_over in rows
             ]
-            tokens = torch.cat([tokens, torch.tensor(chosen, device=tokens.device)[:, None]], 1)
+            tokens = torch.cat([tokens, torch.tensor(chosen, device=device)[:, None]], 1)
             yield chosen
             ended = [token == end for token in chosen]
             if all(ended):
@@ -413,15 +414,15 @@ def continuations(
 
 
 def last_features(
-    model: GPT, tokens: torch.Tensor, context: int, pasts: list[Past]
+    model: GPT, tokens: torch.Tensor, context: int, caches: list[KVCache]
 ) -> torch.Tensor:
-    """Hidden states (B, C) of the last of the tokens (B, T), which sees the `context` - 1 tokens before it.
+    """Hidden states (B, C) of the last of the tokens (B, T), which sees `context` - 1 before it.
 
-    Up to the context, what the pasts hold is not computed again. Beyond it every token would stand at a new position
-    each time, so all of them are.
+    Up to the context, what the caches hold is not computed again. Beyond it every token stands at
+    a new position each time, so all are.
     """
     if tokens.shape[1] <= context:
-        return model.features(tokens[:, pasts[0].length :], pasts)[:, -1]
+        return model.features(tokens[:, caches[0].length :], caches)[:, -1]
     return model.features(tokens[:, -context:])[:, -1]
 
 
@@ -432,18 +433,15 @@ def choose(
     if temperature == 0:
         return int(logits.argmax())
     if top_k:
-        logits = logits.masked_fill(
-            logits < logits.topk(min(top_k, len(logits))).values[-1], -math.inf
-        )
-    probabilities = ((logits - logits.max()).double() / temperature).softmax(
-        -1
-    )  # however low the temperature
+        lowest = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < lowest, -math.inf)
+    # In float64, however low the temperature.
+    probabilities = ((logits - logits.max()).double() / temperature).softmax(-1)
     if top_p < 1:
         largest, order = probabilities.sort(descending=True)
         before = largest.cumsum(-1) - largest  # the probability of all likelier ones
-        probabilities = torch.zeros_like(probabilities).scatter(
-            0, order, largest.masked_fill(before >= top_p, 0.0)
-        )
+        kept = largest.masked_fill(before >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(0, order, kept)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
@@ -457,14 +455,16 @@ def corpus_losses(
 
 
 def mean_and_error(losses: torch.Tensor) -> tuple[float, float]:
-    """The mean of independent losses, and its standard error; that of a single one is unknown, and 0."""
+    """The mean of independent losses, and its standard error; 0, unknown, of a single one."""
     error = losses.std() / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
     return losses.mean().item(), float(error)
 
 
 def validation_loss(model: GPT, tokens: np.ndarray, config: Config) -> tuple[float, float]:
-    """Mean loss, nats per token, over the same slices every time, and its standard error: the slices are evenly
-    spread, `VAL_TOKENS` at most."""
+    """Mean loss, nats per token, and its standard error, over the same slices every time.
+
+    They are evenly spread, `VAL_TOKENS` at most.
+    """
     n_slices = max(1, min(VAL_TOKENS, len(tokens) - 1) // config.seq_len)
     starts = np.linspace(0, len(tokens) - 1 - config.seq_len, n_slices).astype(np.int64)
     return mean_and_error(slice_losses(model, take_slices(tokens, starts, config.seq_len), config))
@@ -481,12 +481,13 @@ def slice_losses(model: GPT, slices: torch.Tensor, config: Config) -> torch.Tens
         for chunk in slices.split(config.micro_batch):
             look_for_signals()
             chunk = chunk.to(config.device)
-            features, targets = model.features(chunk[:, :-1]).flatten(0, 1), chunk[:, 1:].flatten()
-            parts = zip(features.split(HeadLoss.BLOCK), targets.split(HeadLoss.BLOCK), strict=True)
-            loss = torch.cat(
-                [F.cross_entropy(model.logits(f).float(), t, reduction="none") for f, t in parts]
-            )
-            losses.append(loss.view(len(chunk), -1).mean(1).cpu())
+            features = model.features(chunk[:, :-1]).flatten(0, 1).split(HeadLoss.BLOCK)
+            targets = chunk[:, 1:].flatten().split(HeadLoss.BLOCK)
+            blocks = [
+                F.cross_entropy(model.logits(f).float(), t, reduction="none")
+                for f, t in zip(features, targets, strict=True)
+            ]
+            losses.append(torch.cat(blocks).view(len(chunk), -1).mean(1).cpu())
             bar.update(len(chunk))
     return torch.cat(losses).double()
 
@@ -500,6 +501,8 @@ LOOK = 128  # slices without which no check is passed, if there are as many
 EXACT = 0.015  # of the target: a standard error that needs no further look
 MAX_SKIPPED_IN_A_ROW = 20  # fp16 skips a few steps while it looks for its scale; 20 mean it is lost
 
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs, targets -> mean loss
+
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on; the last good checkpoint is intact."""
@@ -509,40 +512,49 @@ class Trainer:
     """Model, optimizer, gradient scale and progress of one run: it learns, and knows no file."""
 
     def __init__(
-        self, config: Config, corpus: Corpus, checkpoint: dict | None, ranks: Ranks | None = None
+        self,
+        config: Config,
+        corpus: Corpus,
+        saved: SavedRun | None = None,
+        ranks: Ranks | None = None,
     ):
         self.config = config
         self.corpus = corpus
         self.ranks = ranks or Ranks()
         self.device = torch.device(config.device)
         self.model = GPT(config).to(self.device)
+        self.forward: Forward = self.model
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.progress = Progress()
         self.copying = torch.cuda.Stream() if self.device.type == "cuda" else None
-        self.forward: Callable[..., torch.Tensor] = self.model
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        self.progress = Progress()
+        if saved is not None:
+            self._resume(saved)
 
-    def _restore(self, checkpoint: dict) -> None:
-        """Take over a checkpoint's state, and its tensors out of it, so that they are not held twice."""
-        self.model.load_state_dict(checkpoint.pop("model"))
-        restore_optimizers(self.optimizers, checkpoint)
-        if self.scaler.is_enabled() and checkpoint["scaler"]:
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.progress = replace(Progress(**checkpoint["progress"]), skipped_in_a_row=0)
-        self.progress.forget_incomparable(Config.from_dict(checkpoint["config"]), self.config)
+    def _resume(self, saved: SavedRun) -> None:
+        self.progress = saved.progress
+        model, optimizer = saved.take_tensors()
+        self.model.load_state_dict(model)
+        untouched = self.progress.skipped_steps >= self.progress.step
+        restore_optimizers(self.optimizers, optimizer, untouched)
+        if self.scaler.is_enabled() and saved.facts["scaler"]:
+            self.scaler.load_state_dict(saved.facts["scaler"])
+        self.progress.resumed(saved.config, self.config)
+
+    def start_from(self, start: Start) -> None:
+        """Begin with the weights of another run."""
+        self.model.load_state_dict(start.model)
+        self.progress.began_from(start.trained_context)
 
     def state(self) -> dict:
-        """What `_restore` takes over, and the flags and facts that tell whether it may."""
+        """What a checkpoint needs to resume, and the flags and facts that tell whether it may."""
+        optimizers = self.optimizers.items()
         return {
             **self.description(),
             "step": self.progress.step,
             "model": self.model.state_dict(),
             # The flags say the rest.
-            "optimizer": {
-                name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()
-            },
+            "optimizer": {name: optimizer.state_dict()["state"] for name, optimizer in optimizers},
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
         }
@@ -550,16 +562,15 @@ class Trainer:
     def description(self) -> dict:
         """What every checkpoint says about itself."""
         config, corpus = self.config, self.corpus
-        tokenizer = {
-            "name": config.tokenizer,
-            "n_vocab": config.vocab_size,
-            "content": corpus.vocabulary,
-        }
         return {
             "format": CHECKPOINT_FORMAT,
             "config": config.as_dict(),
             "origins": config.origins_as_dict(),
-            "tokenizer": tokenizer,
+            "tokenizer": {
+                "name": config.tokenizer,
+                "n_vocab": config.vocab_size,
+                "content": corpus.vocabulary,
+            },
             "trained_context": self.progress.trained_context,
             "corpus_sha256": corpus.sha256,
             "corpus_tokens": len(corpus.tokens),
@@ -567,50 +578,70 @@ class Trainer:
         }
 
     def compile(self) -> None:
-        """Compile the forward pass if the config says so, for each length of slices to come. A compiler that fails, or
-        computes something else, is reported, and the run goes on without."""
+        """Compile the forward pass if the config says so, for each length of slices to come.
+
+        A compiler that fails, or computes something else, is reported; the run goes on without.
+        """
         if self.config.compile == "off":
             return
-        started, step = time.perf_counter(), self.progress.step + 1
+        started = time.perf_counter()
         log.info(words.compiling_line(self.config))
         try:
-            steps = sorted({step, max(step, min(self.config.mixed_steps + 1, self.config.steps))})
             with waiting("Compiling", shown=self.ranks.rank == 0):
-                self.forward = compile_proven(self.model, self._trial, steps, self.config)
+                self.forward = self._compiled_model()
             log.info("Compiled in %.0f s", time.perf_counter() - started)
         except Exception as error:  # Inductor, Triton and C++ compilers fail in many ways
             if is_out_of_memory(error):
                 raise
-            log.warning(
-                "torch.compile failed, going on without: %s: %s",
-                type(error).__name__,
-                first_words(error),
-            )
+            reason = f"{type(error).__name__}: {first_words(error)}"
+            log.warning("torch.compile failed, going on without: %s", reason)
             failed = Origin(From.MACHINE, "torch.compile failed, see the log")
-            self.config, self.forward = decided(self.config, "compile", "off", failed), self.model
+            self.config = decided(self.config, "compile", "off", failed)
         finally:
             self.model.zero_grad(set_to_none=True)
 
-    def _trial(self, step: int, forward: Callable[..., torch.Tensor], pieces: int) -> torch.Tensor:
-        """Gradients and loss of a step's first micro-batches, one of each length of slices, in about so many pieces."""
-        self.forward, fits = forward, self.config.micro_batch
-        slices = [micro_batches(part, fits * self.config.seq_len)[0] for part in self.slices(step)]
+    def _compiled_model(self) -> Forward:
+        """The model compiled, and compared with itself on slices of each length to come."""
+        compiled: Forward = torch.compile(self.model, dynamic=False)
+        first = self.progress.step + 1
+        behind_mixed = max(first, min(self.config.mixed_steps + 1, self.config.steps))
+        for step in sorted({first, behind_mixed}):
+            found = self._first_gradients(step, compiled)
+            try:
+                expected = self._first_gradients(step, self.model, pieces=4)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):  # uncompiled it takes more memory
+                    raise
+            else:
+                names = [name for name, _ in self.model.named_parameters()]
+                check_compiled(found, expected, names, self.config)
+            self.model.zero_grad(set_to_none=True)
+            release_memory(self.device)
+        return compiled
+
+    def _first_gradients(self, step: int, forward: Forward, pieces: int = 1) -> list[float]:
+        """Loss and gradient norms of a step's first micro-batches, one of each length of slices."""
+        fits = self.config.micro_batch
+        n_tokens = fits * self.config.seq_len
+        slices = [micro_batches(part, n_tokens)[0] for part in self.slices(step)]
         if pieces > 1:
-            return self._accumulate(step, slices, max(1, fits // pieces))
-        loss = self.accumulate(step, slices)
+            loss = self.add_gradients(step, slices, forward, max(1, fits // pieces))
+            return loss_and_gradient_norms(self.model, loss)
+        loss, self.config = self.accumulate(step, slices, forward)
+        norms = loss_and_gradient_norms(self.model, loss)
         if fits == self.config.micro_batch:
-            return loss
-        self.model.zero_grad(set_to_none=True)  # memory ran out: again with what fits
-        return self._trial(step, forward, pieces)
+            return norms
+        return self._first_gradients(step, forward)  # memory ran out: again with what fits
 
     def slices(self, step: int) -> list[torch.Tensor]:
-        """This process's share of one step's slices, on the device, (share, T + 1); of a mixed step in two parts."""
-        c, tokens = self.config, self.corpus.tokens
+        """This process's share of one step's slices, (share, T + 1), on the device; of a mixed
+        step in two parts."""
+        c = self.config
+        tokens = self.corpus.tokens
         n_starts = len(tokens) - c.seq_len
         if c.slices == "shuffled":
-            starts = covering_starts(
-                c.seed, (step - 1) * c.global_batch, c.global_batch, n_starts, c.seq_len
-            )
+            first = (step - 1) * c.global_batch
+            starts = covering_starts(c.seed, first, c.global_batch, n_starts, c.seq_len)
         else:
             starts = slice_starts(c.seed, step, c.global_batch, n_starts)
         first = self.ranks.rank * c.share
@@ -620,44 +651,53 @@ class Trainer:
             return [part.pin_memory().to(self.device, non_blocking=True) for part in parts]
         return [part.to(self.device) for part in parts]
 
-    def accumulate(self, step: int, slices: list[torch.Tensor]) -> torch.Tensor:
-        """Gradients of the mean loss over all tokens of these slices. Returned is the mean loss of
-        the whole slices among them, a scalar on the device: 0 without any.
+    def accumulate(
+        self, step: int, slices: list[torch.Tensor], forward: Forward
+    ) -> tuple[torch.Tensor, Config]:
+        """Add gradients as `add_gradients` does. Returns its loss, and the config from here on.
 
-        When memory runs out, the micro-batch shrinks to the next smaller divisor of the global batch:
-        the same slices, and to rounding the same gradients.
+        When memory runs out, the micro-batch shrinks to the next smaller divisor of the global
+        batch: the same slices, and to rounding the same gradients.
         """
+        config = self.config
         while True:
-            micro_batch = self.config.micro_batch
             try:
-                return self._accumulate(step, slices, micro_batch)
+                return self.add_gradients(step, slices, forward, config.micro_batch), config
             except (RuntimeError, MemoryError) as error:
-                if micro_batch == 1 or not is_out_of_memory(error):
+                if config.micro_batch == 1 or not is_out_of_memory(error):
                     raise
-            # Here and not in the handler, whose traceback keeps the tensors of the failed pass alive.
+            # Here and not in the handler, whose traceback keeps the failed pass's tensors alive.
             self.model.zero_grad(set_to_none=True)
-            smaller = largest_divisor(self.config.share, micro_batch - 1)
+            tried = config.micro_batch
+            smaller = largest_divisor(config.share, tried - 1)
             log.warning(
-                f"Out of memory with {micro_batch} slices in a micro-batch; from step {step} on with {smaller}: "
-                "the same slices and, but for rounding and dropout, the same results"
+                f"Out of memory with {tried} slices in a micro-batch; from step {step} on with "
+                f"{smaller}: the same slices and, but for rounding and dropout, the same results"
             )
-            origin = Origin(From.MEMORY, f"{micro_batch} took more than there is")
-            self.config = decided(self.config, "micro_batch", smaller, origin)
+            reason = Origin(From.MEMORY, f"{tried} took more than there is")
+            config = decided(config, "micro_batch", smaller, reason)
             release_memory(self.device)
 
-    def _accumulate(self, step: int, slices: list[torch.Tensor], at_once: int) -> torch.Tensor:
+    def add_gradients(
+        self, step: int, slices: list[torch.Tensor], forward: Forward, at_once: int
+    ) -> torch.Tensor:
+        """Add the gradients of the mean loss over all tokens of these slices, of which so many
+        whole ones fit into memory.
+
+        Returned is the mean loss of the whole slices, a scalar on the device: 0 without any.
+        """
         if self.config.dropout:
             seeds = random_words(self.config.seed, DROPOUT_STREAM + step, self.ranks.count)
             torch.manual_seed(int(seeds[self.ranks.rank]))
         n_tokens = sum(part[:, 1:].numel() for part in slices)
         n_whole = sum(part[:, 1:].numel() for part in slices if self._are_whole(part))
         mean = torch.zeros((), device=self.device)
-        for micro_batch in chain.from_iterable(
-            micro_batches(part, at_once * self.config.seq_len) for part in slices
-        ):
-            inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]
+        parts = [micro_batches(part, at_once * self.config.seq_len) for part in slices]
+        for micro_batch in chain.from_iterable(parts):
+            inputs = micro_batch[:, :-1]
+            targets = micro_batch[:, 1:]
             with autocast(self.config):
-                loss = self.forward(inputs, targets)
+                loss = forward(inputs, targets)
             share = loss / (n_tokens / targets.numel())  # learned from is the mean over all tokens
             self.scaler.scale(share).backward()
             if self._are_whole(micro_batch):
@@ -668,21 +708,23 @@ class Trainer:
         return slices.shape[1] == self.config.seq_len + 1
 
     def update(self) -> tuple[float, float, float]:
-        """One optimizer update. Returns loss (before the update), gradient norm (before clipping), rate.
+        """One optimizer update. Returns loss (before the update), gradient norm (before clipping),
+        rate.
 
         The loss is that of the step's whole slices, in a mixed step too: so all steps compare.
 
-        A step whose loss or gradient is not finite leaves all weights and all of the optimizer alone;
-        too many in a row raise TrainingFailed.
+        A step whose loss or gradient is not finite leaves all weights and all of the optimizer
+        alone; too many in a row raise TrainingFailed.
         """
-        config, p, step = self.config, self.progress, self.progress.step + 1
-        p.trained_context = max(p.trained_context, config.seq_len)
+        step = self.progress.step + 1
         slices = self.slices(step)
-        n_whole = sum(len(part) for part in slices if self._are_whole(part))
+        loss, self.config = self.accumulate(step, slices, self.forward)
+        config = self.config
         # So that the mean over the ranks is that of all whole slices: a rank may have none.
-        weight = n_whole * self.ranks.count / config.whole_slices(step)
-        loss = self.accumulate(step, slices) * weight
-        self.ranks.average([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])
+        n_whole = sum(len(part) for part in slices if self._are_whole(part))
+        loss = loss * (n_whole * self.ranks.count / config.whole_slices(step))
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.ranks.average([loss, *gradients])
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad or math.inf)
@@ -691,9 +733,8 @@ class Trainer:
         lr = learning_rate(step, config)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if self.copying is not None:
-            torch.cuda.current_stream().wait_stream(
-                self.copying
-            )  # a snapshot of the weights may be under way
+            # A snapshot of the weights may be under way.
+            torch.cuda.current_stream().wait_stream(self.copying)
         if finite:
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
@@ -701,28 +742,19 @@ class Trainer:
                 optimizer.step()
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
-        self._count(step, loss, grad_norm, finite)
-        return loss, grad_norm, lr
-
-    def _count(self, step: int, loss: float, grad_norm: float, finite: bool) -> None:
-        p = self.progress
-        p.step, p.loss, p.grad_norm, p.untold = step, loss, grad_norm, True
-        p.tokens += self.config.tokens_per_step
-        if finite:
-            p.skipped_in_a_row = 0
-            p.recent_losses = [*p.recent_losses, loss][-self.config.target_window :]
-            return
-        p.skipped_steps += 1
-        p.skipped_in_a_row += 1
-        if p.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        self.progress.made_step(config, loss, grad_norm, finite)
+        skipped = self.progress.skipped_in_a_row
+        if skipped >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingFailed(
-                f"loss or gradient was not finite in {p.skipped_in_a_row} steps in a row, the last being step {step}: "
-                "go on with a lower --lr, or with --amp off"
+                f"loss or gradient was not finite in {skipped} steps in a row, the last being step "
+                f"{step}: go on with a lower --lr, or with --amp off"
             )
+        return loss, grad_norm, lr
 
     @contextmanager
     def telling(self, what: str) -> Iterator[None]:
-        """Around what only tells of the run: when it fails, that is a warning, and the run goes on without."""
+        """Around what only tells of the run: when it fails, that is a warning, and the run goes on
+        without."""
         try:
             yield
         except Exception as error:  # backends fail in many ways
@@ -730,40 +762,47 @@ class Trainer:
             step = self.progress.step
             log.warning("%s failed at step %d, the run goes on without: %s", what, step, reason)
 
-    def evaluate(self) -> float | None:
+    def validate(self) -> float | None:
         """Measure the validation loss of the present weights; None when that fails."""
-        p, tokens = self.progress, self.corpus.val_tokens
+        tokens = self.corpus.val_tokens
         assert tokens is not None, "there is no validation split"
+        loss = None
         with self.telling("The validation"):
-            p.val_loss, p.val_error = validation_loss(self.model, tokens, self.config)
-            p.val_step = p.step
-        if p.val_step != p.step:
-            return None
-        if not math.isfinite(p.val_loss):
-            raise TrainingFailed(
-                f"the validation loss of step {p.step} is not finite: go on with a lower --lr"
-            )
-        return p.val_loss
+            loss, error = validation_loss(self.model, tokens, self.config)
+            self.progress.validated(loss, error)
+        if loss is not None and not math.isfinite(loss):
+            step = self.progress.step
+            remedy = "go on with a lower --lr"
+            raise TrainingFailed(f"the validation loss of step {step} is not finite: {remedy}")
+        return loss
+
+    def found_best(self, loss: float) -> None:
+        """The present weights are the best so far, by this loss, and are kept."""
+        self.progress.found_best(loss)
+
+    def forget_best(self) -> None:
+        """The best so far does not compare with what comes."""
+        self.progress.forget_best()
 
     def sample(self, tokenizer: Tokenizer) -> tuple[str, list[str]]:
         """The prompt, and num_prompts texts that continue it."""
         c, p = self.config, self.progress
-        first_words = whole_characters(tokenizer, self.corpus.tokens[:16].tolist())
-        prompt = decode_escapes(c.prompt) or "".join(first_words)
+        beginning = whole_characters(tokenizer, self.corpus.tokens[:16].tolist())
+        prompt = decode_escapes(c.prompt) or "".join(beginning)
         start = encode_prompt(prompt, tokenizer)
         seeds = random_words(c.seed, SAMPLES_STREAM + p.step, c.num_prompts)
-        options = dict(
-            context=p.trained_context,
-            temperature=c.temperature,
-            top_k=c.top_k,
-            end=tokenizer.eot_token,
-        )
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         with autocast(for_sampling(c, len(start) + c.max_new_tokens <= p.trained_context)):
-            prompts = [start] * c.num_prompts
             outputs = generate(
-                self.model, prompts, c.max_new_tokens, generators=generators, **options
+                self.model,
+                [start] * c.num_prompts,
+                c.max_new_tokens,
+                context=p.trained_context,
+                temperature=c.temperature,
+                top_k=c.top_k,
+                generators=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
+                end=tokenizer.eot_token,
             )
+        p.sampled()
         return prompt, ["".join(whole_characters(tokenizer, output)) for output in outputs]
 
     def check_target(self) -> None:
@@ -775,7 +814,7 @@ class Trainer:
         with self.telling("The check of the target"):
             self.measure_corpus_loss()
         if not p.corpus_reached(self.config):
-            p.note_failed_check(self.config)
+            p.failed_check(self.config)
             if p.corpus_measured:
                 log.info(words.failed_check_line(p, self.config))
 
@@ -783,11 +822,13 @@ class Trainer:
         """Measure the mean loss over random slices drawn for this step alone, into the progress.
 
         There are a tenth as many as were trained, but 64 to 4,096; fewer when the loss clearly is
-        above the target, or from 128 on exact enough. At the end there are at least a tenth, but 64 to 1,024.
+        above the target, or from 128 on exact enough. At the end there are at least a tenth, but
+        64 to 1,024.
         """
         c, p = self.config, self.progress
         tenth = max(64, p.tokens // c.seq_len // 10)
-        usual, most = min(1024, tenth), min(4096, tenth)
+        usual = min(1024, tenth)
+        most = min(4096, tenth)
         if not c.target_loss or c.one_low_step_is_enough:
             most = usual
         log.info(words.measuring_line(most, c, p))
@@ -796,191 +837,222 @@ class Trainer:
         while True:
             while len(losses) < n_slices:
                 look_for_signals()
-                first, end = len(losses), min(len(losses) + LOOK, n_slices)
+                first = len(losses)
+                end = min(first + LOOK, n_slices)
                 chunk = corpus_losses(self.model, self.corpus.tokens, c, p.step, first, end)
                 losses = torch.cat([losses, chunk])
             mean, error = mean_and_error(losses)
-            is_above = (
-                mean - (2 if n_slices >= LOOK else 3) * error > c.target_loss
-            )  # few tell little of their spread
+            errors = 2 if n_slices >= LOOK else 3  # few slices tell little of their spread
+            is_above = mean - errors * error > c.target_loss
             is_exact = n_slices >= LOOK and error <= EXACT * c.target_loss
             if n_slices == most or is_above or is_exact:
                 break
             n_slices = min(2 * n_slices, most)
-        p.corpus_loss, p.corpus_loss_error, p.corpus_loss_slices = mean, error, n_slices
-        p.corpus_step = p.step
+        p.measured_corpus(mean, error, n_slices)
+
+    def told(self, elapsed_sec: float) -> None:
+        """All about the latest step is measured, so long after the run's beginning."""
+        self.progress.told(elapsed_sec)
 
 
 # ---------------------------------------------------------------------------------------------
-# Saver
+# BestWeights and Saver
 # ---------------------------------------------------------------------------------------------
 
 REDRAW_SEC = 60  # between two plots of a run that goes on
 
 
-class Saver:
-    """What of a run is written, and when: samples at once; checkpoints, results and plot in the background.
+class BestWeights:
+    """The weights of the best step, from when they are found until best.pt holds them."""
 
-    `launch` is what config.json says of this start, `saved_step` that of the checkpoint on disk, 0 without one.
+    def __init__(self, run: RunDir, stream: "torch.cuda.Stream | None"):
+        self.run = run
+        self.found: dict | None = None  # what best.pt is to hold, while it is not on disk
+        self.set_aside: Path | None = None  # where the best.pt of an earlier start is to be moved
+        self.snapshots = (Snapshot(stream), Snapshot(stream))
+        self._latest = self._written = self.snapshots[0]
+
+    def keep(self, step: int, loss: float, weights: dict) -> bool:
+        """Copy the weights aside. False without the memory for it: write them before they change."""
+        self._latest = next(one for one in self.snapshots if one is not self._written)
+        self.found = {"step": step, "loss": loss, "model": self._latest.take(weights)}
+        return self._latest.is_copy
+
+    def handed_over(self) -> dict | None:
+        """What `write` is to write; what is found meanwhile goes into another copy."""
+        self._written = self._latest
+        return self.found
+
+    def write(self, found: dict, description: dict) -> None:
+        """Write best.pt, possibly on a thread of its own. Raises OSError."""
+        self._written.wait()
+        previous = self.set_aside
+        if previous is not None and previous.exists():
+            previous = None
+        write_checkpoint(self.run.best, description | found, previous)
+
+    def written(self, found: dict, config: Config) -> None:
+        """Say that best.pt holds these."""
+        log.info(words.best_line(found["loss"], found["step"], config, self.run.best))
+        if self.found is found:
+            self.found = None
+
+
+class Saver:
+    """What of a run is written, and when: samples at once; checkpoints, results and plot in the
+    background.
+
+    `launch` is what config.json says of this start, `saved_step` that of the checkpoint on disk, 0
+    without one.
     """
 
     def __init__(self, run: RunDir, trainer: Trainer, launch: dict, saved_step: int):
-        self.run, self.trainer, self.launch, self.saved_step = run, trainer, launch, saved_step
+        self.run = run
+        self.trainer = trainer
+        self.launch = launch
+        self.saved_step = saved_step
         self.floor = loss_floor(trainer.corpus.tokens, trainer.config.seq_len)
         self.writer = Writer(run)
-        self.redrawn = (
-            time.monotonic() - REDRAW_SEC / 2
-        )  # so that there is something in the first minute
-        self.snapshot, self.best_snapshots = (
-            Snapshot(),
-            (Snapshot(), Snapshot()),
-        )  # one best may be under way
-        self.best: dict | None = None  # what best.pt is to hold, while it is not on disk
-        self.best_under_way: Snapshot | None = None
-        self.best_before: Path | None = None  # where the next one moves what is there
+        self.snapshot = Snapshot(trainer.copying)
+        self.best = BestWeights(run, trainer.copying)
+        self.first_step = trainer.progress.step  # of this start
+        self.begun_step = trainer.progress.step  # of the latest checkpoint, on disk or not
+        # So that there is a plot within the first minute.
+        self.redrawn = time.monotonic() - REDRAW_SEC / 2
 
-    def write_config(self) -> None:
-        """Write config.json, and the vocabulary if it is not GPT-2's. Raises OSError."""
-        self.run.check_owner()
-        if vocabulary := self.trainer.corpus.vocabulary:
-            with replacing(self.run.tokenizer_json) as file:
-                file.write(vocabulary.encode())
+    def config_json(self) -> dict:
+        """What config.json is to say now."""
         config = self.trainer.config
         flags = {"config": config.as_dict(), "origins": config.origins_as_dict()}
-        self.run.write_json(self.run.config_json, self.launch | flags)
+        return self.launch | flags
+
+    def write_config(self, values: dict) -> None:
+        """Write config.json, and the vocabulary if it is not GPT-2's. Raises OSError."""
+        self.run.check_owner()
+        vocabulary = self.trainer.corpus.vocabulary
+        if vocabulary:
+            with replacing(self.run.tokenizer_json) as file:
+                file.write(vocabulary.encode())
+        self.run.write_json(self.run.config_json, values)
 
     def sample(self, tokenizer: Tokenizer, remark: str = "") -> None:
         """Append texts of the model as it is now to samples.txt."""
-        progress = self.trainer.progress
-        if self.trainer.config.num_prompts:
-            with self.trainer.telling("The sample"):
+        trainer = self.trainer
+        if trainer.config.num_prompts:
+            with trainer.telling("The sample"):
                 with waiting("Sampling"):
-                    prompt, outputs = self.trainer.sample(tokenizer)
-                self.run.append_samples(progress.step, prompt, outputs, remark)
-                log.info(words.sample_line(progress.step, prompt, outputs[0]))
-                progress.sampled_step = progress.step
+                    prompt, outputs = trainer.sample(tokenizer)
+                step = trainer.progress.step
+                self.run.append_samples(step, prompt, outputs, remark)
+                log.info(words.sample_line(step, prompt, outputs[0]))
 
     def validate(self) -> float | None:
-        """Measure the validation loss, and keep the weights if it is the lowest so far; None when that fails."""
-        p, val_loss = self.trainer.progress, self.trainer.evaluate()
-        if val_loss is not None and val_loss < p.best_loss:
-            p.measured_in_vain, p.best_error = 0, p.val_error
-            self.keep_weights(val_loss)
-        elif val_loss is not None:
-            p.measured_in_vain += 1
+        """Measure the validation loss, and keep the weights if it is the lowest so far; None when
+        that fails."""
+        val_loss = self.trainer.validate()
+        if val_loss is not None and val_loss < self.trainer.progress.best_loss:
+            self.keep_best(val_loss)
         return val_loss
 
     def consider_window_loss(self, at_end: bool = False) -> None:
-        """Keep the weights if window_loss is the lowest so far.
+        """Keep the weights if window_loss is the lowest so far."""
+        loss = self.trainer.progress.possible_best(self.trainer.config, at_end)
+        if loss is not None:
+            self.keep_best(loss)
 
-        A run that ends before its first window is full has the mean of what there is; a full window
-        does not compare with that, and replaces it.
-        """
-        p, config = self.trainer.progress, self.trainer.config
-        window_loss, full_windows_before = (
-            p.window_loss(config),
-            p.best_step >= config.target_window,
-        )
-        if window_loss is None and at_end and p.recent_losses:
-            window_loss = statistics.fmean(p.recent_losses)
-        if window_loss is not None and (window_loss < p.best_loss or not full_windows_before):
-            self.keep_weights(window_loss)
+    def keep_best(self, loss: float) -> None:
+        """Keep the weights as the best: as a copy, for the next save to write, or without memory
+        for a copy in best.pt at once."""
+        trainer = self.trainer
+        is_copy = self.best.keep(trainer.progress.step, loss, trainer.model.state_dict())
+        if is_copy or self._write_best():
+            trainer.found_best(loss)
 
-    def keep_weights(self, loss: float) -> None:
-        """Copy the weights aside as the best, for the next save to write; or write them now, if
-        there is no memory for a copy."""
+    def _write_best(self) -> bool:
+        """Write what is found to best.pt, now; otherwise forget it: these weights will change."""
+        self.writer.finish()
+        found = self.best.handed_over()
+        if found is not None:
+            with self.run.attempt("best.pt"):
+                self.best.write(found, self.trainer.description())
+                self.best.written(found, self.trainer.config)
+        was_written = self.best.found is None
+        self.best.found = None
+        return was_written
+
+    def save_if_due(self) -> bool:
+        """Begin a checkpoint every save_every steps, or as soon after as nothing else is written."""
         p = self.trainer.progress
-        before, (p.best_loss, p.best_step) = (p.best_loss, p.best_step), (loss, p.step)
-        free = next(
-            snapshot for snapshot in self.best_snapshots if snapshot is not self.best_under_way
-        )
-        weights = free.take(self.trainer.model.state_dict(), self.trainer.copying)
-        self.best = {"step": p.step, "loss": loss, "model": weights, "snapshot": free}
-        if not free.is_copy:
-            self.writer.finish()
-            self._save_best(self.best)
-            if self.best is not None:  # the disk refused it, and these weights will change
-                self.best, (p.best_loss, p.best_step) = None, before
+        every = self.trainer.config.save_every
+        is_due = p.step // every > self.begun_step // every
+        if not is_due or p.skipped_in_a_row or self.writer.busy:
+            return False
+        self.save()
+        return True
 
     def save(self) -> None:
-        """Begin to write a checkpoint, then results and plot; an earlier save is waited for. Raises
-        FileExistsError when the directory belongs to another run."""
+        """Begin to write a checkpoint, then results and plot; an earlier save is waited for.
+
+        Raises FileExistsError when the directory belongs to another run.
+        """
         self.writer.finish()  # its buffers are about to be overwritten
         self.run.check_owner()
-        name = f"{self.run.last} of {gigabytes(STATE_BYTES * self.trainer.config.n_params)}"
+        self.begun_step = self.trainer.progress.step
+        size = gigabytes(STATE_BYTES * self.trainer.config.n_params)
+        name = f"{self.run.last} of {size}"
         try:
             task = self._checkpoint(name)
         except OSError as error:
             self.run.note(name, error)
-        else:
-            self.writer.start([task, *self._outcome("running", redraw=self._is_due())])
-            if not self.snapshot.is_copy:
-                self.writer.finish()
+            return
+        self.writer.start([task, *self._outcome(StopReason.RUNNING, redraw=self._plot_is_old())])
+        if not self.snapshot.is_copy:
+            self.writer.finish()
 
     def refresh(self) -> None:
-        """Write results and plot for whoever looks at them now, when they are old and nothing else is written."""
-        if self._is_due() and not self.writer.busy:
-            self.writer.start(self._outcome("running"))
+        """Write results and plot for whoever looks at them now, when they are old and nothing else
+        is written."""
+        has_steps = self.trainer.progress.step > self.first_step
+        if has_steps and self._plot_is_old() and not self.writer.busy:
+            self.writer.start(self._outcome(StopReason.RUNNING))
 
-    def _is_due(self) -> bool:
+    def _plot_is_old(self) -> bool:
         return time.monotonic() - self.redrawn >= REDRAW_SEC
 
     def _checkpoint(self, name: str) -> Task:
-        """Take a snapshot of everything resume needs, to be written as last.pt, after a best that is not on disk yet:
-        last.pt never speaks of a best that is not there. Raises OSError."""
+        """A snapshot of everything resume needs, to be written as last.pt, after a best that is
+        not on disk yet: last.pt never speaks of a best that is not there. Raises OSError."""
         self.run.make()
-        best, step, copying = self.best, self.trainer.progress.step, self.trainer.copying
-        description = self.trainer.description()
-        state = self.snapshot.take(self.trainer.state() | self.run.mark(), copying)
-        self.best_under_way = None if best is None else best["snapshot"]
-        previous = (
-            None if step == self.saved_step else self.run.prev
-        )  # which stays that of an earlier step
+        trainer = self.trainer
+        step = trainer.progress.step
+        best = self.best.handed_over()
+        description = trainer.description()
+        state = self.snapshot.take(trainer.state() | self.run.mark())
+        previous = None if step == self.saved_step else self.run.prev  # that of an earlier step
 
         def write() -> None:
-            try:
-                if copying is not None:
-                    copying.synchronize()
-                self.run.sync()
-                if best is not None:
-                    self._write_best(best, description)
-                write_checkpoint(self.run.last, state, previous)
-            finally:
-                self.best_under_way = None
+            self.run.sync()
+            if best is not None:
+                self.best.write(best, description)
+            self.snapshot.wait()
+            write_checkpoint(self.run.last, state, previous)
 
         def done() -> None:
-            self._report_best(best)
+            if best is not None:
+                self.best.written(best, trainer.config)
             log.info("Saved checkpoint: %s", self.run.last)
             self.saved_step = step
 
         return Task(name, write, done)
 
-    def _write_best(self, best: dict, description: dict) -> None:
-        values = description | {name: best[name] for name in ("step", "loss", "model")}
-        write_checkpoint(self.run.best, values, previous=self.best_before)
-        self.best_before = None
-
-    def _save_best(self, best: dict) -> None:
-        """Write it now."""
-        with self.run.attempt("best.pt"):
-            self._write_best(best, self.trainer.description())
-            self._report_best(best)
-
-    def _report_best(self, best: dict | None) -> None:
-        if best is not None:
-            log.info(
-                words.best_line(best["loss"], best["step"], self.trainer.config, self.run.best)
-            )
-        if self.best is best:
-            self.best = None
-
     def _outcome(self, stop: str, redraw: bool = True) -> list[Task]:
         """config.json, results.json and the plot, as things stand now."""
         trainer = self.trainer
+        config = self.config_json()
         results = words.results(trainer.config, trainer.progress, trainer.corpus, self.floor, stop)
 
         def write() -> None:
-            self.write_config()
+            self.write_config(config)
             self.run.write_json(self.run.results_json, results)
 
         tasks = [Task("config.json and results.json", write)]
@@ -990,16 +1062,17 @@ class Saver:
         return tasks
 
     def _draw_plot(self) -> None:
-        """Refresh loss_curve.png. Raises OSError whatever the reason: a plot must not cost the run anything else."""
+        """Refresh loss_curve.png. Raises OSError whatever the reason: a plot must not cost the run
+        anything else."""
         try:
             from update_readme import draw_loss_curve
 
             self.run.check_owner()
             draw_loss_curve(self.run.root)
+        except OSError:
+            raise
         except Exception as error:
-            raise (
-                error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
-            ) from error
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
     def publish(self, stop: str) -> None:
         """Write how the run stands, and wait until it is written."""
@@ -1008,24 +1081,25 @@ class Saver:
 
     def rescue(self) -> None:
         """Of a run that failed: write the best that is not on disk yet, and its results."""
-        self.writer.finish()
-        if self.best is not None:
-            self._save_best(self.best)
-        self.publish("failed")
+        self._write_best()
+        self.publish(StopReason.FAILED)
 
 
 # ---------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------
 
-OUT_OF_MEMORY = "Out of memory: choose a smaller --seq_len or --preset. (%s)"
-RUN_IS_OVER = 1000  # what rank 0 tells the others then, instead of the number of a signal
 
+def agreed_stop(trainer: Trainer, interruption: Interruption) -> str | None:
+    """Why all processes stop now: a StopReason, or the name of a signal; None while they go on.
 
-def sample_is_due(p: Progress, config: Config) -> bool:
-    """Whether to sample after this step: every sample_every steps, and once after half as many."""
-    sampled = p.step % config.sample_every == 0 or p.step == config.sample_every // 2
-    return sampled and p.step != p.sampled_step
+    The first process knows when the run is over; a signal may come to any.
+    """
+    reasons = [None, *SIGNALS, *COMPLETE]  # the last has precedence
+    own = interruption.signal_name
+    if trainer.ranks.rank == 0:
+        own = trainer.progress.stop_reason(trainer.config) or own
+    return reasons[trainer.ranks.largest(reasons.index(own))]
 
 
 def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
@@ -1034,24 +1108,12 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
     A signal breaks off what only tells of a step; the next start begins with it.
     """
     config, p = trainer.config, trainer.progress
-    began, save_due = p.step, False
     with Interruption() as interruption, step_log(config, p, trainer.corpus, saver.run) as steps:
         while True:
             with suppress(Interrupted):
-                if p.untold:
-                    tell(trainer, saver, steps)
-                    save_due = save_due or p.step % config.save_every == 0
-                if not p.stop_reason(config):
-                    if save_due and not p.skipped_in_a_row and not saver.writer.busy:
-                        saver.save()
-                        steps.eta()
-                        save_due = False
-                    if sample_is_due(p, config):
-                        saver.sample(tokenizer)
-                    if p.step > began:
-                        saver.refresh()
-            over = RUN_IS_OVER if p.stop_reason(config) else interruption.signal
-            if end := trainer.ranks.largest(over):
+                tell_and_save(trainer, saver, tokenizer, steps)
+            stop = agreed_stop(trainer, interruption)
+            if stop is not None:
                 break
             saver.writer.collect()
             trainer.update()
@@ -1059,15 +1121,14 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
         saver.writer.finish()
         if p.step != saver.saved_step:
             saver.save()
-        stop = p.stop_reason(config) or signal.Signals(end).name
         if stop in COMPLETE:
             try:
                 stop = conclude(trainer, saver, tokenizer, stop)
-            except Interrupted as signal_name:
-                stop = str(signal_name)
+            except Interrupted as interrupted:
+                stop = interrupted.signal_name
         saver.writer.finish()
-        news = p.step > began and p.step != p.sampled_step
-        if stop == "SIGINT" and news and config.num_prompts:
+        has_news = p.step > saver.first_step and p.step != p.sampled_step
+        if stop == "SIGINT" and has_news and config.num_prompts:
             log.info("Sampling once more; Ctrl-C leaves it out ...")
             Interruption.current = None
             with suppress(KeyboardInterrupt):
@@ -1075,9 +1136,24 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
     return stop
 
 
+def tell_and_save(trainer: Trainer, saver: Saver, tokenizer: Tokenizer, steps: StepLog) -> None:
+    """Tell of the step just done, then save and sample where it is time. Raises Interrupted."""
+    config, p = trainer.config, trainer.progress
+    if p.untold:
+        tell(trainer, saver, steps)
+    if p.stop_reason(config):
+        return
+    if saver.save_if_due():
+        steps.eta()
+    if sample_is_due(p, config):
+        saver.sample(tokenizer)
+    saver.refresh()
+
+
 def tell(trainer: Trainer, saver: Saver, steps: StepLog) -> None:
-    """Measure and log what there is to tell of the step just done. Raises Interrupted: it is untold then."""
-    config, p, val_loss = trainer.config, trainer.progress, None
+    """Measure and log what there is to tell of a step. Raises Interrupted: it is untold then."""
+    config, p = trainer.config, trainer.progress
+    val_loss = None
     trainer.check_target()
     stops = p.stop_reason(config) is not None
     if config.validates and (stops or p.step % config.eval_every == 0):
@@ -1086,11 +1162,19 @@ def tell(trainer: Trainer, saver: Saver, steps: StepLog) -> None:
         val_loss = saver.validate()
     elif not config.validates and (stops or p.step % config.target_window == 0):
         saver.consider_window_loss(at_end=stops)
-    steps.step(p.loss, p.grad_norm, learning_rate(p.step, config), val_loss)
+    trainer.told(steps.elapsed_sec())
+    steps.step(learning_rate(p.step, config), val_loss)
+
+
+def sample_is_due(p: Progress, config: Config) -> bool:
+    """Whether to sample after this step: every sample_every steps, and once after half as many."""
+    is_due = p.step % config.sample_every == 0 or p.step == config.sample_every // 2
+    return is_due and p.step != p.sampled_step
 
 
 def conclude(trainer: Trainer, saver: Saver, tokenizer: Tokenizer, stop: str) -> str:
-    """Measure, tell and sample at the end of a run, which is saved already, and save what came of it.
+    """Measure, tell and sample at the end of a run, which is saved already, and save what came of
+    it.
 
     Returns why it stopped. Raises Interrupted.
     """
@@ -1111,18 +1195,16 @@ def conclude(trainer: Trainer, saver: Saver, tokenizer: Tokenizer, stop: str) ->
 
 
 def follow(config: Config, trainer: Trainer) -> None:
-    """What every process but the first does: its share of each step, until the first has enough. Raises OSError.
+    """What every process but the first does: its share of each step, until the first has enough.
 
-    However the run ends, this process ends well: torchrun would kill the first for the sake of another's exit code,
-    before it has said and saved what it must.
+    However the run ends, this process ends well: torchrun would kill the first for the sake of
+    another's exit code, before it has said and saved what it must. Raises OSError.
     """
     configure_torch(config)
-    if config.dry_run:
-        go_to_whole_slices(trainer)
-    else:
+    if not config.dry_run:
         trainer.compile()
     with Interruption(silent=True) as interruption, suppress(TrainingFailed):  # the first says so
-        while not trainer.ranks.largest(interruption.signal):
+        while agreed_stop(trainer, interruption) is None:
             trainer.update()
 
 
@@ -1130,25 +1212,27 @@ def follow(config: Config, trainer: Trainer) -> None:
 # main
 # ---------------------------------------------------------------------------------------------
 
+OUT_OF_MEMORY = "Out of memory: choose a smaller --seq_len or --preset. (%s)"
+
 
 def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
-    """The trainer at the step where the checkpoint left it. Raises ValueError when the checkpoint does not fit."""
+    """The trainer at the step where the checkpoint left it; one that measures whole slices for a
+    dry run, since they take the most time and memory.
+
+    Raises ValueError when the checkpoint does not fit.
+    """
+    config = replace(setup.config, mixed_steps=0) if setup.config.dry_run else setup.config
     try:
-        trainer = Trainer(setup.config, setup.corpus, setup.checkpoint, ranks)
+        trainer = Trainer(config, setup.corpus, setup.saved, ranks)
     except (RuntimeError, MemoryError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if is_out_of_memory(error) or setup.checkpoint is None:
+        if is_out_of_memory(error) or setup.saved is None:
             raise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{setup.resumed_from} does not fit this model ({type(error).__name__}: {reason})"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ValueError(f"{setup.saved.path} does not fit this model ({reason})") from error
     if setup.start is not None:
-        trainer.model.load_state_dict(setup.start.model)
-        trainer.progress.trained_context = max(
-            trainer.progress.trained_context, setup.start.trained_context
-        )
+        trainer.start_from(setup.start)
     if not setup.best_compares:
-        trainer.progress.forget_best()
+        trainer.forget_best()
     return trainer
 
 
@@ -1162,74 +1246,57 @@ def announce(setup: Setup, progress: Progress, floor: float) -> None:
 
 def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
     """Say what will happen, and compile."""
-    config, run, progress = setup.config, setup.run, trainer.progress
+    run, progress = setup.run, trainer.progress
     announce(setup, progress, saver.floor)
-    if setup.checkpoint is not None:
-        log.info("Resuming from step %d (%s)", progress.step, setup.resumed_from)
-        if changes := words.changes(setup.checkpoint["config"], config):
-            log.info("Changed from here on: %s", changes)
-        before = learning_rate(progress.step, Config.from_dict(setup.checkpoint["config"]))
-        if (
-            lr := learning_rate(progress.step + 1, config)
-        ) > 1.1 * before and progress.step > config.warmup_steps:
-            log.warning("The learning rate rises here, from %.2e to %.2e", before, lr)
+    if setup.saved is not None:
+        announce_resume(setup.saved, setup.config)
     if setup.start is not None:
         log.info("Starting from the weights of %s", setup.start.path)
     if progress.best_step and not run.best.exists():
         log.warning("%s is missing: the best from here on will be written there", run.best)
-        progress.forget_best()
+        trainer.forget_best()
     elif not progress.best_step and run.best.exists():
-        saver.best_before = kept = run.first_free("checkpoints/best-{}.pt")
-        log.info("%s does not compare with the losses from here on: kept as %s", run.best, kept)
+        kept = run.first_free("checkpoints/best-{}.pt")
+        saver.best.set_aside = kept
+        not_compared = "does not compare with the losses from here on"
+        log.info("%s %s: kept as %s", run.best, not_compared, kept)
     trainer.compile()
+
+
+def announce_resume(saved: SavedRun, config: Config) -> None:
+    """Say where the run goes on, and what is different from here on."""
+    log.info("Resuming from step %d (%s)", saved.step, saved.path)
+    changes = words.changes(saved.facts["config"], config)
+    if changes:
+        log.info("Changed from here on: %s", changes)
+    before = learning_rate(saved.step, saved.config)
+    lr = learning_rate(saved.step + 1, config)
+    if lr > 1.1 * before and saved.step > config.warmup_steps:
+        log.warning("The learning rate rises here, from %.2e to %.2e", before, lr)
 
 
 def run_training(setup: Setup, trainer: Trainer) -> int:
     """Train, measure, and leave every file of the run whole. Returns the exit code."""
     run = setup.run
-    before = {} if setup.checkpoint is None else read_json(run.config_json)
-    launch = launch_record(setup.argv, setup.config, setup.corpus, setup.checkpoint, before)
+    before = {} if setup.saved is None else read_json(run.config_json)
+    facts = None if setup.saved is None else setup.saved.facts
+    launch = launch_record(setup.argv, setup.config, setup.corpus, facts, before)
     saver = Saver(run, trainer, launch, trainer.progress.step if setup.continues else 0)
-    saver.write_config()
-
+    saver.write_config(saver.config_json())
     try:
         configure_torch(setup.config)
         begin(setup, trainer, saver)
         stop = train(trainer, saver, setup.tokenizer)
-        if stop in COMPLETE:
-            saver.publish(stop)
-        elif saver.saved_step:
-            saver.publish("interrupted")
-        if missing := run.missing():
-            since = f" from step {saver.saved_step}"
-            again = how_to_continue(setup.argv, setup.config, saver.saved_step > 0, since)
-            log.error(
-                f"At the end, step {trainer.progress.step}, these could not be written: {missing}. {again}"
-            )
-            return 1
-        if stop not in COMPLETE:
-            again = how_to_continue(setup.argv, setup.config, saver.saved_step > 0)
-            log.info(f"Interrupted by {stop} after step {trainer.progress.step}. {again}")
-            return exit_code(stop)
-        seen = [str(path) for path in (run.loss_curve, run.samples_txt) if path.exists()]
-        log.info("See %s", " and ".join(seen))
-        log.info(verdict(trainer.config, trainer.progress, saver.floor, stop))
-        log.info(words.next_command(setup.config))
-        log.info("Training complete.")
-        return 0
+        return end_training(setup, trainer, saver, stop)
     except TrainingFailed as failure:
         saver.rescue()
-        step = saver.saved_step
-        good = (
-            f"the last good checkpoint is {run.last}, of step {step}"
-            if step
-            else "there is no checkpoint yet"
-        )
+        good = "there is no checkpoint yet"
+        if saver.saved_step:
+            good = f"the last good checkpoint is {run.last}, of step {saver.saved_step}"
         log.error("Training failed: %s; %s", failure, good)
     except ConnectionError as error:
         saver.writer.finish()
-        since = f" from step {saver.saved_step}"
-        again = how_to_continue(setup.argv, setup.config, saver.saved_step > 0, since)
+        again = way_on(setup, saver, f" from step {saver.saved_step}")
         log.error("After step %d: %s. %s", trainer.progress.step, error, again)
     except (RuntimeError, MemoryError) as error:
         saver.writer.finish()
@@ -1239,55 +1306,79 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
     return 1
 
 
-def go_to_whole_slices(trainer: Trainer) -> None:
-    """Go on behind the mixed steps, without training: whole slices take the most memory."""
-    trainer.progress.step = max(trainer.progress.step, trainer.config.mixed_steps + 1)
+def way_on(setup: Setup, saver: Saver, since: str = "") -> str:
+    """The command that goes on with the run."""
+    return how_to_continue(setup.argv, setup.config, saver.saved_step > 0, since)
+
+
+def end_training(setup: Setup, trainer: Trainer, saver: Saver, stop: str) -> int:
+    """Publish the results, and say what came of the run. Returns the exit code."""
+    run, config, progress = setup.run, trainer.config, trainer.progress
+    if stop in COMPLETE:
+        saver.publish(stop)
+    elif saver.saved_step:
+        saver.publish(StopReason.INTERRUPTED)
+    missing = run.missing()
+    if missing:
+        again = way_on(setup, saver, f" from step {saver.saved_step}")
+        at_end = f"At the end, step {progress.step}"
+        log.error(f"{at_end}, these could not be written: {missing}. {again}")
+        return 1
+    if stop not in COMPLETE:
+        log.info(f"Interrupted by {stop} after step {progress.step}. {way_on(setup, saver)}")
+        return exit_code(stop)
+    files = [str(path) for path in (run.loss_curve, run.samples_txt) if path.exists()]
+    log.info("See %s", " and ".join(files))
+    log.info(verdict(config, progress, saver.floor, stop))
+    log.info(words.next_command(setup.config))
+    log.info("Training complete.")
+    return 0
 
 
 def rehearse(setup: Setup, trainer: Trainer) -> int:
-    """Say what a run would do, and measure two of its steps. Returns the exit code; raises OSError; writes nothing."""
+    """Say what a run would do, and measure two of its steps. Returns the exit code; raises OSError;
+    writes nothing."""
     config = setup.config
     configure_torch(config)
     announce(setup, trainer.progress, loss_floor(setup.corpus.tokens, config.seq_len))
     step = trainer.progress.step
-    go_to_whole_slices(trainer)
     log.info(words.rehearsing_line(config))
     with waiting("Measuring two steps", total=2, unit="steps") as bar:
         for _ in range(2):  # the first step of a process takes longer
             started = time.perf_counter()
-            trainer.ranks.largest(0)
+            trainer.ranks.largest(0)  # the others take part
             trainer.update()
             bar.update()
-    trainer.ranks.largest(RUN_IS_OVER)
-    seconds, memory = time.perf_counter() - started, peak_memory(config.device)
+    seconds = time.perf_counter() - started
+    trainer.ranks.largest(1)  # they end
+    memory = peak_memory(config.device)
     for line in words.rehearsal(config, step, seconds, memory, setup.run.free_bytes()):
         log.info(line)
     return 0
 
 
 def open_and_train(setup: Setup, trainer: Trainer, log_file: LogFile) -> int:
-    """Bring the run directory to where training starts, then train. Returns the exit code; raises OSError."""
-    run, earlier = setup.run, not setup.continues and setup.run.exists()
-    if earlier and (run.has_outcome() or setup.config.resume == "never" or not run.is_ours()):
+    """Bring the run directory to where training starts, then train. Returns the exit code; raises
+    OSError."""
+    run, saved = setup.run, setup.saved
+    in_the_way = run.has_outcome() or setup.config.resume == "never" or not run.is_ours()
+    if not setup.continues and run.exists() and in_the_way:
         log.info("Moved the run that was here to %s", run.move_aside())
     run.make()
     with log_file.of(run):
-        if setup.damage:
+        if saved is not None and saved.damage:
             damaged = run.last.with_name("damaged.pt")
             move(run.last, damaged)
-            log.warning(
-                "%s: set aside as %s; going on from %s", setup.damage, damaged, setup.resumed_from
-            )
-        run.restore(setup.checkpoint if setup.checkpoint and setup.continues else {})
+            log.warning("%s: set aside as %s; going on from %s", saved.damage, damaged, saved.path)
+        run.restore(saved.facts if saved is not None and setup.continues else {})
         with shown(run, setup.config):
             return run_training(setup, trainer)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 or 143 interrupted."""
-    logging.raiseExceptions = (
-        False  # a closed pipe must not flood the terminal; the log file goes on
-    )
+    """The command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 or 143
+    interrupted."""
+    logging.raiseExceptions = False  # a closed pipe must not flood the terminal; the log goes on
     ranks = Ranks()
     try:
         ranks = Ranks.join()
@@ -1296,8 +1387,8 @@ def main(argv: list[str] | None = None) -> int:
     except ConnectionError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         code = 1
-    except KeyboardInterrupt as signal_name:
-        code = exit_code(str(signal_name))
+    except KeyboardInterrupt as broken_off:
+        code = exit_code(name_of(broken_off))
     except Exception as error:
         if is_out_of_memory(error):
             print(f"train.py: error: {OUT_OF_MEMORY % error}", file=sys.stderr)
@@ -1311,55 +1402,74 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
-    """Prepare, train, and say what went wrong. Returns the exit code."""
-    problem = answer = ""
-    setup, log_file = None, LogFile()
+    """Prepare, then train, rehearse, or say that nothing is left to do. Returns the exit code."""
+    log_file = LogFile()
     held.enter_context(logging_to(log_file))
     try:
-        setup = prepare(argv, ranks, held, about=__doc__)
-        answer = setup.finished or ""
-        if not answer:
-            trainer = build_trainer(setup, ranks)
-            if ranks.rank == 0:
-                n_params, fresh = setup.config.n_params, setup.checkpoint is None
-                setup.run.check_room(STATE_BYTES * n_params, WEIGHT_BYTES * n_params, fresh)
-                if not setup.config.dry_run and setup.run.lock is None:
-                    held.enter_context(setup.run.locked())
+        setup, trainer = ready(argv, ranks, held)
     except SystemExit as answered:  # after --help
         return int(answered.code or 0)
-    except (ValueError, OSError) as error:
-        problem = str(error) or type(error).__name__
-    problems = problems_of_all(ranks, setup, problem)
-    if problems or setup is None:
-        for line in problems if ranks.rank == 0 else ():
-            print(f"train.py: error: {line}", file=sys.stderr)
+    except ValueError as error:
+        if ranks.rank == 0:
+            for line in str(error).splitlines():
+                print(f"train.py: error: {line}", file=sys.stderr)
         return 2
     if ranks.rank > 0:
-        if not answer:
+        if trainer is not None:
             follow(setup.config, trainer)
         return 0
     try:
-        if not answer:
-            if setup.config.dry_run:
-                return rehearse(setup, trainer)
-            return open_and_train(setup, trainer, log_file)
-        log.info(answer)
-        if setup.config.tensorboard and not setup.config.dry_run:  # turned on when the run was over
-            setup.run.make()
-            with shown(setup.run, setup.config):
-                pass
-        return 0
-    except KeyboardInterrupt as signal_name:
+        if trainer is None:
+            return say_finished(setup)
+        if setup.config.dry_run:
+            return rehearse(setup, trainer)
+        return open_and_train(setup, trainer, log_file)
+    except KeyboardInterrupt as broken_off:
         if setup.config.dry_run:
             log.error("Broken off; a dry run saves nothing.")
-            return exit_code(str(signal_name))
-        saved = setup.run.last.exists() or setup.run.prev.exists()
-        again = how_to_continue(argv, setup.config, saved, " from the last checkpoint")
-        log.error("Broken off without saving. %s", again)
-        return exit_code(str(signal_name))
+        else:
+            is_saved = setup.run.last.exists() or setup.run.prev.exists()
+            since = " from the last checkpoint"
+            again = how_to_continue(argv, setup.config, is_saved, since)
+            log.error("Broken off without saving. %s", again)
+        return exit_code(name_of(broken_off))
     except OSError as error:
         log.error("%s; what was written before is intact", error)
         return 1
+
+
+def ready(argv: list[str], ranks: Ranks, held: ExitStack) -> tuple[Setup, Trainer | None]:
+    """What there is to do, and who does it: no trainer when the run is finished already.
+
+    Raises ValueError, a line for each problem of any process; SystemExit after --help.
+    """
+    setup = trainer = None
+    problem = ""
+    try:
+        setup = prepare(argv, ranks, held, about=__doc__)
+        if not setup.finished:
+            trainer = build_trainer(setup, ranks)
+            if ranks.rank == 0:
+                n_params = setup.config.n_params
+                sizes = (STATE_BYTES * n_params, WEIGHT_BYTES * n_params)
+                setup.run.check_room(*sizes, fresh=setup.saved is None)
+                if not setup.config.dry_run and setup.run.lock is None:
+                    held.enter_context(setup.run.locked())
+    except (ValueError, OSError) as error:
+        problem = str(error) or type(error).__name__
+    agree(ranks, setup, problem)
+    assert setup is not None, "it is, without a problem"
+    return setup, trainer
+
+
+def say_finished(setup: Setup) -> int:
+    """Say that nothing is left to do. Returns the exit code."""
+    log.info(setup.finished)
+    if setup.config.tensorboard and not setup.config.dry_run:  # turned on when the run was over
+        setup.run.make()
+        with shown(setup.run, setup.config):
+            pass
+    return 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import math
 
 import train
 from benchmarks.record import write_record
@@ -73,7 +72,7 @@ def main() -> None:
                     saver.writer.finish()
         held = sum(
             b.numel() * b.element_size()
-            for s in (saver.snapshot, *saver.best_snapshots)
+            for s in (saver.snapshot, *saver.best.snapshots)
             for b in s.buffers.values()
         )
     step = statistics.median(seconds["none"]) / options.steps
@@ -101,7 +100,7 @@ def one_round(trainer: train.Trainer, saver: train.Saver, steps: int, kind: str)
         saver.writer.collect()
         if number or kind == "none":
             continue
-        p.best_loss = math.inf  # a best at every chance
+        trainer.forget_best()  # a best at every chance
         saver.consider_window_loss(at_end=True)
         saver.save()
         if kind == "waited for":

@@ -71,11 +71,6 @@ def check_same_run(
     """Raises ValueError when the checkpoint has other weights or another corpus than the flags ask for."""
     remedy = "choose another --out_dir, or --resume never to move that run aside and start anew"
     saved, texts = checkpoint["config"], names(config.input_file)
-    if not {"optimizer", "scaler", "progress", "offsets"} <= checkpoint.keys():
-        raise ValueError(
-            f"{path} holds weights alone, without the optimizer: continue from last.pt or prev.pt, or start a new run "
-            "from it with --init_from"
-        )
     if one_form(checkpoint["tokenizer"]["content"]) != vocabulary:
         raise ValueError(
             f"{path} has another vocabulary (--tokenizer {saved.get('tokenizer')}) than {config.tokenizer}: {remedy}"

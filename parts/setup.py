@@ -4,7 +4,6 @@ import json
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from parts.commandline import read_typed
@@ -12,15 +11,16 @@ from parts.compute.device import choose_runtime
 from parts.compute.ranks import Ranks
 from parts.flags import Config
 from parts.predecessor import Start, check_same_run, load_start
-from parts.progress import COMPLETE, Progress
+from parts.progress import COMPLETE
 from parts.recipe import Text, decide
 from parts.report import words
-from parts.run.checkpoint import find_checkpoints, load_newest
+from parts.run.checkpoint import SavedRun, find_checkpoints, load_newest
 from parts.run.directory import RunDir, read_json
 from parts.text.corpus import Corpus, load_corpus
 from parts.text.vocabulary import TextYieldsFewer, Tokenizer, choose_tokenizer, size_of
 
 BYTES_PER_TOKEN = 4  # of a text that is cut by --max_tokens, roughly
+OF_ONE_MACHINE = ("threads", "compile", "micro_batch", "device", "cache_dir")  # flags
 
 
 @dataclass(frozen=True)
@@ -32,65 +32,58 @@ class Setup:
     corpus: Corpus
     tokenizer: Tokenizer
     run: RunDir
-    resumed_from: Path | None
-    checkpoint: dict | None  # what that file holds
+    saved: SavedRun | None  # from which it goes on
     start: Start | None  # weights of another run, for a new one
-    damage: str | None  # what is wrong with the newer checkpoint that should have been it
 
     @property
     def continues(self) -> bool:
-        """Whether the checkpoint is the run directory's own, so that its other files belong to it as well."""
-        return self.resumed_from is not None and self.run.owns(self.resumed_from)
+        """Whether the checkpoint is the run directory's own, so that its other files belong to it
+        as well."""
+        return self.saved is not None and self.run.owns(self.saved.path)
 
     @property
     def best_compares(self) -> bool:
-        """Whether the checkpoint's best was measured as the best from here on will be, and lies in this directory."""
-        if self.checkpoint is None:
+        """Whether the checkpoint's best was measured as the best from here on will be, and lies in
+        this directory."""
+        if self.saved is None:
             return True
-        saved, config = self.checkpoint["config"], self.config
         measure = ["val_fraction", "seq_len"]
-        if not config.validates:
+        if not self.config.validates:
             measure.append("target_window")
-        same = all(saved.get(name) == getattr(config, name) for name in measure)
-        return self.continues and same and self.checkpoint["val_sha256"] == self.corpus.val_sha256
+        before = self.saved.config
+        same = all(getattr(before, name) == getattr(self.config, name) for name in measure)
+        same_text = self.saved.facts["val_sha256"] == self.corpus.val_sha256
+        return self.continues and same and same_text
 
     @property
     def finished(self) -> str | None:
         """Why there is nothing left to do, with the way to go on; None when there is."""
-        if self.checkpoint is None or any(self.checkpoint.get("unwritten", {}).values()):
+        if self.saved is None or any(self.saved.facts["unwritten"].values()):
             return None  # in the second case there are rows that the disk had refused
-        step, published = self.checkpoint["step"], read_json(self.run.results_json)
-        if published.get("stop_reason") not in COMPLETE or published.get("final_step") != step:
+        published = read_json(self.run.results_json)
+        as_published = published.get("final_step") == self.saved.step
+        if published.get("stop_reason") not in COMPLETE or not as_published:
             return None
-        progress, before = self.checkpoint["progress"], self.checkpoint["config"]
-        if (
-            "corpus_step" not in progress and published["stop_reason"] == "target"
-        ):  # by the rule of older programs
-            return (
-                words.finished(step, "target")
-                if self.config.target_loss >= before["target_loss"]
-                else None
-            )
-        reason = Progress(**progress).stop_reason(self.config)
-        return reason and words.finished(step, reason)
+        reason = self.saved.progress.stop_reason(self.config)
+        return reason and words.finished(self.saved.step, reason)
 
-    def agreement(self) -> dict:
-        """What has to be the same for all processes of a run: not the flags that each machine may choose for itself."""
-        corpus, own = self.corpus, ("threads", "compile", "micro_batch", "device", "cache_dir")
+    def shared_facts(self) -> dict:
+        """What has to be the same for all processes of a run, by name."""
+        corpus = self.corpus
         facts = {
-            "the checkpoint's step": 0 if self.checkpoint is None else self.checkpoint["step"],
+            "the checkpoint's step": 0 if self.saved is None else self.saved.step,
             "the text": [corpus.sha256, len(corpus.tokens), corpus.val_sha256],
             "the vocabulary": corpus.vocabulary,
         }
-        return facts | {
-            f"--{name}": value for name, value in self.config.as_dict().items() if name not in own
-        }
+        flags = self.config.as_dict().items()
+        return facts | {f"--{name}": value for name, value in flags if name not in OF_ONE_MACHINE}
 
 
 def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = None) -> Setup:
-    """Do everything that the user's input can spoil, and hold the lock of a run that is there already.
+    """Do everything that the user's input can spoil, and hold the lock of a run that is there.
 
-    Raises ValueError or OSError; writes nothing but token ids, into --cache_dir. `about` heads the answer to --help.
+    Raises ValueError or OSError; writes nothing but token ids, into --cache_dir. `about` heads the
+    answer to --help, which raises SystemExit.
     """
     typed = read_typed(argv, about=about)
     first = decide(typed, processes=ranks.count)
@@ -100,39 +93,34 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
         run.check_writable()
     if ranks.rank == 0 and run.owner.exists():
         held.enter_context(run.locked())  # or its files could change between here and training
-    path, checkpoint, damage = load_newest(find_checkpoints(first, run))
-    if (
-        checkpoint is None
-        and run.config_json.exists()
-        and "launches" not in read_json(run.config_json)
-    ):
-        raise ValueError(f"{run.config_json} was not written by train.py: choose another --out_dir")
-    previous = None if checkpoint is None else flags_of(checkpoint, run)
-    if previous is not None and typed.get("init_from", previous.init_from) != previous.init_from:
-        raise ValueError(
-            f"--init_from {typed['init_from']} is for a new run, and {path} continues one: leave it out, or choose "
-            "another --out_dir"
-        )
-    config, tokenizer, corpus = choose_text(typed, previous, checkpoint, ranks.count)
-    if path is not None and checkpoint is not None:
-        check_same_run(
-            path, checkpoint, config, corpus.vocabulary, corpus.sha256, len(corpus.tokens)
-        )
-    start = load_start(config, corpus.vocabulary) if checkpoint is None else None
-    return Setup(argv, config, corpus, tokenizer, run, path, checkpoint, start, damage)
-
-
-def flags_of(checkpoint: dict, run: RunDir) -> Config:
-    """The flags of the run that a checkpoint continues, in this directory."""
-    return replace(
-        Config.from_dict(checkpoint["config"], checkpoint.get("origins")), out_dir=run.root
-    )
+    saved = load_newest(find_checkpoints(first, run))
+    if saved is None:
+        if run.config_json.exists() and "launches" not in read_json(run.config_json):
+            written = f"{run.config_json} was not written by train.py"
+            raise ValueError(f"{written}: choose another --out_dir")
+        previous = None
+    else:
+        previous = replace(saved.config, out_dir=run.root)
+        if typed.get("init_from", previous.init_from) != previous.init_from:
+            raise ValueError(
+                f"--init_from {typed['init_from']} is for a new run, and {saved.path} continues "
+                "one: leave it out, or choose another --out_dir"
+            )
+    config, tokenizer, corpus = choose_text(typed, previous, saved, ranks.count)
+    start = None
+    if saved is None:
+        start = load_start(config, corpus.vocabulary)
+    else:
+        facts = (corpus.vocabulary, corpus.sha256, len(corpus.tokens))
+        check_same_run(saved.path, saved.facts, config, *facts)
+    return Setup(argv, config, corpus, tokenizer, run, saved, start)
 
 
 def choose_text(
-    typed: dict[str, Any], previous: Config | None, checkpoint: dict | None, processes: int
+    typed: dict[str, Any], previous: Config | None, saved: SavedRun | None, processes: int
 ) -> tuple[Config, Tokenizer, Corpus]:
-    """Flags, tokenizer and corpus. The flags are checked before the text is encoded, which may take long.
+    """Flags, tokenizer and corpus. The flags are checked before the text is encoded, which may
+    take long.
 
     Raises OSError or ValueError.
     """
@@ -143,7 +131,8 @@ def choose_text(
         n_bytes = min(n_bytes, BYTES_PER_TOKEN * first.max_tokens)
     text = Text(n_bytes, n_tokens=n_bytes)
     config = choose(text)
-    check(config, previous)
+    check_flags(config, previous)
+    checkpoint = None if saved is None else saved.facts
     try:
         tokenizer = choose_tokenizer(config, checkpoint)
     except TextYieldsFewer as fewer:
@@ -155,14 +144,15 @@ def choose_text(
     corpus = load_corpus(config, tokenizer)
     text = replace(text, n_tokens=len(corpus.tokens))
     config = choose(text, vocab_size=tokenizer.n_vocab)
-    check(config, previous)
+    check_flags(config, previous)
     return config, tokenizer, corpus
 
 
-def check(config: Config, previous: Config | None) -> None:
+def check_flags(config: Config, previous: Config | None) -> None:
     """Raises ValueError, a line for each, when flags cannot be together."""
-    kept = "" if previous is None else " (flags you leave out keep the values of the existing run)"
-    raise_all([problem + kept for problem in config.contradictions()])
+    kept = " (flags you leave out keep the values of the existing run)"
+    hint = "" if previous is None else kept
+    raise_all([problem + hint for problem in config.contradictions()])
 
 
 def raise_all(problems: list[str]) -> None:
@@ -171,20 +161,18 @@ def raise_all(problems: list[str]) -> None:
         raise ValueError("\n".join(problems))
 
 
-def problems_of_all(ranks: Ranks, setup: Setup | None, problem: str) -> list[str]:
-    """The problems of all processes, a line each, this one's among them; or that they were not given the same."""
-    problems = ranks.gather(problem)
-    facts = [
-        json.loads(text)
-        for text in ranks.gather("{}" if setup is None else json.dumps(setup.agreement()))
-    ]
-    if not any(problems) and (
-        differing := [
-            name for name in facts[0] if any(other[name] != facts[0][name] for other in facts)
-        ]
-    ):
-        return [
-            f"the processes do not agree on {', '.join(differing)}: all need the same flags, and the same files at "
-            "--out_dir and --input_file"
-        ]
-    return list(dict.fromkeys("\n".join(filter(None, problems)).splitlines()))
+def agree(ranks: Ranks, setup: Setup | None, problem: str) -> None:
+    """Compare what the processes found: each has a setup, or a problem in one or more lines.
+
+    Raises ValueError on all of them when one has a problem, or when they were not given the same.
+    """
+    problems = list(filter(None, ranks.gather(problem)))
+    own = "{}" if setup is None else json.dumps(setup.shared_facts())
+    facts = [json.loads(text) for text in ranks.gather(own)]
+    raise_all(list(dict.fromkeys("\n".join(problems).splitlines())))
+    differing = [name for name in facts[0] if any(other[name] != facts[0][name] for other in facts)]
+    if differing:
+        raise ValueError(
+            f"the processes do not agree on {', '.join(differing)}: all need the same flags, and "
+            "the same files at --out_dir and --input_file"
+        )

@@ -250,14 +250,14 @@ def test_a_compiler_that_computes_something_else_is_done_without(
 
 def test_a_comparison_that_does_not_fit_is_left_out(launch, monkeypatch):
     """Uncompiled, a pass takes more memory: what fits compiled is not given up for that."""
-    accumulate = train.Trainer._accumulate
+    add_gradients = train.Trainer.add_gradients
 
-    def refuse(trainer, *args):
-        if trainer.forward is trainer.model:
+    def refuse(trainer, step, slices, forward, at_once):
+        if forward is trainer.model:
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
-        return accumulate(trainer, *args)
+        return add_gradients(trainer, step, slices, forward, at_once)
 
-    monkeypatch.setattr(train.Trainer, "_accumulate", refuse)
+    monkeypatch.setattr(train.Trainer, "add_gradients", refuse)
     monkeypatch.setattr(torch, "compile", lambda model, **_options: lambda x, y: model(x, y))
     assert launch("run", "--compile=on") == 0
     assert "Compiled in" in log_text(Path("run")) and "memory" not in log_text(Path("run"))

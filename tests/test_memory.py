@@ -24,7 +24,7 @@ import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
 accumulate, room, first = train.Trainer.accumulate, int(sys.argv.pop(1)) * 2**20, [None]
-def limited(trainer, step, slices):
+def limited(trainer, step, *rest):
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     if first[0] is None:
@@ -32,7 +32,7 @@ def limited(trainer, step, slices):
     if step == first[0]:
         resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
     try:
-        return accumulate(trainer, step, slices)
+        return accumulate(trainer, step, *rest)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 train.Trainer.accumulate = limited

@@ -67,11 +67,11 @@ def test_a_skipped_step_still_counts(launch, monkeypatch):
     """Step, data and rate move on as in a run without the skip; its row has no number that is not one."""
     flags = ["--log_every=1", "--amp=off"]
     assert launch("whole", *flags) == 0
-    accumulate = train.Trainer._accumulate
+    add_gradients = train.Trainer.add_gradients
     monkeypatch.setattr(
         train.Trainer,
-        "_accumulate",
-        lambda trainer, step, *args: accumulate(trainer, step, *args) / (step != 3),
+        "add_gradients",
+        lambda trainer, step, *args: add_gradients(trainer, step, *args) / (step != 3),
     )
     assert launch("run", *flags) == 0
     assert [row[0] for row in rows(Path("run"), "step")] == [str(step) for step in range(1, 9)]
@@ -111,13 +111,13 @@ def test_a_run_that_diverges_exits_1_and_leaves_no_bad_checkpoint(launch, prompt
 
 def test_a_run_that_diverges_before_its_first_checkpoint_is_kept_as_failed(launch, monkeypatch):
     monkeypatch.setattr(train, "MAX_SKIPPED_IN_A_ROW", 3)
-    accumulate = train.Trainer._accumulate
+    add_gradients = train.Trainer.add_gradients
     diverging = ["--save_every=100", "--target_window=2", "--log_every=1"]
     with monkeypatch.context() as patch:
         patch.setattr(
             train.Trainer,
-            "_accumulate",
-            lambda trainer, step, *args: accumulate(trainer, step, *args) / (step <= 4),
+            "add_gradients",
+            lambda trainer, step, *args: add_gradients(trainer, step, *args) / (step <= 4),
         )
         assert launch("run", *diverging) == 1
     assert "there is no checkpoint yet" in log_text(Path("run"))
@@ -160,11 +160,11 @@ def test_a_loss_that_stays_at_ln_v_is_pointed_out_once(launch, monkeypatch):
 
 
 def test_a_save_that_a_skipped_step_prevented_follows_at_the_next(launch, monkeypatch):
-    accumulate = train.Trainer._accumulate
+    add_gradients = train.Trainer.add_gradients
     monkeypatch.setattr(
         train.Trainer,
-        "_accumulate",
-        lambda trainer, step, *args: accumulate(trainer, step, *args) / (step != 4),
+        "add_gradients",
+        lambda trainer, step, *args: add_gradients(trainer, step, *args) / (step != 4),
     )
     saved = []
     save = train.Saver.save

@@ -18,7 +18,7 @@ import train
 import update_readme
 from parts.compute.signals import Interruption
 from parts.flags import Config
-from parts.run.checkpoint import load_checkpoint
+from parts.run.checkpoint import SavedRun, load_checkpoint
 from parts.run.layout import AT_CTRL_C, BEGINNING, BLOCK, block_of, drawn_at_ctrl_c
 from parts.text.corpus import load_corpus
 from parts.text.vocabulary import load_tokenizer
@@ -35,7 +35,7 @@ def break_off(monkeypatch):
         step = trainer.progress.step + 1
         if step in pending:
             pending.remove(step)
-            trainer.accumulate(step, trainer.slices(step))
+            trainer.accumulate(step, trainer.slices(step), trainer.forward)
             raise KeyboardInterrupt
         return update(trainer)
 
@@ -162,7 +162,7 @@ def test_ctrl_c_before_the_first_step_of_a_start_draws_nothing_twice(
 
     def at_once(interruption):
         enter(interruption)
-        interruption.signal = signal.SIGINT
+        interruption.signal_name = "SIGINT"
         return interruption
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -199,13 +199,12 @@ def test_only_a_whole_block_drawn_at_ctrl_c_is_kept():
 def test_resuming_needs_no_second_copy_of_the_state(launch, config, text_file):
     assert launch("run", "--steps=4") == 0
     path = Path("run/checkpoints/last.pt")
-    checkpoint = load_checkpoint(path)
-    tokenizer = load_tokenizer()
-    saved = Config.from_dict(checkpoint["config"])
-    train.Trainer(
-        saved, load_corpus(replace(saved, input_file=(text_file,)), tokenizer), checkpoint
-    )
-    assert not any(isinstance(value, torch.Tensor) for value in leaves(checkpoint))
+    saved = SavedRun(path, load_checkpoint(path))
+    corpus = load_corpus(replace(saved.config, input_file=(text_file,)), load_tokenizer())
+    train.Trainer(saved.config, corpus, saved)
+    assert not any(isinstance(value, torch.Tensor) for value in leaves(saved.facts))
+    with pytest.raises(AssertionError, match="given away once"):
+        saved.take_tensors()
 
 
 def leaves(tree) -> list:

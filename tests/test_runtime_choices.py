@@ -158,12 +158,12 @@ def test_the_recorded_command_names_torchrun(monkeypatch):
 def test_machines_may_choose_threads_and_compilation_for_themselves(config):
     corpus = Corpus(np.zeros(100, dtype=np.uint16), "made up", 100)
 
-    def agreement(**flags) -> dict:
-        setup = Setup([], replace(config, **flags), corpus, None, None, None, None, None, None)
-        return setup.agreement()
+    def shared(**flags) -> dict:
+        setup = Setup([], replace(config, **flags), corpus, None, None, None, None)
+        return setup.shared_facts()
 
-    assert agreement() == agreement(threads=7, compile="on", micro_batch=1)
-    assert agreement() != agreement(amp="bf16") and agreement() != agreement(lr=1.0)
+    assert shared() == shared(threads=7, compile="on", micro_batch=1)
+    assert shared() != shared(amp="bf16") and shared() != shared(lr=1.0)
 
 
 def test_a_sample_is_told_on_one_line():

@@ -123,7 +123,7 @@ def test_a_warning_may_come_again_and_before_the_first_step(name):
         signal.raise_signal(number)
         interruption.time -= 2
         signal.raise_signal(number)
-        assert interruption.signal == number
+        assert interruption.signal_name == signal.Signals(number).name
         with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
             signal.raise_signal(signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in (number, signal.SIGTERM)}
@@ -185,7 +185,7 @@ def test_a_run_interrupted_before_its_first_step_leaves_no_trace_in_the_way(laun
 
     def at_once(interruption):
         enter(interruption)
-        interruption.signal = signal.SIGTERM
+        interruption.signal_name = "SIGTERM"
         return interruption
 
     with monkeypatch.context() as patch:

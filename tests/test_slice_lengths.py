@@ -48,7 +48,7 @@ def test_loss_and_gradient_are_of_the_mean_over_all_tokens(config, corpus, micro
     )
     trainer = train.Trainer(config, corpus, None)
     whole, quarters = trainer.slices(1)
-    loss = trainer.accumulate(1, [whole, quarters])
+    loss, _ = trainer.accumulate(1, [whole, quarters], trainer.model)
     found = [p.grad.clone() for p in trainer.model.parameters()]
     trainer.model.zero_grad(set_to_none=True)
     losses = [trainer.model(part[:, :-1], part[:, 1:]) for part in (whole, quarters)]
@@ -68,7 +68,7 @@ def test_which_loss_is_told_changes_no_bit_of_the_gradients(
     config = replace(config, seq_len=16, block_size=16, batch_size=8, mixed_steps=mixed_steps)
     trainer = train.Trainer(replace(config, micro_batch=micro_batch), corpus, None)
     parts = trainer.slices(1)
-    loss = trainer.accumulate(1, parts)
+    loss, _ = trainer.accumulate(1, parts, trainer.model)
     found = [p.grad.clone() for p in trainer.model.parameters()]
     trainer.model.zero_grad(set_to_none=True)
     mean = torch.zeros(())
@@ -175,9 +175,9 @@ def test_a_rehearsal_does_whole_slices_which_take_the_most_memory(launch, monkey
     monkeypatch.setattr(
         train.Trainer,
         "accumulate",
-        lambda trainer, step, slices: (
+        lambda trainer, step, slices, forward: (
             shapes.append([len(x[0]) for x in slices]),
-            accumulate(trainer, step, slices),
+            accumulate(trainer, step, slices, forward),
         )[1],
     )
     assert launch("run", *SHORT, "--mixed_steps=6", "--dry_run") == 0

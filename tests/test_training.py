@@ -258,7 +258,9 @@ def test_best_is_the_lowest_window_with_the_weights_after_its_step(config, corpu
     trainer.progress.recent_losses = [99.0] * 3
     saver.consider_window_loss(at_end=True)
     assert (trainer.progress.best_loss, trainer.progress.best_step) == (best_loss, 6)
-    assert all(torch.equal(saver.best["model"][name], value) for name, value in weights.items())
+    assert all(
+        torch.equal(saver.best.found["model"][name], value) for name, value in weights.items()
+    )
 
 
 def test_corpus_loss_is_the_mean_over_slices_with_its_standard_error(config, corpus):

@@ -107,7 +107,7 @@ def test_of_several_processes_one_ticks(monkeypatch):
 @pytest.mark.slow
 def test_every_wait_of_a_run_ticks_and_the_log_has_a_line_of_each(launch, monkeypatch, capsys):
     terminal = at_terminal(monkeypatch)
-    for name in ("update", "sample", "evaluate"):
+    for name in ("update", "sample", "validate"):
         work = getattr(train.Trainer, name)
 
         def slowly(trainer, *arguments, work=work):
@@ -116,11 +116,11 @@ def test_every_wait_of_a_run_ticks_and_the_log_has_a_line_of_each(launch, monkey
 
         monkeypatch.setattr(train.Trainer, name, slowly)
 
-    def compile_slowly(model, *_arguments):
+    def compile_slowly(trainer):
         time.sleep(0.1)
-        return model
+        return trainer.model
 
-    monkeypatch.setattr(train, "compile_proven", compile_slowly)
+    monkeypatch.setattr(train.Trainer, "_compiled_model", compile_slowly)
     slices = train.GPT.features
 
     def features(model, *arguments):

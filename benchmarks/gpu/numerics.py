@@ -40,6 +40,7 @@ from parts.commandline import parse_config
 from parts.compute.device import choose_runtime
 from parts.compute.kernels import HeadLoss
 from parts.recipe import decide
+from parts.run.checkpoint import SavedRun
 
 
 @check("numerics", "what auto chooses for the default run")
@@ -112,9 +113,8 @@ def head(options: Options, here: Path) -> str:
 
 
 def gradients_of(trainer: train.Trainer, forward: torch.nn.Module) -> dict[str, torch.Tensor]:
-    trainer.forward = forward
     trainer.model.zero_grad(set_to_none=True)
-    trainer.accumulate(1, trainer.slices(1))
+    trainer.accumulate(1, trainer.slices(1), forward)
     return {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
 
 
@@ -182,7 +182,8 @@ def scale_resumes(options: Options, here: Path) -> str:
     file = io.BytesIO()
     torch.save(trainer.state(), file)
     file.seek(0)
-    again = train.Trainer(trainer.config, trainer.corpus, torch.load(file, weights_only=True))
+    saved = SavedRun(Path("last.pt"), torch.load(file, weights_only=True))
+    again = train.Trainer(trainer.config, trainer.corpus, saved)
     found, expected = again.scaler.get_scale(), trainer.scaler.get_scale()
     assert found == expected == FIXED_SCALE, f"{found}, not {expected}"
     return f"{found:g}"

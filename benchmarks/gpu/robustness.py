@@ -70,7 +70,7 @@ def save_and_compare(trainer: train.Trainer, saver: train.Saver, before: int, af
     state, weights = clones(trainer.state()), clones({"model": trainer.model.state_dict()})
     with torch.cuda.stream(trainer.copying):  # nothing without a card
         occupy(after)  # a step that does not wait overtakes the copies
-    saver.keep_weights(trainer.progress.loss)
+    saver.keep_best(trainer.progress.loss)
     saver.save()
     for _ in range(3):
         trainer.update()

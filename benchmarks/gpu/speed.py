@@ -74,7 +74,7 @@ def muon_share(options: Options, here: Path) -> str:
     needs_card(options)
     trainer = trainer_of(options, "--amp=bf16", "--compile=off", "--mixed_steps=0")
     whole = seconds_of(trainer.update, 20)
-    trainer.accumulate(1, trainer.slices(1))
+    trainer.accumulate(1, trainer.slices(1), trainer.forward)
     muon = trainer.optimizers["muon"]
     share = seconds_of(muon.step, 20)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -8,19 +8,35 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+OF_BATCH_SYSTEMS = SIGNALS[-3:]  # warnings, perhaps repeated, of a SIGKILL
 
-class BrokenOff(KeyboardInterrupt):
-    """A signal that is not waited for; named in its argument."""
+
+class SignalCame(KeyboardInterrupt):
+    """A signal, by its name."""
+
+    def __init__(self, signal_name: str):
+        super().__init__(signal_name)
+        self.signal_name = signal_name
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal came that waits for the step to be done, and not for what only tells of it; named in its argument."""
+class BrokenOff(SignalCame):
+    """A signal that is not waited for."""
+
+
+class Interrupted(SignalCame):
+    """A signal that waits for the step to be done, and not for what only tells of it."""
+
+
+def name_of(error: KeyboardInterrupt) -> str:
+    """The signal behind an exception; Python's own is that of Ctrl-C."""
+    return error.signal_name if isinstance(error, SignalCame) else "SIGINT"
 
 
 def look_for_signals() -> None:
     """Raises Interrupted: between two tokens of a sample, and two parts of a measurement."""
-    if Interruption.current is not None and Interruption.current.signal:
-        raise Interrupted(signal.Signals(Interruption.current.signal).name)
+    if Interruption.current is not None and Interruption.current.signal_name:
+        raise Interrupted(Interruption.current.signal_name)
 
 
 @contextmanager
@@ -37,9 +53,6 @@ def terminating() -> Iterator[None]:
         signal.signal(number, handler)  # not after an error, which still has to be told
 
 
-OF_BATCH_SYSTEMS = ("SIGUSR1", "SIGUSR2", "SIGXCPU")  # warnings, perhaps repeated, of a SIGKILL
-
-
 def numbers(*names: str) -> list[int]:
     """Of these signals, those that the system has."""
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -53,13 +66,13 @@ class Interruption:
 
     def __init__(self, silent: bool = False) -> None:
         self.silent = silent
-        self.signal = 0
+        self.signal_name: str | None = None
         self.time = math.inf
         self._handlers: dict[int, Callable | int | None] = {}
 
     def __enter__(self) -> "Interruption":
         Interruption.current = self
-        for number in numbers("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", *OF_BATCH_SYSTEMS):
+        for number in numbers(*SIGNALS):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._handlers[number] = signal.signal(number, self._remember)
         return self
@@ -68,8 +81,9 @@ class Interruption:
         again = time.monotonic() - self.time > 1  # or `timeout` or a terminal sent one signal twice
         if again and number not in numbers(*OF_BATCH_SYSTEMS):
             raise BrokenOff(signal.Signals(number).name)
-        if self.signal == 0:
-            self.signal, self.time = number, time.monotonic()
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+            self.time = time.monotonic()
             message = (
                 b"\nFinishing this step, then saving. Ctrl-C once more breaks off without saving.\n"
             )

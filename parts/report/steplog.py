@@ -20,7 +20,7 @@ BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]"
 
 
 class StepLog:
-    """Tells of one start of a run, and counts its seconds into the progress."""
+    """Tells of one start of a run, and knows how long the run has taken."""
 
     def __init__(self, config: Config, progress: Progress, corpus: Corpus, run: RunDir, bar: tqdm):
         self.config, self.progress, self.corpus, self.run, self.bar = (
@@ -37,10 +37,14 @@ class StepLog:
         self.started = self.line_time = self.first_done = time.perf_counter()
         self.hinted = False
 
-    def step(self, loss: float, grad_norm: float, lr: float, val_loss: float | None) -> None:
+    def elapsed_sec(self) -> float:
+        """Seconds that the run has taken, all its starts together."""
+        return self.elapsed_before + time.perf_counter() - self.started
+
+    def step(self, lr: float, val_loss: float | None) -> None:
         """Tell of the step that was just done, and of the validation loss if it was measured. Raises OSError."""
         config, p, now = self.config, self.progress, time.perf_counter()
-        p.elapsed_sec = self.elapsed_before + now - self.started
+        loss, grad_norm = p.loss, p.grad_norm
         tokens_per_sec = (p.tokens - self.line_tokens) / (now - self.line_time)
         if p.step == self.first_step:
             self.first_done = now
@@ -68,7 +72,6 @@ class StepLog:
             if not self.hinted and (hint := words.stuck_hint(p, config)):
                 log.warning(hint)
                 self.hinted = True
-        p.untold = False
         if p.step in (self.first_step + 1, self.first_step + 9):
             self.eta()
 

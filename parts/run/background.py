@@ -23,20 +23,20 @@ class Snapshot:
 
     page_locked = True
 
-    def __init__(self) -> None:
-        self.buffers: dict[str, torch.Tensor] = {}
+    def __init__(self, stream: "torch.cuda.Stream | None" = None) -> None:
+        self.stream = stream  # on which copies from a GPU are made
         self.is_copy = True
+        self.buffers: dict[str, torch.Tensor] = {}
 
-    def take(self, values: dict, stream: "torch.cuda.Stream | None" = None) -> dict:
-        """The same nested dictionaries with the copies in them.
+    def take(self, values: dict) -> dict:
+        """The same nested dictionaries with the copies in them, complete after `wait`.
 
-        On a GPU the copies are made on a stream of their own, beside the next forward and backward pass, which only
-        read; they are complete once the stream is synchronised.
+        On a GPU they are made beside the next forward and backward pass, which only read.
         """
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream())
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):  # None: nothing
+            with torch.cuda.stream(self.stream):  # None: nothing
                 return self._copied(values) if self.is_copy else values
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -45,6 +45,11 @@ class Snapshot:
             self.is_copy = False
             self.buffers.clear()
             return values
+
+    def wait(self) -> None:
+        """Wait until the copies are complete."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def _copied(self, values, path: str = ""):
         if isinstance(values, dict):
@@ -60,10 +65,8 @@ class Snapshot:
             try:
                 return torch.empty_like(values, device="cpu", pin_memory=True)
             except RuntimeError as error:
-                reason = in_short(error)
-                log.warning(
-                    "Saves will be slower: the system refused page-locked memory (%s)", reason
-                )
+                refused = "the system refused page-locked memory"
+                log.warning("Saves will be slower: %s (%s)", refused, in_short(error))
                 Snapshot.page_locked = False
         return torch.empty_like(values, device="cpu")
 
@@ -78,9 +81,9 @@ class Task:
 
 
 class Writer:
-    """Works through tasks on a thread of its own while training goes on, one list of them at a time.
+    """Works through tasks on a thread of its own while training goes on, one list at a time.
 
-    The thread only writes; logging and bookkeeping are left to `collect`, so that nothing needs a lock.
+    The thread only writes; logging and bookkeeping are left to `collect`, so nothing needs a lock.
     """
 
     def __init__(self, run: RunDir):
@@ -97,10 +100,9 @@ class Writer:
     def start(self, tasks: list[Task]) -> None:
         """Begin with these, after any earlier ones."""
         self.finish()
-        self._tasks, self._errors = tasks, []
-        self._thread = Thread(
-            target=self._work, daemon=True
-        )  # a second Ctrl-C does not wait for it
+        self._tasks = tasks
+        self._errors = []
+        self._thread = Thread(target=self._work, daemon=True)  # a second Ctrl-C leaves it behind
         try:
             self._thread.start()
         except RuntimeError:  # no memory for a thread

@@ -14,10 +14,8 @@ from parts.run.directory import RunDir, read_json, replacing
 
 CHECKPOINT_FORMAT = 3
 FOLDER = 0x10  # among the attributes of a zip archive's member
-WEIGHT_BYTES, STATE_BYTES = (
-    4,
-    12,
-)  # of a parameter: in fp32, and with both moments of AdamW (with Muon it is less)
+WEIGHT_BYTES = 4  # of a parameter, in fp32
+STATE_BYTES = 12  # the same with both moments of AdamW; with Muon it is less
 
 
 def write_checkpoint(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
@@ -26,68 +24,67 @@ def write_checkpoint(path: Path, checkpoint: dict, previous: Path | None = None)
         with replacing(path, previous) as file:
             torch.save(checkpoint, file)
     except RuntimeError as error:
-        raise (
-            error.__context__
-            if isinstance(error.__context__, OSError | KeyboardInterrupt)
-            else error
-        ) from None
+        cause = error.__context__
+        raise (cause if isinstance(cause, OSError | KeyboardInterrupt) else error) from None
 
 
 def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
-    """Read a checkpoint onto the CPU; nothing in the file is executed (tensors and plain values only).
+    """Read a checkpoint onto the CPU; nothing in it is executed (tensors and plain values only).
 
-    Raises FileNotFoundError, or ValueError when it is no checkpoint of this program or not a byte as written.
+    Raises FileNotFoundError, or ValueError when it is no checkpoint of this program or not a byte
+    as written.
     """
     if not path.is_file():
         problem = "a folder" if path.is_dir() else "no such file"
-        raise FileNotFoundError(
-            f"{flag} {path}: {problem}; name a checkpoint such as out/demo/checkpoints/best.pt"
-        )
+        example = "name a checkpoint such as out/demo/checkpoints/best.pt"
+        raise FileNotFoundError(f"{flag} {path}: {problem}; {example}")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("packed, which PyTorch never does")
-            if any(member.external_attr & FOLDER for member in archive.infolist()):
-                raise ValueError(
-                    "marked as a folder, of which PyTorch reads nothing and leaves memory as it was"
-                )
-            if damaged := archive.testzip():
-                raise ValueError(f"wrong checksum of {damaged}")
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as there are bytes in it
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise  # the disk's fault, or the permissions'
         if is_out_of_memory(error):
-            raise OSError(
-                f"{path} does not fit into memory: close other programs and try again"
-            ) from error
-        reason = (
-            str(error).partition("\n")[0][:100]
-            if type(error) is ValueError
-            else type(error).__name__
-        )
-        reason = (
-            "torch.save writes other files" if isinstance(error, zipfile.BadZipFile) else reason
-        )
+            remedy = "close other programs and try again"
+            raise OSError(f"{path} does not fit into memory: {remedy}") from error
+        reason = type(error).__name__
+        if isinstance(error, zipfile.BadZipFile):
+            reason = "torch.save writes other files"
+        elif type(error) is ValueError:
+            reason = str(error).partition("\n")[0][:100]
         raise ValueError(f"{path} is damaged or no checkpoint ({reason})") from error
-    if (
-        isinstance(checkpoint, dict)
-        and checkpoint.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT
-    ):
-        raise ValueError(
-            f"{path} has format {checkpoint['format']!r}, this train.py reads {CHECKPOINT_FORMAT}"
-        )
+    if isinstance(checkpoint, dict):
+        found = checkpoint.get("format", CHECKPOINT_FORMAT)
+        if found != CHECKPOINT_FORMAT:
+            reads = f"this train.py reads {CHECKPOINT_FORMAT}"
+            raise ValueError(f"{path} has format {found!r}, {reads}")
     if not is_sound(checkpoint):
         raise ValueError(f"{path} is no checkpoint of train.py")
     return checkpoint
+
+
+def check_archive(path: Path) -> None:
+    """Read all of the file's checksums, which torch.load does not compare.
+
+    Raises ValueError or BadZipFile.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("packed, which PyTorch never does")
+        if any(member.external_attr & FOLDER for member in members):
+            raise ValueError("marked as a folder, of which PyTorch reads nothing")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"wrong checksum of {damaged}")
 
 
 KINDS = ("best.pt", "last.pt", "prev.pt")  # in the order in which a model is looked for
 
 
 def checkpoint_in(path: Path, flag: str) -> Path:
-    """The checkpoint that a run directory means, or its folder `checkpoints`: the best, else the last, else the one
-    before. What is no folder is returned as it is.
+    """The checkpoint that a run directory means, or its folder `checkpoints`: the best, else the
+    last, else the one before. What is no folder is returned as it is.
 
     Raises FileNotFoundError for a folder without any.
     """
@@ -100,41 +97,38 @@ def checkpoint_in(path: Path, flag: str) -> Path:
     problem = f"no {', '.join(KINDS)} in this folder or its folder checkpoints"
     if (path / "model.safetensors").is_file():
         problem = "a model for transformers, of which export_hf.py --from_hf makes a checkpoint"
-    raise FileNotFoundError(
-        f"{flag} {path}: {problem}; name a run directory such as out/demo, or a checkpoint"
-    )
+    example = "name a run directory such as out/demo, or a checkpoint"
+    raise FileNotFoundError(f"{flag} {path}: {problem}; {example}")
 
 
 def newest_run(out: Path) -> Path | None:
-    """Of the run directories in `out`, the one whose best.pt or last.pt changed last; None without any."""
-    found = [
-        path for name in KINDS[:2] for path in out.glob(f"*/checkpoints/{name}") if path.is_file()
-    ]
-    return max(found, key=lambda path: path.stat().st_mtime_ns).parent.parent if found else None
+    """The run directory in `out` whose best.pt or last.pt changed last; None without any."""
+    found = [path for name in KINDS[:2] for path in out.glob(f"*/checkpoints/{name}")]
+    files = [path for path in found if path.is_file()]
+    if not files:
+        return None
+    return max(files, key=lambda path: path.stat().st_mtime_ns).parent.parent
 
 
 def is_sound(checkpoint: object) -> bool:
-    """Whether everything is there and of the right kind, and the weights are finite and those of the config."""
+    """Whether everything is there and of the right kind, and the weights are finite and those of
+    the config."""
     if not isinstance(checkpoint, dict):
         return False
     start = asdict(Progress())
     try:
-        config, progress = Config.from_dict(checkpoint["config"]), checkpoint.get("progress", {})
+        config = Config.from_dict(checkpoint["config"])
+        progress = checkpoint.get("progress", {})
+        weights = checkpoint["model"]
         return (
             not out_of_range(config)
             and not config.contradictions()
-            and {name: tuple(value.shape) for name, value in checkpoint["model"].items()}
-            == shapes(config)
-            and all(
-                value.is_floating_point() and value.isfinite().all()
-                for value in checkpoint["model"].values()
-            )
+            and {name: tuple(tensor.shape) for name, tensor in weights.items()} == shapes(config)
+            and all(tensor.is_floating_point() for tensor in weights.values())
+            and all(tensor.isfinite().all() for tensor in weights.values())
             and all(isinstance(checkpoint[name], str) for name in ("corpus_sha256", "val_sha256"))
             and isinstance(checkpoint["tokenizer"]["content"], str)
-            and all(
-                type(checkpoint[name]) is int
-                for name in ("corpus_tokens", "step", "trained_context")
-            )
+            and all(type(checkpoint[name]) is int for name in COUNTS)
             and 1 <= checkpoint["trained_context"] <= config.block_size
             and all(type(value) in (type(start[name]), float) for name, value in progress.items())
             and all(isinstance(loss, float) for loss in progress.get("recent_losses", []))
@@ -143,40 +137,77 @@ def is_sound(checkpoint: object) -> bool:
         return False
 
 
+COUNTS = ("corpus_tokens", "step", "trained_context")
+
+
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Those of the model's tensors, by name; linear weights are (out, in)."""
+    """Shapes of the model's tensors, by name; linear weights are (out, in)."""
     C = config.n_embd
-    linear = {
-        "attn.c_attn": (3 * C, C),
-        "attn.c_proj": (C, C),
-        "mlp.c_fc": (4 * C, C),
-        "mlp.c_proj": (C, 4 * C),
-    }
     found: dict[str, tuple[int, ...]] = {
         "wte.weight": (config.vocab_size, C),
         "wpe.weight": (config.block_size, C),
+        "ln_f.weight": (C,),
+        "ln_f.bias": (C,),
+    }
+    linear = {
+        "attn.c_attn": (3, 1),
+        "attn.c_proj": (1, 1),
+        "mlp.c_fc": (4, 1),
+        "mlp.c_proj": (1, 4),
     }
     for layer in range(config.n_layer):
         for name, (rows, columns) in linear.items():
-            found[f"h.{layer}.{name}.weight"], found[f"h.{layer}.{name}.bias"] = (
-                (rows, columns),
-                (rows,),
-            )
+            found[f"h.{layer}.{name}.weight"] = (rows * C, columns * C)
+            found[f"h.{layer}.{name}.bias"] = (rows * C,)
         for name in ("ln_1", "ln_2"):
-            found[f"h.{layer}.{name}.weight"] = found[f"h.{layer}.{name}.bias"] = (C,)
-    return found | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+            found[f"h.{layer}.{name}.weight"] = (C,)
+            found[f"h.{layer}.{name}.bias"] = (C,)
+    return found
 
 
-def restore_optimizers(optimizers: dict[str, torch.optim.Optimizer], checkpoint: dict) -> None:
-    """Give the optimizers their states, out of the checkpoint, so that they are not held twice.
+class SavedRun:
+    """A run as a checkpoint left it. Its tensors are given away once, never held twice."""
 
-    Raises ValueError when one is missing, or does not fit its parameter.
+    def __init__(self, path: Path, values: dict, damage: str | None = None):
+        self.path = path
+        self.damage = damage  # what is wrong with the newer checkpoint that should have been it
+        self._tensors: dict | None = {name: values.pop(name) for name in ("model", "optimizer")}
+        self.facts = values  # all the rest
+
+    @property
+    def step(self) -> int:
+        """The step after which it was written."""
+        return self.facts["step"]
+
+    @property
+    def config(self) -> Config:
+        """The flags that it was trained with."""
+        return Config.from_dict(self.facts["config"], self.facts.get("origins"))
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run had come."""
+        return Progress(**self.facts["progress"])
+
+    def take_tensors(self) -> tuple[dict, dict]:
+        """Weights, and the states of the optimizers; they are not here afterwards."""
+        assert self._tensors is not None, "they are given away once"
+        model, optimizer = self._tensors.values()
+        self._tensors = None
+        return model, optimizer
+
+
+def restore_optimizers(
+    optimizers: dict[str, torch.optim.Optimizer], states: dict[str, dict], untouched: bool
+) -> None:
+    """Move the states out of a checkpoint into the optimizers.
+
+    Raises ValueError when one is missing, or does not fit its parameter; `untouched` says that
+    there may be none, since no step was ever applied.
     """
-    states = checkpoint.pop("optimizer")
     if states.keys() != optimizers.keys():
-        raise ValueError(
-            f"it has the state of {' and '.join(states)}, not that of {' and '.join(optimizers)}"
-        )
+        wanted = " and ".join(optimizers)
+        raise ValueError(f"it has the state of {' and '.join(states)}, not that of {wanted}")
     for name, optimizer in optimizers.items():
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states.pop(name), "param_groups": groups})
@@ -187,10 +218,7 @@ def restore_optimizers(optimizers: dict[str, torch.optim.Optimizer], checkpoint:
                     raise ValueError(f"{key} of shape {tuple(value.shape)}, not {tuple(shape)}")
                 state[key] = value.contiguous()  # fused kernels trust shapes and strides
         held = sum(len(group["params"]) for group in optimizer.param_groups)
-        if (
-            len(optimizer.state) < held
-            and checkpoint["progress"]["skipped_steps"] < checkpoint["step"]
-        ):
+        if len(optimizer.state) < held and not untouched:
             raise ValueError(f"{name} has the state of {len(optimizer.state)} tensors, not {held}")
 
 
@@ -202,9 +230,9 @@ def find_checkpoints(config: Config, run: RunDir) -> list[Path]:
     own = [path for path in (run.last, run.prev) if path.exists()]
     if config.resume == "never":
         return []
-    path = Path(config.resume)
     if config.resume == "auto":
         return own
+    path = Path(config.resume)
     if not own or run.owns(path):
         return [path]
     flags = read_json(run.config_json).get("config")
@@ -215,17 +243,25 @@ def find_checkpoints(config: Config, run: RunDir) -> list[Path]:
     )
 
 
-def load_newest(paths: list[Path]) -> tuple[Path | None, dict | None, str | None]:
-    """The first of the checkpoints that is whole: its path, what it holds, and what is wrong with the one before.
+def load_newest(paths: list[Path]) -> SavedRun | None:
+    """The first of the checkpoints that is whole; None without any.
 
-    Raises FileNotFoundError, or ValueError when none is whole.
+    Raises FileNotFoundError, or ValueError when none is whole or it holds weights alone.
     """
     damage = None
     for path in paths:
         try:
-            return path, load_checkpoint(path), damage
+            checkpoint = load_checkpoint(path)
         except ValueError as error:
             damage = damage or str(error)
+            continue
+        if not {"optimizer", "scaler", "progress", "offsets"} <= checkpoint.keys():
+            raise ValueError(
+                f"{path} holds weights alone, without the optimizer: continue from last.pt or "
+                "prev.pt, or start a new run from it with --init_from"
+            )
+        return SavedRun(path, checkpoint, damage)
     if damage:
-        raise ValueError(f"{damage}: name another with --resume, or start anew with --resume never")
-    return None, None, None
+        remedy = "name another with --resume, or start anew with --resume never"
+        raise ValueError(f"{damage}: {remedy}")
+    return None

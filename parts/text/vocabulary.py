@@ -99,7 +99,7 @@ def saved_tokenizer(checkpoint: dict) -> Tokenizer:
     tokenizer: Tokenizer = (
         OwnVocabulary(content, "the checkpoint's tokenizer") if content else load_tokenizer()
     )
-    if tokenizer.n_vocab != (n_vocab := len(checkpoint["model"]["wte.weight"])):
+    if tokenizer.n_vocab != (n_vocab := checkpoint["config"]["vocab_size"]):
         raise ValueError(
             f"the checkpoint's tokenizer has {tokenizer.n_vocab:,} tokens, its model {n_vocab:,}"
         )
