@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -54,9 +54,10 @@ with packages_of("train.py", __name__):
         peak_memory,
         release_memory,
     )
-    from parts.compute.kernels import HeadLoss, attention, causal_attention, linear
+    from parts.compute.kernels import HeadLoss, KVCache, causal_attention, linear
     from parts.compute.muon import Muon
     from parts.compute.ranks import Ranks
+    from parts.compute.sampling import choose
     from parts.compute.signals import (
         SIGNALS,
         Interrupted,
@@ -107,8 +108,8 @@ EVALUATION_STREAM = 2**63
 def random_words(seed: int, stream: int, count: int) -> np.ndarray:
     """`count` uint64 words that depend on `(seed, stream)` alone.
 
-    The stream is in Philox's key: in its counter, neighbouring streams would overlap. Raw words,
-    because NumPy may change its distributions between versions.
+    The stream is in Philox's key, since streams in its counter overlap; the words are raw, since
+    NumPy may change its distributions.
     """
     return np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)).random_raw(count)
 
@@ -186,7 +187,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
@@ -196,32 +197,6 @@ class CausalSelfAttention(nn.Module):
             y = cache.attention(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
-
-
-@dataclass
-class KVCache:
-    """Keys and values of the tokens that one attention layer has seen, from position 0 on."""
-
-    slots: int
-    length: int = 0  # slots in use
-    keys: torch.Tensor | None = None  # (B, n_head, slots, head_dim)
-    values: torch.Tensor | None = None
-
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Store k and v behind what is there; q sees all up to its own position.
-
-        All are (B, n_head, T, head_dim).
-        """
-        if self.keys is None or self.values is None:
-            B, n_head, _, head_dim = k.shape
-            self.keys = k.new_zeros(B, n_head, self.slots, head_dim)
-            self.values = torch.zeros_like(self.keys)
-        first = self.length
-        end = self.length = first + k.shape[2]
-        self.keys[:, :, first:end] = k
-        self.values[:, :, first:end] = v
-        unseen = torch.ones(k.shape[2], end, dtype=torch.bool, device=q.device).triu(first + 1)
-        return attention(q, self.keys[:, :, :end], self.values[:, :, :end], unseen)
 
 
 class MLP(nn.Module):
@@ -268,7 +243,7 @@ class GPT(nn.Module):
 
     def _initialise(self, config: Config) -> None:
         """Normal weights, zero biases; the 2 * n_layer projections into the residual stream are
-        scaled down so that their sum keeps its variance (GPT-2 paper, section 2.3)."""
+        scaled so that their sum keeps its variance (GPT-2 paper, section 2.3)."""
         generator = torch.Generator().manual_seed(config.seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -361,9 +336,7 @@ def learning_rate(step: int, config: Config) -> float:
 VAL_TOKENS = 2**15  # of the validation split that are measured
 
 
-def generate(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, **options
-) -> list[list[int]]:
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list]:
     """The prompts with what `continuations` adds to them, without the `end`."""
     rows = [list(prompt) for prompt in prompts]
     for chosen in continuations(model, prompts, max_new_tokens, **options):
@@ -389,25 +362,24 @@ def continuations(
 
     A prompt that got the token `end` gets no other; once all have it, this stops (-1: never).
     `context` is the longest slice the model was trained on: positions beyond it are untrained, so
-    each token depends on the `context` tokens before it. Each prompt has a (CPU) generator of its
-    own. Temperature 0 takes the likeliest token; top_k 0 samples among all, top_p among the
-    likeliest that make up this probability (Holtzman et al. 2020, arXiv 1904.09751).
+    each token depends on the `context` tokens before it. The rest is as in `choose`, with a
+    generator for each prompt.
     """
     device = model.wte.weight.device
     tokens = torch.tensor(prompts, device=device)  # (B, T)
     caches = [KVCache(context) for _ in model.h]
+    chosen = [end] * len(prompts)
     ended = [False] * len(prompts)
     with evaluating(model):
         for _ in range(max_new_tokens):
             look_for_signals()
             logits = model.logits(last_features(model, tokens, context, caches))  # (B, V)
-            rows = zip(logits.float().cpu().nan_to_num(), generators, ended, strict=True)
-            chosen = [
-                end if is_over else choose(scores, temperature, top_k, top_p, generator)
-                for scores, generator, is_over in rows
-            ]
+            logits = logits.float().cpu().nan_to_num()
+            for row, generator in enumerate(generators):
+                if not ended[row]:
+                    chosen[row] = choose(logits[row], temperature, top_k, top_p, generator)
             tokens = torch.cat([tokens, torch.tensor(chosen, device=device)[:, None]], 1)
-            yield chosen
+            yield list(chosen)
             ended = [token == end for token in chosen]
             if all(ended):
                 return
@@ -424,25 +396,6 @@ def last_features(
     if tokens.shape[1] <= context:
         return model.features(tokens[:, caches[0].length :], caches)[:, -1]
     return model.features(tokens[:, -context:])[:, -1]
-
-
-def choose(
-    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> int:
-    """A token by its logits (V,)."""
-    if temperature == 0:
-        return int(logits.argmax())
-    if top_k:
-        lowest = logits.topk(min(top_k, len(logits))).values[-1]
-        logits = logits.masked_fill(logits < lowest, -math.inf)
-    # In float64, however low the temperature.
-    probabilities = ((logits - logits.max()).double() / temperature).softmax(-1)
-    if top_p < 1:
-        largest, order = probabilities.sort(descending=True)
-        before = largest.cumsum(-1) - largest  # the probability of all likelier ones
-        kept = largest.masked_fill(before >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(0, order, kept)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def corpus_losses(
@@ -561,16 +514,13 @@ class Trainer:
 
     def description(self) -> dict:
         """What every checkpoint says about itself."""
-        config, corpus = self.config, self.corpus
+        c, corpus = self.config, self.corpus
+        vocabulary = {"name": c.tokenizer, "n_vocab": c.vocab_size, "content": corpus.vocabulary}
         return {
             "format": CHECKPOINT_FORMAT,
-            "config": config.as_dict(),
-            "origins": config.origins_as_dict(),
-            "tokenizer": {
-                "name": config.tokenizer,
-                "n_vocab": config.vocab_size,
-                "content": corpus.vocabulary,
-            },
+            "config": c.as_dict(),
+            "origins": c.origins_as_dict(),
+            "tokenizer": vocabulary,
             "trained_context": self.progress.trained_context,
             "corpus_sha256": corpus.sha256,
             "corpus_tokens": len(corpus.tokens),
@@ -708,12 +658,10 @@ class Trainer:
         return slices.shape[1] == self.config.seq_len + 1
 
     def update(self) -> tuple[float, float, float]:
-        """One optimizer update. Returns loss (before the update), gradient norm (before clipping),
-        rate.
+        """One optimizer update. Returns loss (before it), gradient norm (before clipping), rate.
 
-        The loss is that of the step's whole slices, in a mixed step too: so all steps compare.
-
-        A step whose loss or gradient is not finite leaves all weights and all of the optimizer
+        The loss is that of the step's whole slices, in a mixed step too: so all steps compare. A
+        step whose loss or gradient is not finite leaves all weights and all of the optimizer
         alone; too many in a row raise TrainingFailed.
         """
         step = self.progress.step + 1
@@ -753,8 +701,7 @@ class Trainer:
 
     @contextmanager
     def telling(self, what: str) -> Iterator[None]:
-        """Around what only tells of the run: when it fails, that is a warning, and the run goes on
-        without."""
+        """Around what only tells of the run: its failure is a warning, and the run goes on."""
         try:
             yield
         except Exception as error:  # backends fail in many ways
@@ -899,8 +846,7 @@ class BestWeights:
 
 
 class Saver:
-    """What of a run is written, and when: samples at once; checkpoints, results and plot in the
-    background.
+    """What is written when: samples at once; checkpoints, results and plot in the background.
 
     `launch` is what config.json says of this start, `saved_step` that of the checkpoint on disk, 0
     without one.
@@ -947,8 +893,7 @@ class Saver:
                 log.info(words.sample_line(step, prompt, outputs[0]))
 
     def validate(self) -> float | None:
-        """Measure the validation loss, and keep the weights if it is the lowest so far; None when
-        that fails."""
+        """Measure the validation loss, None if that fails, and keep the weights if it is lowest."""
         val_loss = self.trainer.validate()
         if val_loss is not None and val_loss < self.trainer.progress.best_loss:
             self.keep_best(val_loss)
@@ -961,8 +906,7 @@ class Saver:
             self.keep_best(loss)
 
     def keep_best(self, loss: float) -> None:
-        """Keep the weights as the best: as a copy, for the next save to write, or without memory
-        for a copy in best.pt at once."""
+        """Keep the weights as the best: a copy for the next save, or without memory best.pt now."""
         trainer = self.trainer
         is_copy = self.best.keep(trainer.progress.step, loss, trainer.model.state_dict())
         if is_copy or self._write_best():
@@ -1010,8 +954,7 @@ class Saver:
             self.writer.finish()
 
     def refresh(self) -> None:
-        """Write results and plot for whoever looks at them now, when they are old and nothing else
-        is written."""
+        """Write results and plot for whoever looks now, when old and nothing else is written."""
         has_steps = self.trainer.progress.step > self.first_step
         if has_steps and self._plot_is_old() and not self.writer.busy:
             self.writer.start(self._outcome(StopReason.RUNNING))
@@ -1062,8 +1005,7 @@ class Saver:
         return tasks
 
     def _draw_plot(self) -> None:
-        """Refresh loss_curve.png. Raises OSError whatever the reason: a plot must not cost the run
-        anything else."""
+        """Refresh loss_curve.png. Raises OSError whatever the reason: it costs the run no more."""
         try:
             from update_readme import draw_loss_curve
 
@@ -1173,8 +1115,7 @@ def sample_is_due(p: Progress, config: Config) -> bool:
 
 
 def conclude(trainer: Trainer, saver: Saver, tokenizer: Tokenizer, stop: str) -> str:
-    """Measure, tell and sample at the end of a run, which is saved already, and save what came of
-    it.
+    """Measure, tell and sample at the end of a run that is saved already, then save it again.
 
     Returns why it stopped. Raises Interrupted.
     """
@@ -1336,8 +1277,7 @@ def end_training(setup: Setup, trainer: Trainer, saver: Saver, stop: str) -> int
 
 
 def rehearse(setup: Setup, trainer: Trainer) -> int:
-    """Say what a run would do, and measure two of its steps. Returns the exit code; raises OSError;
-    writes nothing."""
+    """Say what a run would do, and measure two steps; write nothing. Returns the exit code."""
     config = setup.config
     configure_torch(config)
     announce(setup, trainer.progress, loss_floor(setup.corpus.tokens, config.seq_len))
@@ -1358,8 +1298,10 @@ def rehearse(setup: Setup, trainer: Trainer) -> int:
 
 
 def open_and_train(setup: Setup, trainer: Trainer, log_file: LogFile) -> int:
-    """Bring the run directory to where training starts, then train. Returns the exit code; raises
-    OSError."""
+    """Bring the run directory to where training starts, and train. Returns the exit code.
+
+    Raises OSError.
+    """
     run, saved = setup.run, setup.saved
     in_the_way = run.has_outcome() or setup.config.resume == "never" or not run.is_ours()
     if not setup.continues and run.exists() and in_the_way:
@@ -1376,8 +1318,7 @@ def open_and_train(setup: Setup, trainer: Trainer, log_file: LogFile) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 or 143
-    interrupted."""
+    """Returns the exit code: 0 done, 1 failed, 2 bad input, 130 or 143 interrupted."""
     logging.raiseExceptions = False  # a closed pipe must not flood the terminal; the log goes on
     ranks = Ranks()
     try:

@@ -7,6 +7,7 @@ References:
 
 import math
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,32 @@ def attention(
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, queries, keys)
     weights = scores.masked_fill(unseen, -math.inf).softmax(-1, dtype=torch.float32).to(v.dtype)
     return F.dropout(weights, dropout) @ v
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens that one attention layer has seen, from position 0 on."""
+
+    slots: int
+    length: int = 0  # slots in use
+    keys: torch.Tensor | None = None  # (B, n_head, slots, head_dim)
+    values: torch.Tensor | None = None
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Store k and v behind what is there; q sees all up to its own position.
+
+        All are (B, n_head, T, head_dim).
+        """
+        if self.keys is None or self.values is None:
+            B, n_head, _, head_dim = k.shape
+            self.keys = k.new_zeros(B, n_head, self.slots, head_dim)
+            self.values = torch.zeros_like(self.keys)
+        first = self.length
+        end = self.length = first + k.shape[2]
+        self.keys[:, :, first:end] = k
+        self.values[:, :, first:end] = v
+        unseen = torch.ones(k.shape[2], end, dtype=torch.bool, device=q.device).triu(first + 1)
+        return attention(q, self.keys[:, :, :end], self.values[:, :, :end], unseen)
 
 
 class HeadLoss(torch.autograd.Function):
