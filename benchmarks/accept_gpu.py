@@ -1,11 +1,13 @@
-"""What only a graphics card can prove, one part at a time and in at most eight minutes: numbers, robustness, speed.
+"""What only a graphics card can prove, one part at a time and in at most eight minutes: numbers,
+robustness, speed.
 
     python benchmarks/accept_gpu.py --part numerics
     python benchmarks/accept_gpu.py --part robustness
     python benchmarks/accept_gpu.py --part speed --nanogpt ../nanoGPT
 
-Each check runs in a process of its own, so that none can end another, and prints one line with its figure; all of them
-stand in benchmarks/records/accept-gpu-PART.json. The exit code is 0 when all passed, 1 when not, 2 without a card.
+Each check runs in a process of its own, so that none can end another, and prints one line with its
+figure; all of them stand in benchmarks/records/accept-gpu-PART.json. The exit code is 0 when all
+passed, 1 when not, 2 without a card.
 """
 
 import contextlib
@@ -102,13 +104,13 @@ def main() -> int:
     options = tyro.cli(Options, description=__doc__, use_underscores=True)
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
-            "accept_gpu.py: error: this PyTorch sees no CUDA device: there is nothing to prove here",
+            "accept_gpu.py: error: PyTorch sees no CUDA device: there is nothing to prove here",
             file=sys.stderr,
         )
         return 2
     if not options.input_file.is_file():
         print(
-            f"accept_gpu.py: error: {options.input_file} is not there: name a text with --input_file",
+            f"accept_gpu.py: error: no {options.input_file}: name a text with --input_file",
             file=sys.stderr,
         )
         return 2

@@ -1,11 +1,15 @@
-"""What a preset should need on a graphics card, in memory and in time: arithmetic, not a measurement.
+"""What a preset should need on a graphics card, in memory and in time: arithmetic, not a
+measurement.
 
-`benchmarks/summary.py` makes the tables of it. The parts are counted from the model's shape; tests/test_estimates.py
-holds each of them against the code. What is assumed and not counted stands in capitals.
+`benchmarks/summary.py` makes the tables of it. The parts are counted from the model's shape;
+tests/test_estimates.py holds each of them against the code. What is assumed and not counted stands
+in capitals.
 
 References:
-- Kaplan et al. 2020, "Scaling Laws for Neural Language Models", arXiv 2001.08361 (6 FLOP a parameter and token)
-- NVIDIA, "Ampere GA102 GPU Architecture" and "Ada GPU Architecture" (peaks of the RTX 3090 and 4090)
+- Kaplan et al. 2020, "Scaling Laws for Neural Language Models", arXiv 2001.08361 (6 FLOP a
+  parameter and token)
+- NVIDIA, "Ampere GA102 GPU Architecture" and "Ada GPU Architecture" (peaks of the RTX 3090 and
+  4090)
 """
 
 import sys
@@ -34,7 +38,8 @@ class Card:
 
     @property
     def peak(self) -> float:
-        """FLOP a second of dense bf16 products with sums in fp32: 4 a CUDA core and cycle, twice the rate in fp32."""
+        """FLOP a second of dense bf16 products with sums in fp32: 4 a CUDA core and cycle, twice
+        the rate in fp32."""
         return 4 * self.cuda_cores * self.boost_ghz * 1e9
 
 
@@ -67,16 +72,18 @@ def memory(config: Config) -> dict[str, float]:
         "gradients": 4 * config.n_params,
         "optimizer": 4 * of_muon + 8 * (config.n_params - of_muon),
         "bf16 copies": 2 * matrices(config),
-        # The head's weight in bf16, once more padded, its gradient in bf16 and in fp32; logits in bf16 and in fp32.
+        # The head's weight in bf16, once more padded, its gradient in bf16 and in fp32; logits in
+        # bf16 and in fp32.
         "head": 10 * V * C + 6 * HEAD_ROWS * V,
         "activations": activations_per_token(config) * tokens,
     }
 
 
 def activations_per_token(config: Config) -> int:
-    """Bytes that the forward pass keeps for the backward pass: a block keeps two sums of the residual stream in fp32
-    (8 C), and in bf16 both normalised inputs (4 C), q, k and v (6 C), attention's output (2 C) and the MLP's hidden
-    layer before and after GELU (16 C); the end of the model one sum and the gradient at the head (6 C)."""
+    """Bytes that the forward pass keeps for the backward pass: a block keeps two sums of the
+    residual stream in fp32 (8 C), and in bf16 both normalised inputs (4 C), q, k and v (6 C),
+    attention's output (2 C) and the MLP's hidden layer before and after GELU (16 C); the end of the
+    model one sum and the gradient at the head (6 C)."""
     return config.n_embd * (36 * config.n_layer + 6)
 
 
@@ -87,10 +94,11 @@ def step_flop(config: Config) -> float:
 
 
 def muon_flop_per_block(C: int) -> int:
-    """FLOP to bring the four matrices of a block near their polar factors, as parts/compute/muon.py does it.
+    """FLOP to bring the four matrices of a block near their polar factors, as parts/compute/muon.py
+    does it.
 
-    Where a matrix (C, n) is much wider than C, a pair of steps takes two products with it and five of (C, C); where it
-    is square, each of the four steps takes three products.
+    Where a matrix (C, n) is much wider than C, a pair of steps takes two products with it and five
+    of (C, C); where it is square, each of the four steps takes three products.
     """
     wide = sum(2 * (2 * 2 * C**2 * n + 5 * 2 * C**3) for n in (3 * C, 4 * C, 4 * C))
     return wide + 4 * 3 * 2 * C**3
@@ -107,8 +115,9 @@ def total(config: Config) -> float:
 
 
 def largest_that_fits(card: Card) -> Config:
-    """The largest preset, and of its micro-batches the largest, that leaves room on the card; no fewer than 1,024
-    tokens at once, since a card that works on less stands idle most of the time."""
+    """The largest preset, and of its micro-batches the largest, that leaves room on the card; no
+    fewer than 1,024 tokens at once, since a card that works on less stands idle most of the
+    time."""
     presets = sorted(set(PRESETS) - {"demo", "write"}, key=lambda name: config_of(name).n_params)
     fits = [
         config

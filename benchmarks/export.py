@@ -1,10 +1,12 @@
-"""export_hf.py at the size of every preset: time, memory, and whether the same model comes out and comes back.
+"""export_hf.py at the size of every preset: time, memory, and whether the same model comes out and
+comes back.
 
     python benchmarks/export.py --record export.json
 
-Each preset gets fresh weights and goes, every stage in a process of its own, through `export_hf.py --checkpoint`, then
-transformers (logits of 64 random tokens and 16 greedy ones beside those of train.py, in fp32), then `--from_hf`.
-Differences are in units of the logits' own standard deviation.
+Each preset gets fresh weights and goes, every stage in a process of its own, through `export_hf.py
+--checkpoint`, then transformers (logits of 64 random tokens and 16 greedy ones beside those of
+train.py, in fp32), then `--from_hf`. Differences are in units of the logits' own standard
+deviation.
 """
 
 import json
@@ -99,7 +101,8 @@ def back() -> dict:
 
 
 def stage(name: str, *arguments: str) -> None:
-    """In a process of its own: do one stage, print seconds, the peak of its memory in GB, and what it found."""
+    """In a process of its own: do one stage, print seconds, the peak of its memory in GB, and what
+    it found."""
     before = time.perf_counter()
     stages = {"make": make, "ours": ours, "theirs": theirs, "back": back, "export": export_hf.main}
     found = stages[name](list(arguments)) if name == "export" else stages[name](*arguments)
@@ -129,12 +132,21 @@ def main() -> None:
             back_seconds, back_memory, back_code = run("export", "--from_hf=hf", "--out=back.pt")
             if code or back_code:
                 raise SystemExit(f"export_hf.py failed on {preset}")
-            rows.append({
-                "preset": preset, "parameters": parse_config([f"--preset={preset}"]).n_params,
-                "folder_gb": round(sum(path.stat().st_size for path in Path(folder, "hf").iterdir()) / 1e9, 2),
-                "export_sec": round(seconds, 1), "export_peak_gb": round(memory, 1), **found,
-                "import_sec": round(back_seconds, 1), "import_peak_gb": round(back_memory, 1), **run("back")[2],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "preset": preset,
+                    "parameters": parse_config([f"--preset={preset}"]).n_params,
+                    "folder_gb": round(
+                        sum(path.stat().st_size for path in Path(folder, "hf").iterdir()) / 1e9, 2
+                    ),
+                    "export_sec": round(seconds, 1),
+                    "export_peak_gb": round(memory, 1),
+                    **found,
+                    "import_sec": round(back_seconds, 1),
+                    "import_peak_gb": round(back_memory, 1),
+                    **run("back")[2],
+                }
+            )
     write_record(options.record, __file__, rows, asdict(options))
 
 

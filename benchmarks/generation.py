@@ -1,9 +1,10 @@
-"""Text generation with GPT-2 124M: train.py's `generate` beside Hugging Face's, with its cache, and nanoGPT's.
+"""Text generation with GPT-2 124M: train.py's `generate` beside Hugging Face's, with its cache, and
+nanoGPT's.
 
     python benchmarks/generation.py --record generation.json --nanogpt ../nanoGPT
 
-Random weights of the initialisation; greedy; one prompt of 16 tokens; the programs take turns in one process.
-Hugging Face in fp16, which is very slow on a CPU, is given two rounds.
+Random weights of the initialisation; greedy; one prompt of 16 tokens; the programs take turns in
+one process. Hugging Face in fp16, which is very slow on a CPU, is given two rounds.
 """
 
 import statistics
@@ -49,9 +50,14 @@ def main() -> None:
 
     def ours() -> None:
         answer = train.generate(
-            model, [prompt], options.new_tokens, context=config.block_size, temperature=0.0, top_k=0,
+            model,
+            [prompt],
+            options.new_tokens,
+            context=config.block_size,
+            temperature=0.0,
+            top_k=0,
             generators=[torch.Generator()],
-        )  # fmt: skip
+        )
         assert len(answer[0]) == len(prompt) + options.new_tokens
 
     programs: dict[str, Callable[[], object]] = {"train.py": ours}
@@ -67,9 +73,12 @@ def main() -> None:
 
     def hugging_face() -> None:
         answer = peer.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=options.new_tokens, do_sample=False,
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=options.new_tokens,
+            do_sample=False,
             use_cache=True,
-        )  # fmt: skip
+        )
         assert answer.shape[1] == len(prompt) + options.new_tokens
 
     programs["Hugging Face, cached"] = hugging_face
@@ -108,12 +117,18 @@ def main() -> None:
     rows = []
     for (name, precision), found in rates.items():
         same = statistics.median(rates["train.py", precision])
-        rows.append({
-            "program": name, "precision": "fp32" if precision == "off" else precision, "n": len(found),
-            "tokens_per_sec": round(statistics.median(found), 1), "least": round(min(found), 1),
-            "most": round(max(found), 1), "train.py is faster by": round(same / statistics.median(found), 2),
-            "fastest against fastest": round(fastest["train.py"] / fastest[name], 2),
-        })  # fmt: skip
+        rows.append(
+            {
+                "program": name,
+                "precision": "fp32" if precision == "off" else precision,
+                "n": len(found),
+                "tokens_per_sec": round(statistics.median(found), 1),
+                "least": round(min(found), 1),
+                "most": round(max(found), 1),
+                "train.py is faster by": round(same / statistics.median(found), 2),
+                "fastest against fastest": round(fastest["train.py"] / fastest[name], 2),
+            }
+        )
     write_record(options.record, __file__, rows, asdict(options))
 
 

@@ -1,10 +1,12 @@
-"""Short runs of every kind, and hashes of all that they leave: a change that should change no number changes no hash.
+"""Short runs of every kind, and hashes of all that they leave: a change that should change no
+number changes no hash.
 
-    python benchmarks/golden.py --record golden.json          # before the change
-    python benchmarks/golden.py --against golden.json         # after it; exit 1 where a hash differs
+    python benchmarks/golden.py --record golden.json      # before the change
+    python benchmarks/golden.py --against golden.json     # after it; exit 1 where one differs
 
-A run's hash is that of its CSV (without times), its samples, and every tensor of last.pt and best.pt, optimizer and
-gradient scale included. Hashes compare on one machine with one PyTorch; another CPU rounds otherwise.
+A run's hash is that of its CSV (without times), its samples, and every tensor of last.pt and
+best.pt, optimizer and gradient scale included. Hashes compare on one machine with one PyTorch;
+another CPU rounds otherwise.
 """
 
 import csv
@@ -157,9 +159,8 @@ def main() -> int:
                     encoding="utf-8",
                 )
                 if result.returncode != 0:
-                    print(
-                        f"{name}: exit code {result.returncode}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
-                    )
+                    said = result.stdout[-2000:] + result.stderr[-2000:]
+                    print(f"{name}: exit code {result.returncode}\n{said}")
                     return 1
             found[name] = fingerprint(Path(folder, f"run{number}"))
     expected = json.loads(options.against.read_text(encoding="utf-8")) if options.against else found

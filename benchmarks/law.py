@@ -1,12 +1,14 @@
-"""How many tokens of training a text of N tokens takes: models, lengths of text, budgets, schedules, seeds.
+"""How many tokens of training a text of N tokens takes: models, lengths of text, budgets,
+schedules, seeds.
 
-    python benchmarks/law.py --record law.json --jobs ladder:33802:750000:linear:0 gpt2:8697:330000:cosine:1
+    python benchmarks/law.py --record law.json --jobs ladder:33802:750000:linear:0
 
-A job is model:tokens of text:tokens of training:schedule:seed, and perhaps :flag=value,flag=value. The text is the
-first part of --input_file; its vocabulary is cut down to the tokens that occur, which leaves the task as it is and
-makes small models several times cheaper. From 60 % of the steps on, the loss on 256 random slices is measured each 40th
-part of the run: `end` is the last one, `reached` the tokens of training at the first that is at or below the
-target. Jobs that the record holds already are not repeated.
+A job is model:tokens of text:tokens of training:schedule:seed, and perhaps :flag=value,flag=value.
+The text is the first part of --input_file; its vocabulary is cut down to the tokens that occur,
+which leaves the task as it is and makes small models several times cheaper. From 60 % of the steps
+on, the loss on 256 random slices is measured each 40th part of the run: `end` is the last one,
+`reached` the tokens of training at the first that is at or below the target. Jobs that the record
+holds already are not repeated.
 """
 
 import json
@@ -73,11 +75,17 @@ def run(job: str, options: Options, whole: Corpus) -> dict:
             curve.append([trainer.progress.tokens, round(mean, 5), round(error, 5)])
     reached = next((tokens for tokens, mean, _ in curve if mean <= config.target_loss), None)
     return {
-        "job": job, "steps": config.steps, "passes": round(config.steps * per_step / int(length), 1),
-        "reached": reached, "end": curve[-1][1], "standard_error": curve[-1][2],
+        "job": job,
+        "steps": config.steps,
+        "passes": round(config.steps * per_step / int(length), 1),
+        "reached": reached,
+        "end": curve[-1][1],
+        "standard_error": curve[-1][2],
         "floor": round(loss_floor(corpus.tokens, config.seq_len), 4),
-        "seconds": round(time.perf_counter() - started), "commit": git_commit(), "curve": curve,
-    }  # fmt: skip
+        "seconds": round(time.perf_counter() - started),
+        "commit": git_commit(),
+        "curve": curve,
+    }
 
 
 def main() -> None:

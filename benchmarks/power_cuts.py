@@ -179,7 +179,8 @@ class Cutter(OurTrainer):
         return steps
 
     def note_reported(self) -> None:
-        """The k-th save of a start is of the k-th multiple of save_every behind its first step, or of a later one."""
+        """The k-th save of a start is of the k-th multiple of save_every behind its first step, or
+        of a later one."""
         heard, every = self.heard(), 20
         begun = int((re.findall(r"Resuming from step (\d+) ", heard) or ["0"])[-1])
         saves = heard.count(" | Saved checkpoint: ")
@@ -199,7 +200,8 @@ class Cutter(OurTrainer):
             self.losses[words] += heard.count(words)
 
     def train(self, cuts: int) -> None:
-        """Cut training so often, then let it end and compare it with the run that nobody disturbed."""
+        """Cut training so often, then let it end and compare it with the run that nobody
+        disturbed."""
         while self.cuts < cuts:
             process = self.start(self.out)
             self.wait(process, self.cuts)
@@ -223,7 +225,8 @@ class Cutter(OurTrainer):
             self.losses[name] += bool(value)
 
     def begin_anew(self, cuts: int) -> None:
-        """Cut soon after the earlier run was moved aside: its files are in one place or the other."""
+        """Cut soon after the earlier run was moved aside: its files are in one place or the
+        other."""
         self.device.sync()  # that run ended long ago
         before = contents(self.out)
         for _ in range(cuts):
@@ -286,9 +289,12 @@ def row(name: str, what: str, cutter: Cutter, before: int) -> dict:
     lost = {words: count for words, count in cutter.losses.items() if count}
     cutter.losses.clear()
     return {
-        "file system": name, "what was cut": what, "cuts": cutter.cuts - before, "losses": sum(lost.values()),
+        "file system": name,
+        "what was cut": what,
+        "cuts": cutter.cuts - before,
+        "losses": sum(lost.values()),
         "of what": "; ".join(f"{words} {count}" for words, count in lost.items()),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

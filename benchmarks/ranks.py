@@ -1,10 +1,12 @@
-"""What sharing a step between processes costs: measured steps of 1 and 2 gloo ranks, and what arithmetic predicts.
+"""What sharing a step between processes costs: measured steps of 1 and 2 gloo ranks, and what
+arithmetic predicts.
 
     python benchmarks/ranks.py --record ranks.json
 
-Predicted is the time of the same share of slices on as many busy processes that do not talk, and the time that the
-gradients take at the bandwidth found by averaging one large tensor: a rank sends and receives 2 (N - 1) / N of all
-gradient bytes, in fp32, after its last micro-batch and before its update.
+Predicted is the time of the same share of slices on as many busy processes that do not talk, and
+the time that the gradients take at the bandwidth found by averaging one large tensor: a rank sends
+and receives 2 (N - 1) / N of all gradient bytes, in fp32, after its last micro-batch and before its
+update.
 """
 
 import json
@@ -104,11 +106,18 @@ def main() -> None:
         (f"{count} processes that do not talk, 1/{count} of the slices each", apart, None),
         (f"{count} ranks, 1 thread each", shared, statistics.median(apart) + traffic),
     ):
-        rows.append({
-            "way": name, "step_sec": round(statistics.median(seconds), 2), "least": round(min(seconds), 2),
-            "most": round(max(seconds), 2), "n": len(seconds), "predicted_sec": predicted and round(predicted, 2),
-            "gb_per_sec": round(rate / 1e9, 2), "gradients_gb": round(4 * n_params / 1e9, 2),
-        })  # fmt: skip
+        rows.append(
+            {
+                "way": name,
+                "step_sec": round(statistics.median(seconds), 2),
+                "least": round(min(seconds), 2),
+                "most": round(max(seconds), 2),
+                "n": len(seconds),
+                "predicted_sec": predicted and round(predicted, 2),
+                "gb_per_sec": round(rate / 1e9, 2),
+                "gradients_gb": round(4 * n_params / 1e9, 2),
+            }
+        )
     write_record(options.record, __file__, rows, asdict(options))
 
 

@@ -1,4 +1,5 @@
-"""What every benchmark ends with: a table on the terminal and a JSON record with the circumstances."""
+"""What every benchmark ends with: a table on the terminal and a JSON record with the
+circumstances."""
 
 import json
 import sys
@@ -16,8 +17,8 @@ from parts.run.directory import replacing
 def write_record(
     path: Path | None, program: str, rows: list[dict], options: dict, hidden: tuple[str, ...] = ()
 ) -> None:
-    """Print the rows as a table, but for hidden columns; write them with date, commit, command, versions and hardware,
-    if a path is given."""
+    """Print the rows as a table, but for hidden columns; write them with date, commit, command,
+    versions and hardware, if a path is given."""
     print(pd.DataFrame(rows).drop(columns=list(hidden)).to_string(index=False), flush=True)
     if path is None:
         return

@@ -2,7 +2,8 @@
 
     python benchmarks/scaling.py --record scaling.json --plot scaling.png
 
-Every point is a process of its own that trains uncompiled with AdamW; a step's time is the median of its rounds.
+Every point is a process of its own that trains uncompiled with AdamW; a step's time is the median
+of its rounds.
 """
 
 import statistics
@@ -43,18 +44,29 @@ def main() -> None:
         shape = (preset, batch_size, seq_len)
         if shape not in seen:
             one = throughput.Options(
-                preset=preset, batch_size=batch_size, seq_len=seq_len, grad_accum=1, rounds=options.rounds,
+                preset=preset,
+                batch_size=batch_size,
+                seq_len=seq_len,
+                grad_accum=1,
+                rounds=options.rounds,
                 input_file=options.input_file,
-            )  # fmt: skip
+            )
             seen[shape] = throughput.measure(one, ["train.py, eager"])["train.py, eager"]
         seconds = seen[shape]["seconds"]
-        rows.append({
-            "varied": varied, "preset": preset, "batch_size": batch_size, "seq_len": seq_len,
-            "step_sec": round(statistics.median(seconds), 3), "least": round(min(seconds), 3),
-            "most": round(max(seconds), 3), "n": len(seconds),
-            "tokens_per_sec": round(batch_size * seq_len / statistics.median(seconds)),
-            "peak_gb": round(seen[shape]["peak_mb"] / 1000, 2),
-        })  # fmt: skip
+        rows.append(
+            {
+                "varied": varied,
+                "preset": preset,
+                "batch_size": batch_size,
+                "seq_len": seq_len,
+                "step_sec": round(statistics.median(seconds), 3),
+                "least": round(min(seconds), 3),
+                "most": round(max(seconds), 3),
+                "n": len(seconds),
+                "tokens_per_sec": round(batch_size * seq_len / statistics.median(seconds)),
+                "peak_gb": round(seen[shape]["peak_mb"] / 1000, 2),
+            }
+        )
     write_record(options.record, __file__, rows, asdict(options))
     if options.plot:
         draw(rows, options.plot)

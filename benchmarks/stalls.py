@@ -1,10 +1,12 @@
-"""What saving costs a GPT-2 124M run: steps alone, with saves in the background, and with saves that are waited for.
+"""What saving costs a GPT-2 124M run: steps alone, with saves in the background, and with saves
+that are waited for.
 
     python benchmarks/stalls.py --record stalls.json
 
-One trainer in one process; rounds of steps take turns: without a save, with one save (last.pt and a new best.pt,
-results.json and the plot, as train.py makes them) in the background, and with the same save waited for. What a save
-costs is the difference to the round without; its share is that of a run with train.py's own --save_every.
+One trainer in one process; rounds of steps take turns: without a save, with one save (last.pt and a
+new best.pt, results.json and the plot, as train.py makes them) in the background, and with the same
+save waited for. What a save costs is the difference to the round without; its share is that of a
+run with train.py's own --save_every.
 """
 
 import statistics
@@ -80,12 +82,19 @@ def main() -> None:
     for kind in ("background", "waited for"):
         costs = [other - alone for other, alone in zip(seconds[kind], seconds["none"], strict=True)]
         cost = statistics.median(costs)
-        rows.append({
-            "saves": kind, "n": options.rounds, "step_sec": round(step, 3), "cost_of_a_save_sec": round(cost, 2),
-            "least": round(min(costs), 2), "most": round(max(costs), 2), "save_every": config.save_every,
-            "share_of_wall_clock_percent": round(100 * cost / (config.save_every * step), 3),
-            "buffers_gb": round(held / 1e9, 2),
-        })  # fmt: skip
+        rows.append(
+            {
+                "saves": kind,
+                "n": options.rounds,
+                "step_sec": round(step, 3),
+                "cost_of_a_save_sec": round(cost, 2),
+                "least": round(min(costs), 2),
+                "most": round(max(costs), 2),
+                "save_every": config.save_every,
+                "share_of_wall_clock_percent": round(100 * cost / (config.save_every * step), 3),
+                "buffers_gb": round(held / 1e9, 2),
+            }
+        )
     write_record(options.record, __file__, rows, asdict(options))
 
 

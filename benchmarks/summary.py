@@ -1,7 +1,7 @@
-"""Fill the tables of the READMEs and of docs/: from the records of the other programs here, from benchmarks/cards.py,
-and those of flags from the scripts.
+"""Fill the tables of the READMEs and of docs/: from the records of the other programs here, from
+benchmarks/cards.py, and those of flags from the scripts.
 
-    python benchmarks/summary.py              # with --check nothing is written; exit 1 when a table is stale
+    python benchmarks/summary.py    # with --check nothing is written; exit 1 when one is stale
 
 A table stands between <!--RECORD:NAME:START--> and <!--RECORD:NAME:END-->.
 """
@@ -53,13 +53,15 @@ def source(name: str) -> str:
         f"{found['hardware']['cores']} cores of an {found['hardware']['cpu']}",
     )
     return (
-        f"[{name}.json](benchmarks/records/{name}.json): {gpu or cpu}, PyTorch {found['versions']['torch']}, "
+        f"[{name}.json](benchmarks/records/{name}.json): {gpu or cpu}, "
+        f"PyTorch {found['versions']['torch']}, "
         f"{found['date']}, commit {found['commit'][:7]}"
     )
 
 
 def flags(kind: type) -> str:
-    """Every flag of a script with its default and its help; the bases of its dataclass are groups."""
+    """Every flag of a script with its default and its help; the bases of its dataclass are
+    groups."""
     types, explained = get_type_hints(kind, include_extras=True), help_of(kind)
     groups = [base for base in reversed(kind.__mro__[1:]) if is_dataclass(base)]
     rows = []
@@ -186,7 +188,8 @@ def card_check() -> str:
 
 
 def throughput(*names: str) -> str:
-    """Tokens per second, the ratio to train.py in the same rounds, and memory; the fair comparison first."""
+    """Tokens per second, the ratio to train.py in the same rounds, and memory; the fair comparison
+    first."""
     rows, seen = [], set()
     for row in sorted(
         (row for name in names for row in record(name)["rows"]),
@@ -231,7 +234,8 @@ def fair(name: str) -> str:
     """The one ratio to quote, and the one without the setting that explains most of it."""
     rows = {row["program"]: row for row in record(name)["rows"]}
     fair, unfair = (
-        f"{rows[peer]['train.py is faster by']:.2f} times as fast (quartiles {low:.2f} to {high:.2f})"
+        f"{rows[peer]['train.py is faster by']:.2f} times as fast "
+        f"(quartiles {low:.2f} to {high:.2f})"
         for peer in (FAIR, UNFAIR)
         for low, high in [rows[peer]["quartiles of that"]]
     )

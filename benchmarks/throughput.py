@@ -1,14 +1,16 @@
-"""Training throughput and peak memory of GPT-2 124M: train.py, Hugging Face, nanoGPT, and the matrix products alone.
+"""Training throughput and peak memory of GPT-2 124M: train.py, Hugging Face, nanoGPT, and the
+matrix products alone.
 
     python benchmarks/throughput.py --record throughput.json --nanogpt ../nanoGPT
-    python benchmarks/throughput.py --seq_len 1024 --grad_accum 1 --rounds 5 --record long.json --nanogpt ../nanoGPT
+    python benchmarks/throughput.py --seq_len 1024 --grad_accum 1 --nanogpt ../nanoGPT
 
-Each program runs in a process of its own, with its own settings, and does one optimizer step per round, one program
-after the other, so that drift of the machine reaches all of them alike; ratios are those of one round. Warm-up,
-compilation included, is not timed. `products` is the ceiling: nothing but the matrix products of the linear layers
-and the head, there and back, in bf16. All train in bf16 autocast and with clipping, and with AdamW where no other
-optimizer is named; peak memory is that of the process, compilation included. All programs are held in memory at once,
-about 33 GB for all of them on a CPU; what does not fit is left out, and named.
+Each program runs in a process of its own, with its own settings, and does one optimizer step per
+round, one program after the other, so that drift of the machine reaches all of them alike; ratios
+are those of one round. Warm-up, compilation included, is not timed. `products` is the ceiling:
+nothing but the matrix products of the linear layers and the head, there and back, in bf16. All
+train in bf16 autocast and with clipping, and with AdamW where no other optimizer is named; peak
+memory is that of the process, compilation included. All programs are held in memory at once, about
+33 GB for all of them on a CPU; what does not fit is left out, and named.
 """
 
 import json
@@ -38,7 +40,8 @@ from parts.text.corpus import load_corpus
 from parts.text.vocabulary import load_tokenizer
 
 ROOM = 1.2  # a program is started where this many times the largest so far would fit
-# What train.py does for itself, as the environment of another program (see its `keep_freed_memory`).
+# What train.py does for itself, as the environment of another program (see its
+# `keep_freed_memory`).
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}
 
 
@@ -90,7 +93,8 @@ def ours(options: Options, *flags: str) -> Step:
 def peer(
     options: Options, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable
 ) -> Step:
-    """The usual loop around a model: bf16 autocast, accumulation, clipping to 1, one optimizer step."""
+    """The usual loop around a model: bf16 autocast, accumulation, clipping to 1, one optimizer
+    step."""
     corpus = load_corpus(decide(dict(input_file=(options.input_file,))), load_tokenizer())
     count, T, device = (
         options.batch_size * options.grad_accum,
@@ -156,7 +160,8 @@ def hugging_face(options: Options, compiled: bool) -> Step:
 
 
 def products(options: Options) -> Step:
-    """The matrix products of one step, three for each layer: forward, gradient of input, gradient of weight."""
+    """The matrix products of one step, three for each layer: forward, gradient of input, gradient
+    of weight."""
     config = Config(**PRESETS[options.preset])
     device = choose_device()[0] if options.device == "auto" else options.device
     C, N = config.n_embd, options.batch_size * options.seq_len
@@ -191,7 +196,8 @@ PROGRAMS: dict[str, tuple[Callable[[Options], Step], dict[str, str]]] = {
 
 
 def serve(name: str, options: Options) -> None:
-    """In a process of its own: one step for every line read, its seconds and the peak memory in MB printed."""
+    """In a process of its own: one step for every line read, its seconds and the peak memory in MB
+    printed."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a program prints is no answer
     step = PROGRAMS[name][0](options)
@@ -217,7 +223,8 @@ def peak_rss_mb() -> float:
 
 
 def measure(options: Options, names: list[str]) -> tuple[dict[str, dict], dict[str, str]]:
-    """Seconds of each step and peak memory of each program that fits into memory; why the others were left out."""
+    """Seconds of each step and peak memory of each program that fits into memory; why the others
+    were left out."""
     found, left_out = {}, {}
     with ExitStack() as stack:
         servers = {}
@@ -225,7 +232,8 @@ def measure(options: Options, names: list[str]) -> tuple[dict[str, dict], dict[s
             largest = max((one["peak_mb"] for one in found.values()), default=0)
             if available_mb() < ROOM * largest:
                 left_out[name] = (
-                    f"{available_mb() / 1000:.1f} GB of memory are left, one like the others may need more"
+                    f"{available_mb() / 1000:.1f} GB of memory are left, "
+                    "one like the others may need more"
                 )
                 continue
             command = [
@@ -263,7 +271,8 @@ def measure(options: Options, names: list[str]) -> tuple[dict[str, dict], dict[s
 
 
 def available_mb() -> float:
-    """Memory that a new process can have without another's being taken; beyond all needs where the system is silent."""
+    """Memory that a new process can have without another's being taken; beyond all needs where the
+    system is silent."""
     try:
         meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
     except OSError:
@@ -272,7 +281,8 @@ def available_mb() -> float:
 
 
 def ask(server: subprocess.Popen) -> tuple[float, float]:
-    """One step: its seconds, and the peak memory so far in MB. Raises ChildProcessError when the program has ended."""
+    """One step: its seconds, and the peak memory so far in MB. Raises ChildProcessError when the
+    program has ended."""
     try:
         server.stdin.write("step\n")
         server.stdin.flush()

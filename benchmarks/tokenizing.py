@@ -2,10 +2,11 @@
 
     python benchmarks/tokenizing.py --record tokenizing.json
 
-The text is made of Tiny Shakespeare and Python's own sources, over and over, --size_mb of it. Each way runs in a
-process of its own; memory is the highest resident memory of that process, less that after its imports. The first
---plain_mb are encoded both ways and the ids compared by their hash. The plain way runs on one thread, as tiktoken does;
-the stream is measured on one thread, too, and on all cores.
+The text is made of Tiny Shakespeare and Python's own sources, over and over, --size_mb of it. Each
+way runs in a process of its own; memory is the highest resident memory of that process, less that
+after its imports. The first --plain_mb are encoded both ways and the ids compared by their hash.
+The plain way runs on one thread, as tiktoken does; the stream is measured on one thread, too, and
+on all cores.
 """
 
 import hashlib
@@ -69,7 +70,8 @@ def is_utf8(data: bytes) -> bool:
 
 
 def one_way(text: Path, threads: int, folder: Path) -> None:
-    """In a process of its own: encode, and print seconds, memory in MB, the number of ids and their hash."""
+    """In a process of its own: encode, and print seconds, memory in MB, the number of ids and their
+    hash."""
     tokenizer = load_tokenizer()
     tokenizer.encode_ordinary("a first word")
     before, started = peak_rss_mb(), time.perf_counter()
@@ -113,10 +115,17 @@ def main() -> None:
             answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             seconds, memory, count, digest = json.loads(answer)
             size = text.stat().st_size / 1e6
-            rows.append({
-                "way": label, "text_mb": round(size), "seconds": round(seconds, 1),
-                "mb_per_sec": round(size / seconds, 1), "memory_mb": round(memory), "ids": count, "sha256": digest[:16],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "way": label,
+                    "text_mb": round(size),
+                    "seconds": round(seconds, 1),
+                    "mb_per_sec": round(size / seconds, 1),
+                    "memory_mb": round(memory),
+                    "ids": count,
+                    "sha256": digest[:16],
+                }
+            )
         if len({row["sha256"] for row in rows[:3]}) != 1:
             raise SystemExit("the ids differ")
     write_record(options.record, __file__, rows, asdict(options))

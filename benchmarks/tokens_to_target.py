@@ -1,13 +1,15 @@
-"""What each part of the recipe gives on the way to window_loss 0.099999: a ladder of recipes on a small model.
+"""What each part of the recipe gives on the way to window_loss 0.099999: a ladder of recipes on a
+small model.
 
     python benchmarks/tokens_to_target.py --record ladder.json --seeds 0 1 2
-    python benchmarks/tokens_to_target.py --record fifth.json --fraction 0.2 --tokens 980258 --recipes base
+    python benchmarks/tokens_to_target.py --fraction 0.2 --tokens 980258 --recipes base
 
-Every recipe is a change to a base recipe that trains a GPT-2 of 4 layers and width 256 on the first tenth of the
-corpus for --tokens tokens, its learning rate falling until the end. Reported per recipe: the tokens at which the
-target was reached, the seconds of training to window losses of 0.5 and 0.2, and window loss and corpus loss at the
-end. The vocabulary is cut down to the tokens that occur, which leaves the task as it is and makes a run five times
-cheaper. Runs that the record holds already are not repeated.
+Every recipe is a change to a base recipe that trains a GPT-2 of 4 layers and width 256 on the first
+tenth of the corpus for --tokens tokens, its learning rate falling until the end. Reported per
+recipe: the tokens at which the target was reached, the seconds of training to window losses of 0.5
+and 0.2, and window loss and corpus loss at the end. The vocabulary is cut down to the tokens that
+occur, which leaves the task as it is and makes a run five times cheaper. Runs that the record holds
+already are not repeated.
 """
 
 import json
@@ -34,10 +36,22 @@ from parts.text.corpus import Corpus, load_corpus
 from parts.text.vocabulary import load_tokenizer
 
 BASE = dict(
-    n_layer=4, n_head=4, n_embd=256, block_size=1024, seq_len=128, batch_size=16, init_std=0.02, target_window=20,
-    optimizer="muon", lr=1.2e-2, warmup_steps=20, weight_decay=0.1, beta1=0.9, beta2=0.95,
+    n_layer=4,
+    n_head=4,
+    n_embd=256,
+    block_size=1024,
+    seq_len=128,
+    batch_size=16,
+    init_std=0.02,
+    target_window=20,
+    optimizer="muon",
+    lr=1.2e-2,
+    warmup_steps=20,
+    weight_decay=0.1,
+    beta1=0.9,
+    beta2=0.95,
     schedule="linear",
-)  # fmt: skip
+)
 RECIPES = {  # mixed_steps as a part of the steps
     "base": {},
     "AdamW 2e-3": dict(optimizer="adamw", lr=2e-3),
@@ -118,12 +132,20 @@ def run(recipe: dict, seed: int, options: Options, corpus: Corpus, name: str) ->
     losses = train.corpus_losses(trainer.model, corpus.tokens, config, 0, 0, 256)
     corpus_loss, error = train.mean_and_error(losses)
     return {
-        "recipe": name, "flags": recipe, "seed": seed, "fraction": options.fraction, "budget": options.tokens,
-        "tokens_to_target": reached, **{f"seconds_to_{m}": milestones.get(m) for m in MILESTONES},
-        "window_loss": round(p.window_loss(config), 5), "corpus_loss": round(corpus_loss, 5),
-        "standard_error": round(error, 5), "curve": curve, "seconds": round(seconds, 1),
+        "recipe": name,
+        "flags": recipe,
+        "seed": seed,
+        "fraction": options.fraction,
+        "budget": options.tokens,
+        "tokens_to_target": reached,
+        **{f"seconds_to_{m}": milestones.get(m) for m in MILESTONES},
+        "window_loss": round(p.window_loss(config), 5),
+        "corpus_loss": round(corpus_loss, 5),
+        "standard_error": round(error, 5),
+        "curve": curve,
+        "seconds": round(seconds, 1),
         "commit": git_commit(),
-    }  # fmt: skip
+    }
 
 
 def variant(own: dict | str) -> type[torch.optim.Optimizer] | partial:

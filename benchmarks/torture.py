@@ -1,12 +1,14 @@
-"""Kill a training run over and over, start it again each time, and compare what is left with a run that was left alone.
+"""Kill a training run over and over, start it again each time, and compare what is left with a run
+that was left alone.
 
     python benchmarks/torture.py --kills 120
-    python benchmarks/torture.py --kills 40 --nanogpt PATH    # nanoGPT's trainer in that checkout, at equal settings
+    python benchmarks/torture.py --kills 40 --nanogpt PATH    # nanoGPT's trainer, at equal settings
 
-Of four kills two wait until a checkpoint is being written and fall at a random instant within that, one waits for the
-last sample, and one falls at a random instant of the process's life, its start included; the first kill of a run falls
-into its first save. A kill is SIGKILL (TerminateProcess on Windows): the process gets no chance to tidy up. After
-each one every checkpoint is loaded; what should have been there and was not, is counted.
+Of four kills two wait until a checkpoint is being written and fall at a random instant within that,
+one waits for the last sample, and one falls at a random instant of the process's life, its start
+included; the first kill of a run falls into its first save. A kill is SIGKILL (TerminateProcess on
+Windows): the process gets no chance to tidy up. After each one every checkpoint is loaded; what
+should have been there and was not, is counted.
 """
 
 import os
@@ -91,7 +93,8 @@ class OurTrainer:
         return [out / "checkpoints" / name for name in self.names]
 
     def unfinished(self, out: Path) -> set[tuple[str, int]]:
-        """The checkpoints that are being written, or were when the process died: name and time of the latest change."""
+        """The checkpoints that are being written, or were when the process died: name and time of
+        the latest change."""
         paths = [out / "checkpoints" / f"{name}.pt.tmp" for name in ("last", "best")]
         return {(path.name, stat.st_mtime_ns) for path in paths if (stat := stat_of(path))}
 
@@ -105,7 +108,8 @@ class OurTrainer:
         return last_match(r"step (\d+)/", log.read_text(encoding="utf-8") if log.exists() else "")
 
     def samples_at_the_end(self, out: Path, behind: int) -> bool:
-        """Whether what the log tells behind so many bytes ends with what is told before the last sample."""
+        """Whether what the log tells behind so many bytes ends with what is told before the last
+        sample."""
         log = out / "logs" / "train.log"
         told = log.read_bytes()[behind:] if log.exists() else b""
         return b" | Corpus loss " in told[told.rfind(b"\n", 0, -1) + 1 :]
@@ -116,7 +120,8 @@ class OurTrainer:
 
 
 class NanoGPT(OurTrainer):
-    """nanoGPT's train.py: no biases, no CSV, one checkpoint that is overwritten in place, otherwise the same shape."""
+    """nanoGPT's train.py: no biases, no CSV, one checkpoint that is overwritten in place, otherwise
+    the same shape."""
 
     moments = ("life", "write")
 
@@ -129,10 +134,20 @@ class NanoGPT(OurTrainer):
         for name in ("train.bin", "val.bin"):
             tokens.tofile(data / name)
         values = SHAPE | dict(
-            dataset="torture", device="cpu", dtype="float32", compile=False, gradient_accumulation_steps=1,
-            eval_interval=arguments.save_every, eval_iters=1, always_save_checkpoint=True, warmup_iters=150,
-            max_iters=arguments.steps, lr_decay_iters=arguments.steps, learning_rate=3e-4, min_lr=3e-5,
-        )  # fmt: skip
+            dataset="torture",
+            device="cpu",
+            dtype="float32",
+            compile=False,
+            gradient_accumulation_steps=1,
+            eval_interval=arguments.save_every,
+            eval_iters=1,
+            always_save_checkpoint=True,
+            warmup_iters=150,
+            max_iters=arguments.steps,
+            lr_decay_iters=arguments.steps,
+            learning_rate=3e-4,
+            min_lr=3e-5,
+        )
         self.flags = [f"--{name}={value}" for name, value in values.items()]
         self.full_size = 0  # of a checkpoint, known after the undisturbed run
 
@@ -266,7 +281,8 @@ def aim_into_a_write(
 
 
 def inspect(trainer: OurTrainer, out: Path, existed: set[Path], tally: Tally) -> None:
-    """After a kill: whether each checkpoint that was or is there loads, and how many steps it costs."""
+    """After a kill: whether each checkpoint that was or is there loads, and how many steps it
+    costs."""
     steps = []
     for path in trainer.checkpoints(out):
         if path.exists() or path in existed:
@@ -331,7 +347,8 @@ def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
 
 
 def undisturbed(trainer: OurTrainer, out: Path) -> tuple[float, float]:
-    """Run to the end; seconds until the first step, and how long the average write of a checkpoint takes."""
+    """Run to the end; seconds until the first step, and how long the average write of a checkpoint
+    takes."""
     started = now = time.perf_counter()
     process = trainer.start(out)
     startup_sec, writing_sec, writes, was_writing = None, 0.0, 0, False
@@ -361,7 +378,8 @@ def main() -> None:
         trainer.full_size = (arguments.work / "whole" / "ckpt.pt").stat().st_size
         write_sec = 0.02  # as train.py's: the files have one size
     print(
-        f"PyTorch {torch.__version__}; first step after {startup_sec:.1f} s, a write takes {write_sec:.3f} s"
+        f"PyTorch {torch.__version__}; first step after {startup_sec:.1f} s, "
+        f"a write takes {write_sec:.3f} s"
     )
     started = time.perf_counter()
     tally = torture(arguments, trainer, startup_sec, write_sec)

@@ -1,4 +1,5 @@
-"""How long a waiting thread should spin before it sleeps: the demo's speed on an idle machine and on a busy one.
+"""How long a waiting thread should spin before it sleeps: the demo's speed on an idle machine and
+on a busy one.
 
     python benchmarks/waiting.py --record waiting.json
 
@@ -89,11 +90,17 @@ def main() -> None:
     rows = []
     for (machine, name), speeds in found.items():
         ratios = [a / b for a, b in zip(speeds, found[machine, DEFAULT], strict=True)]
-        rows.append({
-            "machine": machine, "setting": name, "tokens_per_sec": round(statistics.median(speeds)),
-            "least": round(min(speeds)), "most": round(max(speeds)), "n": len(speeds),
-            "against the default": round(statistics.median(ratios), 2),
-        })  # fmt: skip
+        rows.append(
+            {
+                "machine": machine,
+                "setting": name,
+                "tokens_per_sec": round(statistics.median(speeds)),
+                "least": round(min(speeds)),
+                "most": round(max(speeds)),
+                "n": len(speeds),
+                "against the default": round(statistics.median(ratios), 2),
+            }
+        )
     write_record(options.record, __file__, rows, asdict(options))
 
 

@@ -50,7 +50,8 @@ class Options:
     record: Path | None = None
     """JSON file to write; None: benchmarks/records/accept-gpu-PART.json"""
     device: Literal["cuda", "cpu"] = "cuda"
-    """cpu: to try this program itself; that proves nothing of a card, and writes no record of its own accord"""
+    """cpu: to try this program itself; that proves nothing of a card, and writes no record of its
+    own accord"""
 
 
 Check = Callable[
@@ -123,7 +124,8 @@ def run(options: Options, out: Path, *flags: str) -> str:
 
 @contextmanager
 def started(line: list[str], **pipes) -> Iterator[subprocess.Popen]:
-    """A program beside the check, which does not outlive it; torchrun is given the time to end what it started."""
+    """A program beside the check, which does not outlive it; torchrun is given the time to end what
+    it started."""
     process = subprocess.Popen(
         line, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | pipes
     )

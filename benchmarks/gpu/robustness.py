@@ -58,8 +58,9 @@ def occupy(cycles: int) -> None:
 
 
 def save_and_compare(trainer: train.Trainer, saver: train.Saver, before: int, after: int) -> int:
-    """Save in the background, with so many cycles of other work before the state is what is saved, and before it is
-    copied; train on at once; compare the files with clones. Returns how many tensors were the same."""
+    """Save in the background, with so many cycles of other work before the state is what is saved,
+    and before it is copied; train on at once; compare the files with clones. Returns how many
+    tensors were the same."""
     trainer.update()
     occupy(before)
     with torch.no_grad():
@@ -134,7 +135,8 @@ def shrinking(options: Options, here: Path) -> str:
     _, settled, loss = step(128, cap=(whole + half) / 2)
     assert settled == 64, f"{settled} slices"
     gigabytes = " and ".join(f"{peak / 1e9:.2f}" for peak in (whole, half))
-    return f"128 to 64 slices between {gigabytes} GB; loss {at_most(abs(loss - expected), 0.05)} from the other's"
+    difference = at_most(abs(loss - expected), 0.05)
+    return f"128 to 64 slices between {gigabytes} GB; loss {difference} from the other's"
 
 
 def interrupted(options: Options, out: Path, name: str, in_a_save: bool) -> int:
@@ -210,7 +212,8 @@ def two_on_one_card(options: Options, here: Path) -> str:
     return at_most(worst(found, expected), 1e-3)
 
 
-# torchrun's script: one process is lost, or fails alone. On a single card two share it by gloo, which train.py refuses.
+# torchrun's script: one process is lost, or fails alone. On a single card two share it by gloo,
+# which train.py refuses.
 LOSES_ONE = f"""
 import os, signal, sys
 from pathlib import Path
@@ -291,4 +294,5 @@ def export_and_sample(options: Options, here: Path) -> str:
     greedy = ["--prompt=The", "--temperature=0", "--amp=off", "--max_new_tokens=40"]
     texts = [said("sample.py", *greedy, f"--device={device}") for device in ("cpu", options.device)]
     assert texts[0] == texts[1] and len(texts[0]) > 40, texts
-    return f"{len(texts[0])} characters the same, {len(list((here / 'exported').iterdir()))} files exported"
+    n_files = len(list((here / "exported").iterdir()))
+    return f"{len(texts[0])} characters the same, {n_files} files exported"

@@ -22,9 +22,11 @@ def default_recipe(options: Options, here: Path) -> str:
     started = time.perf_counter()
     run(options, here / "run")
     seconds, found = time.perf_counter() - started, read_json(here / "run" / "results.json")
-    said = f"{seconds:.0f} s, {found['stop_reason']} after {found['final_step']} steps and {found['tokens']:,} tokens"
+    length = f"{found['final_step']} steps and {found['tokens']:,} tokens"
+    said = f"{seconds:.0f} s, {found['stop_reason']} after {length}"
     assert found["stop_reason"] == "target", said
-    return f"{said}, corpus loss {found['corpus_loss']:.4f}, {found['elapsed_sec']:.0f} s of it in the loop"
+    loss = f"corpus loss {found['corpus_loss']:.4f}"
+    return f"{said}, {loss}, {found['elapsed_sec']:.0f} s of it in the loop"
 
 
 @check("speed", "the demo, from launch to target")
@@ -35,7 +37,8 @@ def demo(options: Options, here: Path) -> str:
     )
     assert done.returncode == 0, f"exit code {done.returncode}"
     found = read_json(here / "run" / "results.json")
-    return f"{time.perf_counter() - started:.1f} s, {found['stop_reason']} after {found['final_step']} steps"
+    seconds = time.perf_counter() - started
+    return f"{seconds:.1f} s, {found['stop_reason']} after {found['final_step']} steps"
 
 
 def matrix_rate() -> float:
@@ -81,7 +84,8 @@ def muon_share(options: Options, here: Path) -> str:
         muon.step()
         torch.cuda.synchronize()
     kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-    return f"{kernels} kernels, {1000 * share:.1f} ms of {1000 * whole:.1f} ms: {100 * share / whole:.0f} %"
+    times = f"{1000 * share:.1f} ms of {1000 * whole:.1f} ms"
+    return f"{kernels} kernels, {times}: {100 * share / whole:.0f} %"
 
 
 @check("speed", "a save, beside training and waited for", seconds=240)
@@ -102,7 +106,8 @@ def saves(options: Options, here: Path) -> str:
     done = subprocess.run([*program, *flags], capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stderr[-500:]
     return "; ".join(
-        f"{row['saves']}: {row['cost_of_a_save_sec']} s, {row['share_of_wall_clock_percent']} % of the wall clock "
+        f"{row['saves']}: {row['cost_of_a_save_sec']} s, "
+        f"{row['share_of_wall_clock_percent']} % of the wall clock "
         f"at one in {row['save_every']} steps"
         for row in read_json(record)["rows"]
     )
