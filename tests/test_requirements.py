@@ -10,7 +10,16 @@ from packaging.requirements import Requirement
 
 def required(path: str) -> list[Requirement]:
     lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
-    return [Requirement(words) for line in lines if (words := line.partition("#")[0].strip())]
+    words = [line.partition("#")[0].strip() for line in lines]
+    return [Requirement(word) for word in words if word and not word.startswith("-")]
+
+
+def test_what_is_pinned_in_turn_is_pinned_alike():
+    constraints = {one.name: one.specifier for one in required("constraints.txt")}
+    for path in ("requirements.txt", "requirements-dev.txt"):
+        for one in required(path):
+            assert constraints.get(one.name, one.specifier) == one.specifier, one
+    assert {"regex", "filelock", "contourpy"} <= constraints.keys(), "what others stand on"
 
 
 def test_what_the_space_needs_changes_nothing_in_the_environment_of_training():
