@@ -39,6 +39,7 @@ with packages_of("export_hf.py", __name__):
         write_checkpoint,
     )
     from parts.run.directory import existing_part, make_folder, new_folder, read_if_there, read_json
+    from parts.run.layout import RunPaths, sample_blocks
     from parts.run.screen import log, speaking
     from parts.text.vocabulary import (
         DOCUMENT_END,
@@ -105,7 +106,9 @@ def export(path: Path, out: Path, license: str, over: bool = False) -> None:
         checkpoint
     ).eot_token  # complains if the tokenizer is not that of the weights
     config, run = Config.from_dict(checkpoint["config"]), own_run(path, checkpoint)
-    measured = losses(checkpoint, config, {} if run is None else read_json(run / "results.json"))
+    measured = losses(
+        checkpoint, config, {} if run is None else read_json(RunPaths(run).results_json)
+    )
     vocabulary = hf_tokenizer(checkpoint["tokenizer"]["content"])
     weights = hf_weights(checkpoint.pop("model"))
     context = checkpoint["trained_context"]
@@ -164,7 +167,7 @@ def writing(out: Path) -> Iterator[None]:
 def own_run(path: Path, checkpoint: dict) -> Path | None:
     """The run directory that the checkpoint lies in, if it is the one that it was made in."""
     run = path.resolve().parent.parent
-    corpus = read_json(run / "config.json").get("corpus")
+    corpus = read_json(RunPaths(run).config_json).get("corpus")
     own = isinstance(corpus, dict) and corpus.get("sha256") == checkpoint["corpus_sha256"] != ""
     return run if own else None
 
@@ -172,7 +175,8 @@ def own_run(path: Path, checkpoint: dict) -> Path | None:
 def beginnings(run: Path) -> list[str]:
     """Prompts in the manner of the text, for space/app.py: that of the run's last samples, and their lines that end
     with a colon."""
-    samples = read_if_there(run / "samples" / "samples.txt").split("=" * 80)[-1]
+    blocks = sample_blocks(read_if_there(RunPaths(run).samples_txt))
+    samples = blocks[-1].texts if blocks else ""
     prompt = samples.partition("PROMPT:\n")[2].partition("\nOUTPUT:")[0]
     names = [
         line + "\n" for line in samples.splitlines() if line.endswith(":") and not line.isupper()

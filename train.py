@@ -47,6 +47,8 @@ with packages_of("train.py", __name__):
     from parts.compute.device import (
         autocast,
         configure_torch,
+        cpu_only_hint,
+        environment,
         first_words,
         for_sampling,
         is_out_of_memory,
@@ -73,19 +75,17 @@ with packages_of("train.py", __name__):
     from parts.report import words
     from parts.report.provenance import launch_record
     from parts.report.steplog import StepLog, step_log
-    from parts.report.tensorboard import shown
-    from parts.report.verdict import how_to_continue, verdict
+    from parts.report.tensorboard import writing_events
+    from parts.report.words import how_to_continue, verdict
     from parts.run.background import Snapshot, Task, Writer
     from parts.run.checkpoint import (
         CHECKPOINT_FORMAT,
-        STATE_BYTES,
-        WEIGHT_BYTES,
         SavedRun,
         restore_optimizers,
         write_checkpoint,
     )
     from parts.run.directory import LogFile, RunDir, gigabytes, move, read_json, replacing
-    from parts.run.layout import AT_CTRL_C
+    from parts.run.layout import AT_CTRL_C, STATE_BYTES, WEIGHT_BYTES
     from parts.run.screen import logging_to, speaking
     from parts.run.terminal import waiting
     from parts.setup import Setup, agree, prepare
@@ -1181,7 +1181,7 @@ def announce(setup: Setup, progress: Progress, floor: float) -> None:
     """Say what will happen, and what of it cannot go well."""
     for line in words.plan(setup.config, setup.corpus, floor, progress):
         log.info(line)
-    for line in words.forebodings(setup.config, setup.corpus, floor):
+    for line in words.plan_warnings(setup.config, setup.corpus, floor, cpu_only_hint()):
         log.warning(line)
 
 
@@ -1221,7 +1221,8 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
     run = setup.run
     before = {} if setup.saved is None else read_json(run.config_json)
     facts = None if setup.saved is None else setup.saved.facts
-    launch = launch_record(setup.argv, setup.config, setup.corpus, facts, before)
+    machine = environment(setup.config.device)
+    launch = launch_record(setup.argv, setup.config, setup.corpus, facts, before, machine)
     saver = Saver(run, trainer, launch, trainer.progress.step if setup.continues else 0)
     saver.write_config(saver.config_json())
     try:
@@ -1313,7 +1314,7 @@ def open_and_train(setup: Setup, trainer: Trainer, log_file: LogFile) -> int:
             move(run.last, damaged)
             log.warning("%s: set aside as %s; going on from %s", saved.damage, damaged, saved.path)
         run.restore(saved.facts if saved is not None and setup.continues else {})
-        with shown(run, setup.config):
+        with writing_events(run, setup.config):
             return run_training(setup, trainer)
 
 
@@ -1408,7 +1409,7 @@ def say_finished(setup: Setup) -> int:
     log.info(setup.finished)
     if setup.config.tensorboard and not setup.config.dry_run:  # turned on when the run was over
         setup.run.make()
-        with shown(setup.run, setup.config):
+        with writing_events(setup.run, setup.config):
             pass
     return 0
 

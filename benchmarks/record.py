@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from parts.compute.device import choose_device
-from parts.flags import Config
-from parts.report.provenance import environment, git_commit
+from parts.compute.device import choose_device, environment
+from parts.report.provenance import git_commit
 from parts.run.directory import replacing
 
 
@@ -27,7 +26,7 @@ def write_record(
         "date": date.today().isoformat(),
         "commit": git_commit(),
         "command": " ".join(["python", f"benchmarks/{Path(program).name}", *sys.argv[1:]]),
-        **environment(Config(device=device)),
+        **environment(device),
         "options": options,
         "rows": rows,
     }

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from parts.run.checkpoint import load_checkpoint  # noqa: E402
+from parts.run.layout import logged_steps  # noqa: E402
 from parts.text.vocabulary import load_tokenizer  # noqa: E402
 
 
@@ -105,7 +106,8 @@ class OurTrainer:
     def logged_step(self, out: Path) -> int:
         """The last step that the log speaks of."""
         log = out / "logs" / "train.log"
-        return last_match(r"step (\d+)/", log.read_text(encoding="utf-8") if log.exists() else "")
+        steps = logged_steps(log.read_text(encoding="utf-8") if log.exists() else "")
+        return int(steps[-1]["step"]) if steps else 0
 
     def samples_at_the_end(self, out: Path, behind: int) -> bool:
         """Whether what the log tells behind so many bytes ends with what is told before the last

@@ -144,8 +144,7 @@ def test_stops_at_the_target(launch):
     assert [row[0] for row in rows(Path("run"), "step")] == ["1", "3"], (
         "the stopping step has its row"
     )
-    said = r"Target reached: loss [\d.]+ <= 99\.0\. Stopping\. \(64 random slices, standard error "
-    assert re.search(said + r"[\d.]+; window_loss [\d.]+\)\n", log_text(Path("run")))
+    assert re.search(r"Target reached: loss [\d.]+ <= 99\.0\. Stopping\.", log_text(Path("run")))
     results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
     assert (results["stop_reason"], results["final_step"], results["best_step"]) == ("target", 3, 3)
     last, best = weights(Path("run/checkpoints/last.pt")), weights(Path("run/checkpoints/best.pt"))
@@ -156,8 +155,7 @@ def test_stops_at_the_target(launch):
 
 def test_a_run_shorter_than_its_window_has_a_best(launch):
     assert launch("run", "--steps=2", "--target_window=20", "--target_loss=0.1") == 0
-    said = r"All 2 steps done; the loss on random slices is [\d.]+, above the target 0\.1\.\n"
-    assert re.search(said, log_text(Path("run")))
+    assert re.search(r"All 2 steps done\..*\n.*Corpus loss ", log_text(Path("run")))
     assert torch.load("run/checkpoints/best.pt", weights_only=True)["step"] == 2
     assert "best.pt (mean of the 2 steps)\n" in log_text(Path("run"))
     assert "| mean loss of all steps | **" in update_readme.summary_section(
@@ -214,8 +212,8 @@ def test_a_run_killed_before_its_results_is_measured_again(launch):
 def test_the_goal_that_was_missed_is_named(launch):
     assert launch("run", "--target_loss=0.5") == 0
     found = json.loads(Path("run/results.json").read_text(encoding="utf-8"))["corpus_loss"]
-    said = f"All 8 steps done; the loss on random slices is {found:.6f}, above the target 0.5.\n"
-    assert said in log_text(Path("run"))
+    text = log_text(Path("run"))
+    assert f"Corpus loss {found:.6f} " in text and f"missed by {found - 0.5:.4f}" in text
 
 
 def test_target_zero_is_no_target(launch):

@@ -14,8 +14,9 @@ import torch
 from conftest import GPT2, ROOT, TINY_FLAGS, assert_same_run, log_text, rows
 
 from parts.flags import Config
-from parts.run.checkpoint import STATE_BYTES, WEIGHT_BYTES, load_checkpoint
+from parts.run.checkpoint import load_checkpoint
 from parts.run.directory import RunDir, replacing, temporary
+from parts.run.layout import STATE_BYTES, WEIGHT_BYTES
 
 FLAGS = [*TINY_FLAGS, "--log_every=1", "--threads=1", "--amp=off", "--steps=32"]
 

@@ -17,7 +17,7 @@ from parts.commandline import parse_config
 from parts.compute.device import choose_runtime
 from parts.flags import DEMO_CORPUS, PRESETS, Config, Flags, From, Origin
 from parts.recipe import TINY_SHAKESPEARE, Text, decide
-from parts.report.words import forebodings
+from parts.report.words import plan_warnings
 from parts.text.corpus import Corpus, compressed, text_of
 from parts.text.vocabulary import OwnVocabulary, choose_tokenizer, train_vocabulary
 
@@ -150,7 +150,7 @@ def test_a_run_directory_alone_says_all_that_was_typed(launch, capsys):
 def warnings_of(steps: int, n_tokens: int, **flags) -> list[str]:
     config = decide(dict(steps=steps, device="cuda", **flags), Text(3 * n_tokens, n_tokens))
     corpus = Corpus(np.broadcast_to(np.uint16(0), n_tokens), "made up", n_tokens)
-    return [line for line in forebodings(config, corpus, 0.01) if "passes over this text" in line]
+    return [line for line in plan_warnings(config, corpus, 0.01) if "passes over this text" in line]
 
 
 def test_steps_far_from_the_usual_are_warned_of():

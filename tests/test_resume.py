@@ -19,7 +19,7 @@ import update_readme
 from parts.compute.signals import Interruption
 from parts.flags import Config
 from parts.run.checkpoint import SavedRun, load_checkpoint
-from parts.run.layout import AT_CTRL_C, BEGINNING, BLOCK, block_of, drawn_at_ctrl_c
+from parts.run.layout import AT_CTRL_C, drawn_at_ctrl_c, sample_block, sample_blocks
 from parts.text.corpus import load_corpus
 from parts.text.vocabulary import load_tokenizer
 
@@ -148,7 +148,7 @@ def test_a_sample_drawn_at_ctrl_c_stays_and_nothing_else_differs(launch, prompt_
     assert re.findall("STEP (.+)", path.read_text(encoding="utf-8")) == [
         "2 (at Ctrl-C)", "3", "6", "7 (at Ctrl-C)", "12"
     ]  # fmt: skip
-    assert BEGINNING.findall(path.read_text(encoding="utf-8")) == ["=" * 80 + "\n"] * 5
+    assert len(sample_blocks(path.read_text(encoding="utf-8"))) == 5
     ours = r"={80}\nSTEP \d+ \(at Ctrl-C\)\n(?:(?!={80}\n).*\n)*"
     path.write_bytes(re.sub(ours.encode(), b"", path.read_bytes()))
     assert_same_run(Path("whole"), Path("parts"))
@@ -179,19 +179,25 @@ def test_ctrl_c_before_the_first_step_of_a_start_draws_nothing_twice(
 
 
 def test_every_reader_of_samples_reads_what_ctrl_c_had_drawn():
-    text = block_of(8, "one", ["one two"]) + block_of(12, "one", ["one three"], AT_CTRL_C)
-    assert [step for step, _texts in BLOCK.findall(text)] == ["8", "12"]
-    assert BLOCK.findall(text)[1][1] == "PROMPT:\none\nOUTPUT:\none three"
-    shown = update_readme.samples_section(SimpleNamespace(samples=text), Path("README.md"))
+    blocks = [
+        sample_block(8, "one", ["one two"]),
+        sample_block(12, "one", ["one three"], AT_CTRL_C),
+    ]
+    assert sample_blocks("".join(map(str, blocks))) == blocks
+    assert blocks[1].texts == "PROMPT:\none\nOUTPUT:\none three\n\n"
+    shown = update_readme.samples_section(SimpleNamespace(samples=blocks), Path("README.md"))
     assert "STEP 12 (at Ctrl-C)" in shown
     assert "STEP 8" not in shown
 
 
 def test_only_a_whole_block_drawn_at_ctrl_c_is_kept():
-    ours = block_of(12, "one", ["one two", "one\n\nthree"], AT_CTRL_C).encode()
-    later = block_of(16, "one", ["one two"]).encode()
+    def data(*block) -> bytes:
+        return str(sample_block(*block)).encode()
+
+    ours = data(12, "one", ["one two", "one\n\nthree"], AT_CTRL_C)
+    later = data(16, "one", ["one two"])
     assert drawn_at_ctrl_c(ours) == drawn_at_ctrl_c(ours + later) == ours
-    assert drawn_at_ctrl_c(ours + block_of(13, "one", ["one"], AT_CTRL_C).encode()) == ours
+    assert drawn_at_ctrl_c(ours + data(13, "one", ["one"], AT_CTRL_C)) == ours
     for other in (b"", later, later + ours, ours[:-1], ours[:-4], ours[:90], ours[1:]):
         assert drawn_at_ctrl_c(other) == b""
 

@@ -19,8 +19,8 @@ from parts.compute.device import (
 )
 from parts.flags import Config, From
 from parts.recipe import decide
-from parts.report.provenance import launch_command
-from parts.report.words import forebodings, sample_line
+from parts.report.provenance import launch_words
+from parts.report.words import plan_warnings, sample_line
 from parts.setup import Setup
 from parts.text.corpus import Corpus
 
@@ -119,12 +119,12 @@ def test_on_a_cpu_compilation_is_for_who_asks(config):
 def test_the_124m_preset_on_a_cpu_is_warned_of(config):
     corpus = Corpus(np.arange(2000, dtype=np.uint16), "made up", 2000)
     gpt2 = replace(decide(dict(target_loss=0)), device="cpu", amp="off", compile="off", threads=2)
-    (warning,) = forebodings(gpt2, corpus, 0.01)
+    (warning,) = plan_warnings(gpt2, corpus, 0.01)
     assert (
         warning.startswith("124M parameters take hours to days on a CPU")
         and "--preset write" in warning
     )
-    assert forebodings(replace(gpt2, n_layer=4), corpus, 0.01) == []
+    assert plan_warnings(replace(gpt2, n_layer=4), corpus, 0.01) == []
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,9 @@ def test_the_micro_batch_divides_the_global_batch(number, at_most, answer):
 
 
 def test_the_recorded_command_names_torchrun(monkeypatch):
+    def launch_command(argv: list[str], config: Config) -> str:
+        return " ".join(launch_words(argv, config))
+
     assert launch_command(["--steps", "5"], Config()) == "python train.py --steps 5"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     two, four = (replace(Config(), processes=n) for n in (2, 4))

@@ -326,7 +326,7 @@ def test_a_folder_says_how_many_files_it_gave(texts, tokenizer):
         line = next(
             line for line in plan(config, corpus, 0.0, Progress()) if line.startswith("Corpus: ")
         )
-        record = launch_record([], config, corpus, None, {})
+        record = launch_record([], config, corpus, None, {}, {})
         return line.partition(" tokens")[0].rpartition(", ")[0], record["corpus"]["files"]
 
     other = "left out: not .txt 1 (b/other.md)"

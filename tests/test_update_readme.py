@@ -23,7 +23,7 @@ from matplotlib import font_manager
 import train
 import update_readme
 from parts.commandline import decode_escapes, parse_config
-from parts.report.comparison import compare
+from parts.report.comparison import Comparison
 from parts.report.reader import read_metrics, read_run
 from parts.report.sections import INVISIBLE, filled, preformatted
 
@@ -302,7 +302,7 @@ def test_an_old_csv_alone(partial_run, tmp_path, plots):
     assert update(partial_run, readme) == 0
     text = readme.read_text(encoding="utf-8")
     assert "No samples yet." in text and "No log yet." in text and "No config.json yet." in text
-    assert "loss 6.500000 at step 50" in section(text, "SUMMARY")
+    assert "| 50 | 6.5000 |" in section(text, "METRICS")
     assert (partial_run / "logs/loss_curve.png").stat().st_size > 10_000
     assert update(partial_run, readme, "--check") == 0
 
@@ -349,7 +349,7 @@ def test_a_write_protected_readme_stays(run, tmp_path, capsys, plots):
     capsys.readouterr()
     assert update(run, readme) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{readme} is write-protected" in error
+    assert error.count("\n") == 1 and f"{readme}: it is write-protected" in error
     assert readme.read_text(encoding="utf-8") == ALL and not (run / "logs/loss_curve.png").exists()
     readme.chmod(0o644)
     assert update(run, readme) == 0
@@ -388,7 +388,7 @@ def test_dollars_in_a_name_are_no_formula(run, tmp_path, monkeypatch, plots):
             update(one, readme) == 0 and (one / "logs" / "loss_curve.png").stat().st_size > 10_000
         )
     assert update_readme.main(["--out_dir", *map(str, runs)]) == 0
-    figure = update_readme.comparison_figure(compare(list(map(read_run, runs))))
+    figure = update_readme.comparison_figure(Comparison.of(list(map(read_run, runs))))
     assert sorted(text.get_text() for text in figure.legends[0].get_texts()) == sorted(names)
 
 

@@ -11,7 +11,7 @@ from conftest import log_text
 from parts.commandline import read_typed
 from parts.flags import From, Origin, decided
 from parts.progress import Progress
-from parts.report.verdict import how_to_continue, verdict, without_never
+from parts.report.words import how_to_continue, verdict
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_the_last_lines_of_a_run_have_it(launch):
 
 def test_the_command_that_goes_on_can_be_pasted(config):
     config = replace(config, out_dir=Path("out/my run"))
-    typed = ["--preset", "demo", "--resume", "never", "--prompt", "one\ntwo", "--resume=never"]
+    typed = ["--preset", "demo", "--resume", "never", "--prompt", "one\ntwo"]
     assert (
         how_to_continue(typed, config, True)
         == "To continue: python train.py --out_dir 'out/my run'"
@@ -94,9 +94,3 @@ def test_the_command_that_goes_on_can_be_pasted(config):
     dashed = replace(config, out_dir=Path("-x"), tensorboard=True)
     command = how_to_continue(typed, dashed, True).removeprefix("To continue: python train.py ")
     assert read_typed(shlex.split(command)) == {"out_dir": Path("-x"), "tensorboard": True}
-    assert without_never(["--resume", "out/y/last.pt", "--seed", "1"]) == [
-        "--resume",
-        "out/y/last.pt",
-        "--seed",
-        "1",
-    ]

@@ -10,8 +10,11 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from textwrap import shorten
 
+import numpy as np
+import tiktoken
 import torch
 
 from parts.flags import DEVICE, Amp, Config, From, Origin, decided
@@ -278,3 +281,31 @@ def in_short(error: Exception) -> str:
     """The first sentence of what PyTorch says, without the place in its sources."""
     words = re.sub(r"^\[[^]]*\] (err == 0\. )?", "", str(error) or type(error).__name__)
     return re.split(r"\n|\. ", words)[0]
+
+
+def environment(device: str) -> dict[str, dict]:
+    """Versions and hardware, for records of what was computed here."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "numpy": np.__version__,
+        "tiktoken": tiktoken.__version__,
+    }
+    system = platform.platform(terse=True)
+    hardware: dict = {"cpu": processor_name(), "cores": os.cpu_count(), "os": system}
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        hardware["gpu"] = properties.name
+        hardware["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+    return {"versions": versions, "hardware": hardware}
+
+
+def processor_name() -> str:
+    """The CPU's model name; its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -10,11 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from parts.run.layout import BEGINNING
+from parts.flags import From
+from parts.run.layout import RunPaths, SampleBlock, sample_blocks
 
-LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ \| [A-Z]+ \| ", re.MULTILINE)
-FLAG = re.compile(r"(?<!\S)--([a-zA-Z][\w-]*)")  # on a command line
-TYPED = ("typed", "kept from the run so far")  # origins: what is kept was typed at an earlier start
 MEASURE = {"val_fraction", "val_sha256", "seq_len"}  # what changes how validation is measured
 OUTCOMES = {  # reasons to stop, of results.json
     "target": "target reached",
@@ -34,73 +31,70 @@ class Run:
     results: dict
     config: dict
     log: str
-    samples: str
+    samples: list[SampleBlock]
     vocabulary: str  # what tells it from others
 
     @property
     def flags(self) -> dict:
-        """The resolved flags, of config.json."""
-        flags = self.config.get("config")
-        return flags if isinstance(flags, dict) else {}
+        """The resolved flags of config.json."""
+        return dict_in(self.config, "config")
+
+    @property
+    def corpus(self) -> dict:
+        """What config.json says of the text."""
+        return dict_in(self.config, "corpus")
 
     @property
     def typed(self) -> set[str]:
-        """The flags that were typed, at any start: by the commands, and where there are none by the origins."""
-        commands = [
-            one["command"]
-            for one in self.launches or [self.config]
-            if isinstance(one.get("command"), str)
-        ]
-        if commands:
-            return {
-                word.replace("-", "_") for command in commands for word in FLAG.findall(command)
-            }
-        origins = self.config.get("origins")
-        found = origins.items() if isinstance(origins, dict) else ()
-        return {
-            name
-            for name, origin in found
-            if isinstance(origin, dict) and origin.get("from") in TYPED
-        }
+        """The flags that were typed, at this start or an earlier one."""
+        origins = dict_in(self.config, "origins")
+        sources = {name: dict_in(origins, name).get("from") for name in origins}
+        return {name for name, source in sources.items() if source in (From.TYPED, From.RUN)}
 
     @property
     def launches(self) -> list[dict]:
         """What config.json says of each start, oldest first."""
         launches = self.config.get("launches")
-        return (
-            [launch for launch in launches if isinstance(launch, dict)]
-            if isinstance(launches, list)
-            else []
-        )
-
-    @property
-    def corpus(self) -> dict:
-        """What config.json says of the text."""
-        corpus = self.config.get("corpus")
-        return corpus if isinstance(corpus, dict) else {}
+        if not isinstance(launches, list):
+            return []
+        return [launch for launch in launches if isinstance(launch, dict)]
 
     @cached_property
     def changes(self) -> list[tuple[float, dict]]:
-        """What changed when the run was continued, oldest first: the step from which on, and what changed, each with
-        its value until then.
+        """What changed when the run was continued, oldest first: from which step, and old values.
 
         A start takes back what was done behind the checkpoint from which it goes on.
         """
         found: list[tuple[float, dict]] = []
         for launch in self.launches:
-            if (first := number(launch, "first_step")) is not None:
-                changed = launch.get("changed")
+            first = number(launch, "first_step")
+            if first is not None:
+                changed = dict_in(launch, "changed")
                 found = [earlier for earlier in found if earlier[0] < first]
-                found += [(first, changed)] if changed and isinstance(changed, dict) else []
+                found += [(first, changed)] if changed else []
         return found
 
     @cached_property
     def flags_over_time(self) -> list[dict]:
         """The flags of each part of the run, oldest first; the last are `flags`."""
         parts = [self.flags]
-        for _, changed in reversed(self.changes):
+        for _first, changed in reversed(self.changes):
             parts.insert(0, parts[0] | changed)
         return parts
+
+
+def dict_in(values: dict, key: str) -> dict:
+    """The object under a key; empty when it is missing or something else."""
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def number(values: dict, key: str) -> float | None:
+    """A finite number, or None when the key is missing or something else."""
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
+        return None
+    return float(value)
 
 
 def read_run(out_dir: Path) -> Run:
@@ -108,45 +102,34 @@ def read_run(out_dir: Path) -> Run:
 
     Raises FileNotFoundError when there is no run, ValueError when a file is not what it should be.
     """
-    csv, samples = out_dir / "logs" / "train_metrics.csv", out_dir / "samples" / "samples.txt"
-    if not csv.is_file():
+    paths = RunPaths(out_dir)
+    if not paths.metrics_csv.is_file():
+        missing = paths.metrics_csv.as_posix()
         raise FileNotFoundError(
-            f"--out_dir {out_dir}: there is no run (no {csv.as_posix()}); name a run directory"
+            f"--out_dir {out_dir}: there is no run (no {missing}); name a run directory"
         )
-    model = read_json(out_dir / "tokenizer.json").get("model")  # of an own vocabulary
-    ids = model.get("vocab") if isinstance(model, dict) else "gpt2"
+    own_vocabulary = dict_in(json_object(paths.tokenizer_json), "model").get("vocab", "gpt2")
     return Run(
         out_dir,
-        read_metrics(csv),
-        read_json(out_dir / "results.json"),
-        read_json(out_dir / "config.json"),
-        read_text(out_dir / "logs" / "train.log", LOG_LINE, "line with a date and a level"),
-        read_text(samples, BEGINNING, "block of samples (80 '=', then STEP and a number)"),
-        json.dumps(ids, sort_keys=True),  # whatever the file's form
+        read_metrics(paths.metrics_csv),
+        json_object(paths.results_json),
+        json_object(paths.config_json),
+        growing_text(paths.train_log),
+        sample_blocks(growing_text(paths.samples_txt)),
+        json.dumps(own_vocabulary, sort_keys=True),  # whatever the file's form
     )
 
 
-def read_text(path: Path, pattern: re.Pattern, what: str) -> str:
-    """Text of a UTF-8 file with \\n line ends; empty when there is no file.
+def growing_text(path: Path) -> str:
+    """Text of a growing file, bad bytes replaced and line ends \\n; empty when it is not there.
 
-    Raises ValueError when there is text and the pattern is nowhere in it.
+    Zeros are left out: a power cut may put them in place of lines.
     """
-    if not path.exists():
-        return ""
-    text = "\n".join(read_written(path).splitlines())
-    if text.strip() and not pattern.search(text):
-        raise ValueError(
-            f"{path.as_posix()} has no {what}: it was not written by train.py; move it away"
-        )
-    return text
+    data = path.read_bytes().replace(b"\0", b"") if path.exists() else b""
+    return data.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
 
 
-def read_written(path: Path) -> str:
-    """Text of a growing file, bad bytes replaced. Zeros are left out: a power cut may put them in place of lines."""
-    return path.read_bytes().replace(b"\0", b"").decode("utf-8", errors="replace")
-
-
-def read_json(path: Path) -> dict:
+def json_object(path: Path) -> dict:
     """A JSON object; empty when there is no file. Raises ValueError when it is something else."""
     if not path.exists():
         return {}
@@ -160,17 +143,17 @@ def read_json(path: Path) -> dict:
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """The CSV of a run, sorted by step; a last line that was cut short is left out.
+    """The CSV of a run, sorted by step, without rows that are cut short.
 
     Raises ValueError when the columns step and loss are missing.
     """
-    text = read_written(path).lstrip("\ufeff")
+    text = growing_text(path)
     rows = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()]
-    header, rows = (rows[0], rows[1:]) if rows else ([], [])
+    header = rows[0] if rows else []
     if not {"step", "loss"} <= set(header) or len(set(header)) < len(header):
         raise ValueError(f"{path.as_posix()}: the first line names no columns step and loss")
-    table = pd.DataFrame([row for row in rows if len(row) == len(header)], columns=header)
-    table = table.apply(pd.to_numeric, errors="coerce").astype(float)
+    whole = [row for row in rows[1:] if len(row) == len(header)]
+    table = pd.DataFrame(whole, columns=header).apply(pd.to_numeric, errors="coerce").astype(float)
     table = table.replace([math.inf, -math.inf], math.nan).dropna(subset=["step"])
     return table.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
 
@@ -180,8 +163,13 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds))) if abs(seconds) < 1e12 else f"{seconds:.3g} s"
 
 
+def has_values(table: pd.DataFrame, column: str) -> bool:
+    """Whether the column is there and not empty."""
+    return column in table and bool(table[column].notna().any())
+
+
 def validation(run: Run) -> pd.DataFrame:
-    """The rows with a validation loss that compare: those measured on the present text, at the present seq_len."""
+    """The rows with a validation loss that compare: on the present text, at the present seq_len."""
     if not has_values(run.metrics, "val_loss"):
         return run.metrics.iloc[:0]
     since = max((first for first, changed in run.changes if MEASURE & changed.keys()), default=0)
@@ -189,90 +177,51 @@ def validation(run: Run) -> pd.DataFrame:
 
 
 def lowest_validation(run: Run) -> pd.Series | None:
-    """The row of the lowest validation loss, whose weights are best.pt; None before the first.
-
-    What is lower, and before the best step of results.json, had a best.pt that was lost, or another text under the
-    same name, of which older programs told nothing.
-    """
+    """The row of the lowest validation loss, whose weights are best.pt; None before the first."""
     measured = validation(run)
-    if run.results.get("best_metric") == "val_loss":
-        later = measured[measured["step"] >= (number(run.results, "best_step") or 0)]
-        measured = later if len(later) else measured
     return measured.loc[measured["val_loss"].idxmin()] if len(measured) else None
 
 
 def overfitting(run: Run) -> float | None:
-    """The step of the lowest validation loss, if it has risen since by more than a hundredth while the training loss
-    went on falling."""
-    if (lowest := lowest_validation(run)) is None:
+    """The step of the lowest validation loss, if the model overfits since: that loss rose by more
+    than a hundredth while the training loss went on falling."""
+    lowest = lowest_validation(run)
+    if lowest is None:
         return None
-    last = validation(run).iloc[-1]
-    risen = (
-        last["val_loss"] > 1.01 * lowest["val_loss"]
-        and smoothed(run.metrics)[0].iloc[-1] < lowest["val_loss"]
-    )
-    return lowest["step"] if risen else None
+    risen = validation(run).iloc[-1]["val_loss"] > 1.01 * lowest["val_loss"]
+    learned = training_loss(run.metrics).iloc[-1] < lowest["val_loss"]
+    return lowest["step"] if risen and learned else None
 
 
-def has_values(table: pd.DataFrame, column: str) -> bool:
-    """Whether the column is there and not empty."""
-    return column in table and bool(table[column].notna().any())
+def training_loss(table: pd.DataFrame) -> pd.Series:
+    """The window_loss; before a first window is full, the loss of single steps."""
+    return table["window_loss" if has_values(table, "window_loss") else "loss"]
 
 
-def smoothed(table: pd.DataFrame) -> tuple[pd.Series, str]:
-    """The run's own window_loss; for a CSV without one, a running mean over rows. And its name, if it has one."""
-    if has_values(table, "window_loss"):
-        return table["window_loss"], "window_loss"
-    rows = max(1, len(table) // 20)
-    return table["loss"].rolling(
-        rows, min_periods=1
-    ).mean(), f"mean of {rows} rows" if rows > 1 else ""
-
-
-def number(values: dict, key: str) -> float | None:
-    """A finite number, or None when the key is missing or something else."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
-        return None
-    return float(value)
-
-
-def latest(run: Run, column: str, key: str) -> float | None:
-    """How far a growing number has come: rows are written at once, results.json at saves and at the end."""
-    last = run.metrics[column].max() if has_values(run.metrics, column) else None
-    return max(
-        (float(value) for value in (last, number(run.results, key)) if value is not None),
-        default=None,
-    )
+def last_value(run: Run, column: str) -> float | None:
+    """The value of a growing number in the last row; None before the first."""
+    return float(run.metrics[column].max()) if has_values(run.metrics, column) else None
 
 
 def state(run: Run) -> str:
-    """How the run stands: a key of `OUTCOMES`, running, or unknown. A run that was killed looks like one that runs."""
-    reason, saved, rows = (
-        run.results.get("stop_reason"),
-        number(run.results, "final_step"),
-        run.metrics["step"],
-    )
-    going_on = (
-        bool(run.config)
-        if not run.results
-        else saved is not None and len(rows) and rows.iloc[-1] > saved
-    )
-    if going_on or reason == "running":
+    """How the run stands: a key of `OUTCOMES`, running, or unknown. A killed run looks running."""
+    reason = run.results.get("stop_reason")
+    saved = number(run.results, "final_step")
+    steps = run.metrics["step"]
+    went_on = saved is not None and len(steps) and steps.iloc[-1] > saved
+    if reason == "running" or went_on or (run.config and not run.results):
         return "running"
     return reason if isinstance(reason, str) and reason in OUTCOMES else "unknown"
 
 
 def outcome(run: Run) -> str:
-    """The same in words."""
-    how, step = state(run), latest(run, "step", "final_step")
+    """What came of the run, in words."""
+    how, step = state(run), last_value(run, "step")
     if how == "running":
-        return (
-            "running, before its first row" if step is None else f"running, as of step {step:,.0f}"
-        )
+        return f"running, as of step {step:,.0f}" if step else "running, before its first row"
     target = number(run.results, "target_loss") or 0
     corpus_loss = number(run.results, "corpus_loss")
     if how == "target" and corpus_loss is not None and corpus_loss > target:
-        return "target reached by window_loss alone"  # by the classic rule, or by an older train.py
-    missed = how == "steps" and target > 0
-    return OUTCOMES.get(how, how) + ", target not reached" * missed
+        return "target reached by window_loss alone"  # the classic rule
+    missed = ", target not reached" if how == "steps" and target > 0 else ""
+    return OUTCOMES.get(how, how) + missed

@@ -1,4 +1,4 @@
-"""What is told of the steps of a run: a bar on a terminal, a line and a CSV row every log_every steps, the ETA."""
+"""What is told of the steps of a run: a bar, lines of the log, rows of the CSV, the ETA."""
 
 import logging
 import time
@@ -11,6 +11,7 @@ from parts.flags import Config
 from parts.progress import Progress
 from parts.report import words
 from parts.run.directory import RunDir
+from parts.run.layout import step_line
 from parts.run.terminal import ticking
 from parts.text.corpus import Corpus
 
@@ -23,13 +24,8 @@ class StepLog:
     """Tells of one start of a run, and knows how long the run has taken."""
 
     def __init__(self, config: Config, progress: Progress, corpus: Corpus, run: RunDir, bar: tqdm):
-        self.config, self.progress, self.corpus, self.run, self.bar = (
-            config,
-            progress,
-            corpus,
-            run,
-            bar,
-        )
+        self.config, self.progress, self.corpus = config, progress, corpus
+        self.run, self.bar = run, bar
         # An untold step was made by the start before: this one only tells of it.
         self.first_step = progress.step + 1 - progress.untold
         self.line_tokens = progress.tokens - progress.untold * config.tokens_per_step
@@ -42,42 +38,38 @@ class StepLog:
         return self.elapsed_before + time.perf_counter() - self.started
 
     def step(self, lr: float, val_loss: float | None) -> None:
-        """Tell of the step that was just done, and of the validation loss if it was measured. Raises OSError."""
+        """Tell of the step just done, with its validation loss if measured. Raises OSError."""
         config, p, now = self.config, self.progress, time.perf_counter()
-        loss, grad_norm = p.loss, p.grad_norm
         tokens_per_sec = (p.tokens - self.line_tokens) / (now - self.line_time)
         if p.step == self.first_step:
             self.first_done = now
-        self.bar.set_postfix_str(
-            words.bar_text(loss, tokens_per_sec, self.seconds_left()), refresh=False
-        )
+        text = words.bar_text(p.loss, tokens_per_sec, self.seconds_left())
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if p.skipped_in_a_row:
-            log.warning(
-                f"step {p.step} skipped: its loss or gradient is not finite ({p.skipped_steps} so far)"
-            )
-        if (
-            p.step == 1
-            or p.step % config.log_every == 0
-            or p.stop_reason(config)
-            or val_loss is not None
-        ):
+            so_far = f"{p.skipped_steps} so far"
+            log.warning(f"step {p.step} skipped: its loss or gradient is not finite ({so_far})")
+        is_regular = p.step == 1 or p.step % config.log_every == 0
+        if is_regular or p.stop_reason(config) or val_loss is not None:
             self.line_time, self.line_tokens = now, p.tokens
-            row = words.step_row(
-                config, p, self.corpus, loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_sec=tokens_per_sec,
-                val_loss=val_loss,
-            )  # fmt: skip
+            measured = dict(
+                loss=p.loss, grad_norm=p.grad_norm, lr=lr, tokens_per_sec=tokens_per_sec
+            )
+            row = words.step_row(config, p, self.corpus, val_loss=val_loss, **measured)
             self.run.append_metrics(row)
-            log.info(words.step_line(row, config.steps))
-            if not self.hinted and (hint := words.stuck_hint(p, config)):
+            log.info(step_line(row, config.steps))
+            hint = None if self.hinted else words.stuck_hint(p, config)
+            if hint:
                 log.warning(hint)
                 self.hinted = True
         if p.step in (self.first_step + 1, self.first_step + 9):
             self.eta()
 
     def seconds_left(self) -> float | None:
-        """How long the run still takes at most, by the steps of this start but its first, in which a GPU gets ready;
-        None before the second."""
+        """How long the run still takes at most; None before the second step of this start.
+
+        The first step does not count: in it a GPU gets ready.
+        """
         steps = self.progress.step - self.first_step
         if steps < 1:
             return None
@@ -85,7 +77,7 @@ class StepLog:
         return (self.config.steps - self.progress.step) * sec_per_step
 
     def eta(self) -> None:
-        """Tell the same in the log."""
+        """Log how long the run still takes at most."""
         seconds = self.seconds_left()
         if seconds is not None and not self.progress.stop_reason(self.config):
             log.info(words.eta_line(self.config, seconds))
@@ -94,13 +86,8 @@ class StepLog:
 @contextmanager
 def step_log(config: Config, progress: Progress, corpus: Corpus, run: RunDir) -> Iterator[StepLog]:
     """A StepLog whose bar lasts as long as the block; lines of the log stand above the bar."""
-    bar = tqdm(
-        total=config.steps,
-        initial=progress.step - progress.untold,
-        bar_format=BAR,
-        dynamic_ncols=True,
-        leave=False,
-        disable=None,  # where stderr is no terminal
-    )
+    done = progress.step - progress.untold
+    look = dict(bar_format=BAR, dynamic_ncols=True, leave=False)
+    bar = tqdm(total=config.steps, initial=done, disable=None, **look)  # None: at terminals only
     with ticking(bar):
         yield StepLog(config, progress, corpus, run, bar)

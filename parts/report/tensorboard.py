@@ -1,4 +1,4 @@
-"""The run as TensorBoard shows it: each step once, whatever broke it off, and whenever this was turned on."""
+"""The run as TensorBoard shows it: each step once, however it ended, and from its first step on."""
 
 import io
 import logging
@@ -9,74 +9,52 @@ from pathlib import Path
 
 from parts.flags import Config
 from parts.run.directory import RunDir, append_whole, read_json
-from parts.run.layout import BLOCK, METRICS
+from parts.run.layout import csv_rows, sample_blocks
 
 log = logging.getLogger("train")
 EVENTS = "events.out.tfevents.{}.train"  # name of a file; those of other programs end otherwise
-GROUPS = dict(
-    lr="optimizer",
-    grad_norm="optimizer",
-    tokens="speed",
-    tokens_per_sec="speed",
-    elapsed_sec="speed",
-)
-RESULTS = {
-    "best_loss",
-    "best_step",
-    "corpus_loss",
-    "perplexity",
-    "bits_per_byte",
-    "val_loss",
-    "val_perplexity",
+ATTEMPT = "TensorBoard's events"
+GROUPS = {  # column of the CSV: group of plots, by default "loss"
+    "lr": "optimizer",
+    "grad_norm": "optimizer",
+    "tokens": "speed",
+    "tokens_per_sec": "speed",
+    "elapsed_sec": "speed",
 }
+RESULTS = "best_loss best_step corpus_loss perplexity bits_per_byte val_loss val_perplexity"
 
 
 @contextmanager
-def shown(run: RunDir, config: Config) -> Iterator[None]:
-    """Around a run: events of all of it with --tensorboard, else none. What is in their way costs the run nothing."""
-    board = None
-    with run.attempt(
-        "TensorBoard's events"
-    ):  # an open TensorBoard gets stuck where its file is gone: first empty it
+def writing_events(run: RunDir, config: Config) -> Iterator[None]:
+    """Around a run: with --tensorboard write its events, else empty those of earlier starts.
+
+    What is in the way of events costs the run nothing.
+    """
+    with run.attempt(ATTEMPT):  # emptied: an open TensorBoard gets stuck where its file is gone
         for path in sorted(run.events.glob(EVENTS.format("*")), reverse=True):
             path.write_bytes(b"") if path.stat().st_size else path.unlink()
+    board = None
     if config.tensorboard:
         try:
             board = Board(run, config)
-            log.info(
-                "Events for TensorBoard: %s; to see them: tensorboard --logdir %s",
-                run.events,
-                run.root,
-            )
-        except (
-            Exception
-        ) as error:  # versions of TensorBoard, protobuf and NumPy fail together in many ways
-            log.warning(
-                "Going on without --tensorboard (pip install tensorboard): %s",
-                str(error).partition("\n")[0],
-            )
-    run.also = None if board is None else board.append
+            how = f"tensorboard --logdir {run.root}"
+            log.info("Events for TensorBoard: %s; to see them: %s", run.events, how)
+        except Exception as error:  # TensorBoard, protobuf and NumPy fail together in many ways
+            reason = str(error).partition("\n")[0]
+            log.warning(f"Going on without --tensorboard (pip install tensorboard): {reason}")
+    run.listener = None if board is None else board.append
     try:
         yield
     finally:
-        run.also = None
+        run.listener = None
         if board is not None:
             board.end()
 
 
-def rows_of(table: str) -> list[dict[str, float]]:
-    """Lines of the CSV as columns and values, without what is empty and without the header."""
-    lines = [line.split(",") for line in table.splitlines() if line[:1].isdigit()]
-    return [
-        {name: float(cell) for name, cell in zip(METRICS, cells, strict=False) if cell}
-        for cells in lines
-    ]
-
-
 class Board:
-    """An event file of TensorBoard: first what metrics and samples hold, which are the truth, then what they get.
+    """An event file of TensorBoard: first what metrics and samples hold, then what they get.
 
-    Whole records are appended before training goes on: no thread fails, is waited for, or is killed with rows in hand.
+    Whole records are appended before training goes on: no thread can fail with rows in hand.
     """
 
     def __init__(self, run: RunDir, config: Config):
@@ -90,64 +68,50 @@ class Board:
         self.waiting = io.BytesIO()
         self.records = RecordWriter(self.waiting)
 
-        files = {
-            path: path.read_bytes().decode("utf-8", "replace")
-            for path in (run.metrics_csv, run.samples_txt)
-        }
-        times = {row["step"]: row["elapsed_sec"] for row in rows_of(files[run.metrics_csv])}
-        elapsed, began = (
-            0.0,
-            time.time() - max(times.values(), default=0.0),
-        )  # had it run without a break
-        flags = {
-            name: ", ".join(v) if isinstance(v, list) else v for name, v in config.as_dict().items()
-        }
-        compared = [
-            "results/best_loss",
-            "results/corpus_loss",
-            "loss/window_loss",
-            *["loss/val_loss"] * config.validates,
-        ]
+        files = (run.metrics_csv, run.samples_txt)
+        texts = {path: path.read_bytes().decode("utf-8", "replace") for path in files}
+        times = {row["step"]: row["elapsed_sec"] for row in csv_rows(texts[run.metrics_csv])}
+        elapsed = 0.0
+        began = time.time() - max(times.values(), default=0.0)  # had it run without a break
+        flags = config.as_dict()
+        for name, value in flags.items():
+            flags[name] = ", ".join(value) if isinstance(value, list) else value
+        compared = ["results/best_loss", "results/corpus_loss", "loss/window_loss"]
+        compared += ["loss/val_loss"] if config.validates else []
         experiment, session, self.session_end = hparams(flags, dict.fromkeys(compared, 0))
         self.record(0, began, file_version="brain.Event:2")
-        self.record(
-            0, began, session_log=SessionLog(status=SessionLog.START)
-        )  # to readers: forget all from step 0 on
+        start = SessionLog(status=SessionLog.START)  # to readers: forget all from step 0 on
+        self.record(0, began, session_log=start)
         self.record(0, began, summary=experiment)
         self.record(0, began, summary=session)
-        past = [one for path, content in files.items() for one in self.summaries(path, content)]
+        past = [one for path, content in texts.items() for one in self.summaries(path, content)]
         for step, summary in sorted(past, key=lambda one: one[0]):
             elapsed = times.get(step, elapsed)
             self.record(step, began + elapsed, summary=summary)
         self.flush()
 
     def summaries(self, path: Path, content: str) -> Iterator[tuple[int, object]]:
-        """Step and summary of each row or block in a text from metrics or samples; of other files nothing."""
+        """Step and summary of each row or block in a text of metrics or samples; else nothing."""
         if path == self.run.metrics_csv:
-            for row in rows_of(content):
+            for row in csv_rows(content):
                 step = int(row.pop("step"))
-                yield (
-                    step,
-                    self.scalars(
-                        {f"{GROUPS.get(name, 'loss')}/{name}": value for name, value in row.items()}
-                    ),
-                )
+                tags = {f"{GROUPS.get(name, 'loss')}/{name}": row[name] for name in row}
+                yield step, self.scalars(tags)
         elif path == self.run.samples_txt:
-            for step, block in dict(BLOCK.findall(content)).items():
-                yield (
-                    int(step),
-                    self.text("samples", "    " + block.replace("\n", "\n    ")),
-                )  # in Markdown: verbatim
+            blocks = {block.step: block for block in sample_blocks(content)}
+            for step, block in blocks.items():
+                verbatim = "    " + block.texts.strip("\n").replace("\n", "\n    ")  # in Markdown
+                yield step, self.text("samples", verbatim)
 
     def scalars(self, values: dict[str, float]) -> object:
-        return self.Summary(
-            value=[self.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        )
+        """A summary of plotted values, by tag."""
+        value_of = self.Summary.Value
+        return self.Summary(value=[value_of(tag=t, simple_value=v) for t, v in values.items()])
 
     def record(self, step: int, wall_time: float, **content: object) -> None:
-        self.records.write(
-            self.Event(step=step, wall_time=wall_time, **content).SerializeToString()
-        )
+        """Add an event to those that wait."""
+        event = self.Event(step=step, wall_time=wall_time, **content)
+        self.records.write(event.SerializeToString())
 
     def append(self, path: Path, content: str) -> None:
         """Show what a file of the run was just given."""
@@ -159,18 +123,19 @@ class Board:
     def end(self) -> None:
         """Show the results of a run that ended, was interrupted or failed."""
         results = read_json(self.run.results_json)
-        if (reason := results.get("stop_reason", "running")) != "running":
-            values = {
-                f"results/{k}": v for k, v in results.items() if k in RESULTS and v is not None
-            }
-            self.record(results.get("final_step", 0), time.time(), summary=self.scalars(values))
-            if reason not in ("interrupted", "failed"):
-                self.record(0, time.time(), summary=self.session_end)
-            self.flush()
+        reason = results.get("stop_reason", "running")
+        if reason == "running":
+            return
+        found = {f"results/{name}": results.get(name) for name in RESULTS.split()}
+        values = {tag: value for tag, value in found.items() if value is not None}
+        self.record(results.get("final_step", 0), time.time(), summary=self.scalars(values))
+        if reason not in ("interrupted", "failed"):
+            self.record(0, time.time(), summary=self.session_end)
+        self.flush()
 
     def flush(self) -> None:
         """Append what waits to the file, or none of it."""
-        with self.run.attempt("TensorBoard's events"):
+        with self.run.attempt(ATTEMPT):
             self.run.check_owner()
             self.run.events.mkdir(exist_ok=True)
             self.path.touch()

@@ -1,4 +1,4 @@
-"""Numbers to words: plan, warnings, step lines, results. Functions of plain values; nothing here writes a file."""
+"""Numbers to words: plan, warnings, lines of the log, results. Functions of plain values."""
 
 import math
 import shlex
@@ -6,16 +6,25 @@ import statistics
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from parts.compute.device import cpu_only_hint
+from parts.commandline import flag_words, to_type, value_of
 from parts.flags import Config, From, names
 from parts.progress import COMPLETE, Progress
 from parts.recipe import LAW_TARGET, Text, usual_steps
-from parts.report.provenance import changed
-from parts.run.checkpoint import STATE_BYTES, WEIGHT_BYTES
+from parts.report.provenance import changed, launch_words
 from parts.run.directory import gigabytes
+from parts.run.layout import STATE_BYTES, WEIGHT_BYTES, Row
 from parts.text.corpus import Corpus, smallest_seq_len
 
 STUCK_AFTER = 200  # steps after warm-up by which a healthy run is far below ln V
+SHOWN_OF_SAMPLE = 200  # characters of a sampled text in the log
+HEADINGS = {  # of the plan's lines about values that were neither typed nor constant
+    From.RUN: "Kept from the run so far",
+    From.PRESET: "From the preset",
+    From.TEXT: "From the text",
+    From.FLAGS: "From other flags",
+    From.MACHINE: "From this machine",
+    From.MEMORY: "From the memory",
+}
 
 
 def perplexity(loss: float) -> float:
@@ -28,205 +37,187 @@ def bits_per_byte(loss: float | None, bytes_per_token: float) -> float | None:
     return None if loss is None else loss / math.log(2) / bytes_per_token
 
 
-def lengths(tokens: tuple[int, ...]) -> str:
-    """Lengths of slices as text: 32 and 128."""
-    return " and ".join(map(str, tokens))
-
-
-def slices_line(config: Config) -> str:
-    """How long the slices of a run with mixed steps are."""
-    c = config
-    line = f"Slices: {lengths(c.slice_lengths(1))} tokens long"
-    if c.mixed_steps < c.steps:
-        line += f" up to step {c.mixed_steps:,}, then {lengths(c.slice_lengths(c.steps))}"
-    return line
-
-
-def target_rule(config: Config) -> str:
-    """What has to be at or below the target for a run to stop."""
-    if config.one_low_step_is_enough:
-        return "by the classic rule: the first step at or below it, one alone"
-    return f"for the mean of {config.target_window} steps, and then for random slices"
-
-
-def on_random_slices(progress: Progress) -> str:
-    """How exact the measured corpus loss is."""
-    p = progress
-    return f"{p.corpus_loss_slices:,} random slices, standard error {p.corpus_loss_error:.6f}"
-
-
-def random_slices_words(progress: Progress) -> str:
-    """The corpus loss of this step, as far as it could be measured."""
-    if not progress.corpus_measured:
-        return "the loss on random slices could not be measured"
-    return f"the loss on random slices is {progress.corpus_loss:.6f}"
-
-
-def reached_line(progress: Progress, config: Config) -> str:
-    """By which loss the target was reached, and what the other one is."""
-    p, window_loss = progress, progress.window_loss(config)
-    if p.step_reached(config):
-        other = f"{random_slices_words(p)} ({on_random_slices(p)})"
-        rule = f"(The classic rule: one step alone; {other}.)"
-        return f"Target reached: loss {window_loss:.6f} <= {config.target_loss}. Stopping. {rule}"
-    window = "no full window" if window_loss is None else f"window_loss {window_loss:.6f}"
-    found = f"({on_random_slices(p)}; {window})"
-    return f"Target reached: loss {p.corpus_loss:.6f} <= {config.target_loss}. Stopping. {found}"
-
-
-def failed_check_line(progress: Progress, config: Config) -> str:
-    """That the run goes on although window_loss is at the target."""
-    p = progress
-    return (
-        f"Step {p.step}: window_loss {p.window_loss(config):.6f} is at or below the target "
-        f"{config.target_loss}, but the loss on random slices is {p.corpus_loss:.6f} "
-        f"({on_random_slices(p)}). Going on."
-    )
-
-
-def missed_line(progress: Progress, config: Config) -> str:
-    """That all steps did not suffice."""
-    above = f", above the target {config.target_loss}" if progress.corpus_measured else ""
-    return f"All {progress.step} steps done; {random_slices_words(progress)}{above}."
-
-
 def plan(config: Config, corpus: Corpus, floor: float, progress: Progress) -> list[str]:
-    """What will happen, to be said before the first step."""
+    """Lines that say what will happen."""
     c, n_tokens = config, len(corpus.tokens)
     planned = progress.tokens + (c.steps - progress.step) * c.tokens_per_step
-    part = (
-        f"the first {n_tokens:,} of {corpus.text_tokens:,}"
-        if n_tokens < corpus.text_tokens
-        else f"{n_tokens:,}"
-    )
-    files = corpus.remark and f" ({corpus.remark})"
-    target = f"target {c.target_loss:g}, {target_rule(c)}" if c.target_loss else "no target"
-    return [
+    is_part = n_tokens < corpus.text_tokens
+    part = f"the first {n_tokens:,} of {corpus.text_tokens:,}" if is_part else f"{n_tokens:,}"
+    files = f" ({corpus.remark})" if corpus.remark else ""
+    lines = [
         f"Run directory: {c.out_dir}",
-        f"Model: GPT-2, {c.n_params:,} parameters ({c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
-        f"{c.block_size} positions, vocabulary {c.vocab_size})",
-        f"Corpus: {names(c.input_file)}{files}, {part} tokens ({corpus.bytes_per_token:.3f} bytes each), "
-        f"sha256 {corpus.sha256[:16]}",
-        *validation_lines(corpus),
-        f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = {c.tokens_per_step:,} "
-        f"tokens; a pseudo-epoch of {n_tokens:,} tokens is {n_tokens / c.tokens_per_step:,.1f} steps",
-        *([slices_line(c)] if c.mixed_steps else []),
-        f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; lr {c.lr:g} after "
-        f"{c.warmup_steps} steps of warm-up, {c.min_lr:g} from step {c.decay_steps:,}",
-        f"Loss: ln V = {math.log(c.vocab_size):.3f} for a model that knows nothing; floor of this corpus at seq_len "
-        f"{c.seq_len}: {floor:.4f}{' (an estimate)' * corpus.floor_is_an_estimate}; {target}",
+        f"Model: GPT-2, {c.n_params:,} parameters ({c.n_layer} layers, {c.n_head} heads, width "
+        f"{c.n_embd}, {c.block_size} positions, vocabulary {c.vocab_size})",
+        f"Corpus: {names(c.input_file)}{files}, {part} tokens ({corpus.bytes_per_token:.3f} bytes "
+        f"each), sha256 {corpus.sha256[:16]}",
+    ]
+    if corpus.val_tokens is not None:
+        files = f" ({corpus.val_remark})" if corpus.val_remark else ""
+        line = f"Validation: {len(corpus.val_tokens):,} tokens{files}, never trained on"
+        if corpus.yardstick is not None:
+            compressor, bits = corpus.yardstick
+            line += f"; {compressor} makes {bits:.3f} bits per byte of them"
+        lines.append(line)
+    lines.append(
+        f"Step: batch_size {c.batch_size} x grad_accum {c.grad_accum} x seq_len {c.seq_len} = "
+        f"{c.tokens_per_step:,} tokens; a pseudo-epoch of {n_tokens:,} tokens is "
+        f"{n_tokens / c.tokens_per_step:,.1f} steps"
+    )
+    if c.mixed_steps:
+        mixed, later = c.slice_lengths(1), c.slice_lengths(c.steps)
+        line = f"Slices: {' and '.join(map(str, mixed))} tokens long"
+        if c.mixed_steps < c.steps:
+            line += f" up to step {c.mixed_steps:,}, then {' and '.join(map(str, later))}"
+        lines.append(line)
+    target = "no target"
+    if c.target_loss:
+        target = f"target {c.target_loss:g}, "
+        if c.one_low_step_is_enough:
+            target += "by the classic rule: the first step at or below it, one alone"
+        else:
+            target += f"for the mean of {c.target_window} steps, and then for random slices"
+    estimate = " (an estimate)" if corpus.floor_is_an_estimate else ""
+    return [
+        *lines,
+        f"Plan: {c.steps:,} steps = {planned:,} tokens = {planned / n_tokens:,.1f} pseudo-epochs; "
+        f"lr {c.lr:g} after {c.warmup_steps} steps of warm-up, {c.min_lr:g} from step "
+        f"{c.decay_steps:,}",
+        f"Loss: ln V = {math.log(c.vocab_size):.3f} for a model that knows nothing; floor of this "
+        f"corpus at seq_len {c.seq_len}: {floor:.4f}{estimate}; {target}",
         *origin_lines(c),
     ]
 
 
-def validation_lines(corpus: Corpus) -> list[str]:
-    """How much text is held out, and how well a compressor predicts it."""
-    if corpus.val_tokens is None:
-        return []
-    files = corpus.val_remark and f" ({corpus.val_remark})"
-    line = f"Validation: {len(corpus.val_tokens):,} tokens{files}, never trained on"
-    if corpus.yardstick is not None:
-        line += "; {} makes {:.3f} bits per byte of them".format(*corpus.yardstick)
-    return [line]
-
-
 def origin_lines(config: Config) -> list[str]:
-    """Every value that was neither typed nor constant, a line for each kind of origin, then the device."""
-    told: dict[From, list[str]] = {source: [] for source in HEADINGS}
+    """Every value that was neither typed nor constant, a line for each origin; then the device."""
     values = config.as_dict()
-    silent = {"device", "out_dir", "prompt"} | ({"eval_every"} if not config.validates else set())
+    silent = {"device", "out_dir", "prompt"}
+    if not config.validates:
+        silent.add("eval_every")
+    told: dict[From, list[str]] = {source: [] for source in HEADINGS}
     for name, (source, reason) in config.origins.items():
         value = values[name]
-        if source in HEADINGS and name not in silent and value not in (None, ""):
-            why = "" if source == From.RUN or not reason else f" ({reason})"
-            told[source].append(
-                f"{name} {' '.join(value) if isinstance(value, list) else value}{why}"
-            )
-    reason = config.origins["device"].reason if "device" in config.origins else ""
-    device = f"Device: {config.device} ({reason or '--device'})"
-    return [
-        *(f"{HEADINGS[source]}: {'; '.join(words)}" for source, words in told.items() if words),
-        device,
-    ]
+        if source not in HEADINGS or name in silent or value in (None, ""):
+            continue
+        value = " ".join(value) if isinstance(value, list) else value
+        why = f" ({reason})" if reason and source != From.RUN else ""
+        told[source].append(f"{name} {value}{why}")
+    lines = [f"{HEADINGS[source]}: {'; '.join(words)}" for source, words in told.items() if words]
+    chosen = config.origins.get("device")
+    reason = chosen.reason if chosen else ""
+    return [*lines, f"Device: {config.device} ({reason or '--device'})"]
 
 
-HEADINGS = {
-    From.RUN: "Kept from the run so far",
-    From.PRESET: "From the preset",
-    From.TEXT: "From the text",
-    From.FLAGS: "From other flags",
-    From.MACHINE: "From this machine",
-    From.MEMORY: "From the memory",
-}
-
-
-def forebodings(config: Config, corpus: Corpus, floor: float) -> list[str]:
-    """What the plan cannot reach or will not do well, to be warned of."""
+def plan_warnings(
+    config: Config, corpus: Corpus, floor: float, cpu_hint: str | None = None
+) -> list[str]:
+    """What the plan cannot reach or will not do well; `cpu_hint` is why a GPU is not used."""
     c, found = config, []
     if 0 < c.target_loss < floor:
         enough = smallest_seq_len(corpus.tokens, c.target_loss, c.block_size)
-        way = (
-            f"--seq_len {enough} is the smallest that can"
-            if enough
-            else f"nor at any --seq_len up to {c.block_size}"
-        )
+        way = f"nor at any --seq_len up to {c.block_size}"
+        if enough:
+            way = f"--seq_len {enough} is the smallest that can"
         found.append(
-            f"--target_loss {c.target_loss:g} is below the floor {floor:.4f}: no model can reach it at --seq_len "
-            f"{c.seq_len}; {way}"
+            f"--target_loss {c.target_loss:g} is below the floor {floor:.4f}: no model can reach "
+            f"it at --seq_len {c.seq_len}; {way}"
         )
-    found += unusual_steps(c, corpus, floor)
+    usual = usual_steps(c, Text(0, len(corpus.tokens)))
+    steps = c.origins.get("steps")
+    is_typed = steps is not None and steps.source in (From.TYPED, From.RUN)
+    holds = max(floor, LAW_TARGET / 2) < c.target_loss <= 2 * LAW_TARGET
+    if is_typed and holds and not usual / 2 <= c.steps <= 2 * usual:
+        per_pass = len(corpus.tokens) / c.tokens_per_step
+        found.append(
+            f"{c.steps / per_pass:,.3g} passes over this text; about {usual / per_pass:,.3g} are "
+            f"usual (--steps {usual})"
+        )
     if c.min_lr == 0 and c.decay_steps < c.steps:
         found.append(
-            f"The learning rate is 0 from step {c.decay_steps:,} on, and nothing is learned any more: raise "
-            "--decay_steps or --min_lr"
+            f"The learning rate is 0 from step {c.decay_steps:,} on, and nothing is learned any "
+            "more: raise --decay_steps or --min_lr"
         )
     if c.device == "cpu" and c.amp == "fp16":
         found.append("--amp fp16 is very slow on a CPU: bf16 or off is faster")
-    if c.device == "cpu" and (hint := cpu_only_hint()):
-        found.append(hint)
+    if c.device == "cpu" and cpu_hint:
+        found.append(cpu_hint)
     if c.device == "cpu" and c.n_params > 100e6:
         found.append(
-            f"{c.n_params / 1e6:.0f}M parameters take hours to days on a CPU, except on a short text: --dry_run "
-            "measures it; --preset write learns to write new text from yours in minutes"
+            f"{c.n_params / 1e6:.0f}M parameters take hours to days on a CPU, except on a short "
+            "text: --dry_run measures it; --preset write learns to write new text from yours in "
+            "minutes"
         )
     return found
 
 
-def unusual_steps(config: Config, corpus: Corpus, floor: float) -> list[str]:
-    """That the steps are far from those of the law, where it holds and they were typed."""
-    c, usual = config, usual_steps(config, Text(0, len(corpus.tokens)))
-    typed = "steps" in c.origins and c.origins["steps"].source in (From.TYPED, From.RUN)
-    holds = max(floor, LAW_TARGET / 2) < c.target_loss <= 2 * LAW_TARGET
-    if not typed or not holds or usual / 2 <= c.steps <= 2 * usual:
-        return []
-    planned, expected = (
-        count * c.tokens_per_step / len(corpus.tokens) for count in (c.steps, usual)
+def changes(saved: dict, config: Config) -> str:
+    """The flags that differ from a checkpoint's, with both values; empty when none does."""
+    now = config.as_dict()
+    differing = changed(saved, config).items()
+    return ", ".join(f"--{name} {before!r} -> {now[name]!r}" for name, before in differing)
+
+
+def finished(step: int, stop_reason: str) -> str:
+    """That a run is over, and the way to go on."""
+    how = {
+        "target": f"the target was reached at step {step}. Lower --target_loss",
+        "patience": f"no lower validation loss up to step {step}. Raise --patience",
+        "steps": f"all steps up to {step} are done. Raise --steps (and --decay_steps, if it was "
+        "typed)",
+    }[stop_reason]
+    return (
+        f"Already finished: {how} to go on, or choose another --out_dir (or --resume never) for a "
+        "new run."
     )
-    return [
-        f"{planned:,.3g} passes over this text; about {expected:,.3g} are usual (--steps {usual})"
+
+
+def rehearsing_line(config: Config) -> str:
+    """That a dry run measures, and how long that may take."""
+    long = ""
+    if config.device == "cpu" and config.n_params > 20e6:
+        long = f"; with {config.n_params / 1e6:.0f}M parameters a CPU may take minutes for them"
+    return f"Measuring two steps{long} ..."
+
+
+def rehearsal(config: Config, step: int, sec: float, memory: int | None, free: float) -> list[str]:
+    """What a dry run found: seconds of a step, bytes of memory and disk; the run is at `step`."""
+    c = config
+    state, weights = STATE_BYTES * c.n_params, WEIGHT_BYTES * c.n_params
+    left = max(0, c.steps - step)
+    most = timedelta(seconds=round(left * sec))
+    steps = f"the {left:,} steps that are left of {c.steps:,}" if step else f"{left:,} steps"
+    lines = [
+        f"Time: {sec:.2f} s for a step, uncompiled; {most} for {steps} at most: begun now, "
+        f"they end by {clock_after(most)}"
     ]
+    if memory is not None:
+        where = "of the card's memory" if c.device.startswith("cuda") else "of memory"
+        copies = f"{gigabytes(state + weights)} for the copies of saves"
+        lines.append(f"Memory: {gigabytes(memory)} {where}, and {copies}")
+    lines.append(
+        f"Disk: {gigabytes(3 * state + weights)} at most in {c.out_dir} (last, prev and one being "
+        f"written, {gigabytes(state)} each, best {gigabytes(weights)}); {gigabytes(free)} are free"
+    )
+    return [*lines, "Dry run: no file of a run was written."]
 
 
 def stuck_hint(progress: Progress, config: Config) -> str | None:
-    """What may be wrong when the loss is still that of guessing, long after warm-up; None when it is not."""
+    """What may be wrong when the loss still is that of guessing long after warm-up, else None."""
     losses, ln_vocab = progress.recent_losses, math.log(config.vocab_size)
-    if (
-        progress.step < config.warmup_steps + STUCK_AFTER
-        or not losses
-        or statistics.fmean(losses) < ln_vocab - 0.3
-    ):
+    is_early = progress.step < config.warmup_steps + STUCK_AFTER
+    if is_early or not losses or statistics.fmean(losses) < ln_vocab - 0.3:
         return None
     return (
-        f"The loss still is about ln V = {ln_vocab:.3f}, that of guessing. Usual causes: --lr {config.lr:g} is far too "
-        f"low or too high; --init_std {config.init_std:g} does not suit --n_embd {config.n_embd}; the text has no "
-        "structure"
+        f"The loss still is about ln V = {ln_vocab:.3f}, that of guessing. Usual causes: --lr "
+        f"{config.lr:g} is far too low or too high; --init_std {config.init_std:g} does not suit "
+        f"--n_embd {config.n_embd}; the text has no structure"
     )
 
 
 def step_row(
     config: Config, progress: Progress, corpus: Corpus, *, val_loss: float | None, **measured: float
-) -> dict[str, float | None]:
-    """The step's row of the CSV, from what was measured of it: loss, grad_norm, lr and tokens_per_sec."""
+) -> Row:
+    """The step's row of the CSV; `measured` are loss, grad_norm, lr and tokens_per_sec."""
     p, window_loss = progress, progress.window_loss(config)
     row: dict[str, float | None] = {"step": p.step, **measured, "elapsed_sec": p.elapsed_sec}
     row |= {"tokens": p.tokens, "window_loss": window_loss}
@@ -235,18 +226,6 @@ def step_row(
         row |= {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)}
         row["val_bits_per_byte"] = bits_per_byte(val_loss, corpus.val_bytes_per_token)
     return row
-
-
-def step_line(row: dict[str, float | None], steps: int) -> str:
-    """The same as a line of the log."""
-    line = f"step {row['step']}/{steps} | loss {row['loss']:.6f} | lr {row['lr']:.2e} | tok/s {row['tokens_per_sec']:.1f}"
-    if row["window_loss"] is not None:
-        line += f" | window_loss {row['window_loss']:.6f}"
-    line += f" | grad_norm {row['grad_norm']:.3f}"
-    if "val_loss" in row:
-        line += f" | val_loss {row['val_loss']:.6f} | val_perplexity {row['val_perplexity']:.2f}"
-        line += f" | val_bits_per_byte {row['val_bits_per_byte']:.4f}"
-    return line
 
 
 def bar_text(loss: float, tokens_per_sec: float, seconds_left: float | None) -> str:
@@ -263,8 +242,11 @@ def clock_after(duration: timedelta) -> str:
 def eta_line(config: Config, seconds_left: float) -> str:
     """How long the run still takes at most, and until when."""
     remaining = timedelta(seconds=round(seconds_left))
-    causes = [cause for cause, set_ in (("the target is reached", config.target_loss),
-                                        ("the validation loss improves no more", config.patience)) if set_]  # fmt: skip
+    causes = []
+    if config.target_loss:
+        causes.append("the target is reached")
+    if config.patience:
+        causes.append("the validation loss improves no more")
     sooner = f", sooner if {' or '.join(causes)}" if causes else ""
     return f"ETA {remaining} ({clock_after(remaining)}) to step {config.steps}{sooner}"
 
@@ -272,77 +254,19 @@ def eta_line(config: Config, seconds_left: float) -> str:
 def sample_line(step: int, prompt: str, output: str) -> str:
     """The beginning of a sampled text, on one line."""
     words = " ".join(output.split())
-    rest = (
-        " ..." if len(words) > 200 else " (and white space)" * (words == " ".join(prompt.split()))
-    )
-    return f"Sample at step {step}: {words[:200]}{rest}"
+    rest = ""
+    if len(words) > SHOWN_OF_SAMPLE:
+        rest = " ..."
+    elif words == " ".join(prompt.split()):
+        rest = " (and white space)"
+    return f"Sample at step {step}: {words[:SHOWN_OF_SAMPLE]}{rest}"
 
 
 def best_line(loss: float, step: int, config: Config, path: Path) -> str:
     """That the best weights are on disk, and by which loss they are the best."""
-    whole = config.validates or step >= config.target_window
-    metric = f"{config.best_metric} at step {step}" if whole else f"mean of the {step} steps"
-    return f"New best loss {loss:.6f} -> saved: {path} ({metric})"
-
-
-def next_command(config: Config) -> str:
-    """What to do with a trained model."""
-    return f"Next: {shlex.join(['python', 'sample.py', '--checkpoint', config.out_dir.as_posix()])}"
-
-
-def rehearsing_line(config: Config) -> str:
-    """That a dry run measures, and how long that may take."""
-    long = ""
-    if config.device == "cpu" and config.n_params > 20e6:
-        long = f"; with {config.n_params / 1e6:.0f}M parameters a CPU may take minutes for them"
-    return f"Measuring two steps{long} ..."
-
-
-def rehearsal(config: Config, step: int, sec: float, memory: int | None, free: float) -> list[str]:
-    """What a dry run found: seconds of a step, bytes of memory and disk; the run is at `step`."""
-    c, where = config, "of the card's memory" if config.device.startswith("cuda") else "of memory"
-    state, weights = STATE_BYTES * c.n_params, WEIGHT_BYTES * c.n_params
-    left = max(0, c.steps - step)
-    most = timedelta(seconds=round(left * sec))
-    steps = f"the {left:,} steps that are left of {c.steps:,}" if step else f"{left:,} steps"
-    lines = [
-        f"Time: {sec:.2f} s for a step, uncompiled; {most} for {steps} at most: begun now, "
-        f"they end by {clock_after(most)}"
-    ]
-    if memory is not None:
-        lines.append(
-            f"Memory: {gigabytes(memory)} {where}, and {gigabytes(state + weights)} for the copies of saves"
-        )
-    lines.append(
-        f"Disk: {gigabytes(3 * state + weights)} at most in {c.out_dir} (last, prev and one being written, "
-        f"{gigabytes(state)} each, best {gigabytes(weights)}); {gigabytes(free)} are free"
-    )
-    return [*lines, "Dry run: no file of a run was written."]
-
-
-def overfits(config: Config, progress: Progress) -> bool:
-    """Whether the validation loss has risen since its lowest while the training loss went on falling."""
-    p = progress
-    return p.val_loss > 1.01 * p.best_loss and (p.window_loss(config) or math.inf) < p.best_loss
-
-
-def ending(progress: Progress, config: Config, corpus: Corpus, stop_reason: str) -> list[str]:
-    """What there is to say about a run that came to its end."""
-    p, lines = progress, []
-    if stop_reason == "target":
-        lines.append(reached_line(p, config))
-    elif stop_reason == "patience":
-        lines.append(f"No lower validation loss in {config.patience} measurements. Stopping.")
-    elif config.target_loss:
-        lines.append(missed_line(p, config))
-    else:
-        lines.append(f"All {p.step} steps done.")
-    if config.validates and p.best_step:
-        bits = bits_per_byte(p.best_loss, corpus.val_bytes_per_token)
-        lowest = f"best.pt has the weights of step {p.best_step}, with the lowest validation loss: {p.best_loss:.6f}"
-        now = f"; it is {p.val_loss:.6f} now: from there on the model overfits, learning its text by heart"
-        lines.append(f"{lowest}, {bits:.4f} bits per byte{now * overfits(config, p)}")
-    return [*lines, corpus_loss_line(p, corpus)] if p.corpus_measured else lines
+    is_whole = config.validates or step >= config.target_window
+    what = f"{config.best_metric} at step {step}" if is_whole else f"mean of the {step} steps"
+    return f"New best loss {loss:.6f} -> saved: {path} ({what})"
 
 
 def compiling_line(config: Config) -> str:
@@ -352,32 +276,129 @@ def compiling_line(config: Config) -> str:
 
 
 def measuring_line(n_slices: int, config: Config, progress: Progress) -> str:
-    """That the corpus loss is measured, and how long that may take: a pass without gradients takes
-    about a third of a training step's time for its tokens."""
+    """That the corpus loss is measured, and how long that may take.
+
+    A pass without gradients takes about a third of a training step's time for its tokens.
+    """
     trained_sec = progress.elapsed_sec / max(1, progress.tokens)
     seconds = round(n_slices * config.seq_len * trained_sec / 3)
     long = f", about {timedelta(seconds=seconds)}" if seconds >= 10 else ""
     return f"Measuring the corpus loss on at most {n_slices:,} random slices{long} ..."
 
 
-def corpus_loss_line(progress: Progress, corpus: Corpus) -> str:
-    """The corpus loss in words."""
+def failed_check_line(progress: Progress, config: Config) -> str:
+    """That the run goes on although window_loss is at the target."""
     p = progress
-    mean, standard_error, n_slices = p.corpus_loss, p.corpus_loss_error, p.corpus_loss_slices
-    part = "" if corpus.val_tokens is None else " of the training part, with the last weights"
     return (
-        f"Corpus loss {mean:.6f} +- {standard_error:.6f} (mean and standard error of {n_slices} random slices{part}), "
-        f"perplexity {perplexity(mean):.4f}, {bits_per_byte(mean, corpus.bytes_per_token):.4f} bits per byte"
+        f"Step {p.step}: window_loss {p.window_loss(config):.6f} is at or below the target "
+        f"{config.target_loss}, but the loss on {p.corpus_loss_slices:,} random slices is "
+        f"{p.corpus_loss:.6f} (standard error {p.corpus_loss_error:.6f}). Going on."
     )
+
+
+def ending(progress: Progress, config: Config, corpus: Corpus, stop_reason: str) -> list[str]:
+    """What there is to say about a run that came to its end."""
+    p, c = progress, config
+    if stop_reason == "target":
+        is_classic = p.step_reached(c)
+        loss = p.window_loss(c) if is_classic else p.corpus_loss
+        rule = "the classic rule: one step alone" if is_classic else "the mean of random slices"
+        lines = [f"Target reached: loss {loss:.6f} <= {c.target_loss}. Stopping. ({rule})"]
+    elif stop_reason == "patience":
+        lines = [f"No lower validation loss in {c.patience} measurements. Stopping."]
+    else:
+        lines = [f"All {p.step} steps done."]
+    if c.validates and p.best_step:
+        bits = bits_per_byte(p.best_loss, corpus.val_bytes_per_token)
+        lines.append(
+            f"best.pt has the weights of step {p.best_step}, with the lowest validation loss: "
+            f"{p.best_loss:.6f}, {bits:.4f} bits per byte"
+        )
+    if p.corpus_measured:
+        part = "" if corpus.val_tokens is None else " of the training part, with the last weights"
+        bits = bits_per_byte(p.corpus_loss, corpus.bytes_per_token)
+        lines.append(
+            f"Corpus loss {p.corpus_loss:.6f} +- {p.corpus_loss_error:.6f} (mean and standard "
+            f"error of {p.corpus_loss_slices} random slices{part}), perplexity "
+            f"{perplexity(p.corpus_loss):.4f}, {bits:.4f} bits per byte"
+        )
+    return lines
+
+
+def verdict(config: Config, progress: Progress, floor: float, stop_reason: str) -> str:
+    """What came of a run that is over; where more steps may help, with the command."""
+    c, p, said = config, progress, []
+    is_still_falling = c.validates and p.best_step == p.val_step > c.eval_every
+    if c.target_loss and stop_reason == "target":
+        said.append(f"the target was reached at step {p.step:,}")
+    elif c.target_loss and not p.corpus_measured:
+        unknown = "the loss on random slices could not be measured"
+        said.append(f"whether the target was reached is unknown: {unknown}")
+    elif 0 < c.target_loss < floor:
+        impossible = f"no model can reach it: the floor is {floor:.4f}"
+        said.append(f"the target was missed, and {impossible}")
+    elif c.target_loss:
+        said.append(f"the target was missed by {p.corpus_loss - c.target_loss:.4f}")
+    if c.validates and not p.best_step:
+        said.append("the validation loss could not be measured")
+    elif c.validates and overfits(c, p):
+        kept = "whose weights are in best.pt"
+        said.append(f"the model overfits since step {p.best_step:,}, {kept}")
+    elif c.validates and stop_reason == "patience":
+        said.append(f"the validation loss fell no further after step {p.best_step:,}")
+    elif is_still_falling:
+        said.append("the validation loss was still falling at the end")
+    elif c.validates:
+        said.append(f"the validation loss was lowest at step {p.best_step:,}")
+    is_missed = 0 < c.target_loss >= floor
+    if stop_reason == "steps" and (is_missed or is_still_falling):
+        steps = p.step + max(1, p.step // 2)
+        words = [*flags_to_continue(c), "--steps", str(steps)]
+        decay = c.origins.get("decay_steps")
+        if decay is None or decay.source in (From.TYPED, From.RUN):  # else it follows the steps
+            words += ["--decay_steps", str(steps)]
+        command = to_type(launch_words(words, c))
+        said.append(f"half as many steps more may help: {command}")
+    nothing = f"all {p.step:,} steps are done, with neither a target nor a validation split"
+    return f"Verdict: {'; '.join(said) or nothing}"
+
+
+def overfits(config: Config, progress: Progress) -> bool:
+    """Whether the validation loss rose since its lowest while the training loss went on falling."""
+    p = progress
+    return p.val_loss > 1.01 * p.best_loss and (p.window_loss(config) or math.inf) < p.best_loss
+
+
+def how_to_continue(argv: list[str], config: Config, saved: bool, since: str = "") -> str:
+    """The command that goes on with a run; without a checkpoint, the command that was typed."""
+    if saved:
+        words = launch_words(flags_to_continue(config), config)
+        return f"To continue{since}: {to_type(words)}"
+    if value_of("resume", argv) == "never":  # which would begin anew once more
+        argv = [word for word in argv if word not in ("--resume=never", "--resume", "never")]
+    return f"To start again: {to_type(launch_words(argv, config))}"
+
+
+def flags_to_continue(config: Config) -> list[str]:
+    """The flags that a run needs to go on: its directory, and what holds for one start only."""
+    words = flag_words("out_dir", [config.out_dir.as_posix()])
+    return [*words, "--tensorboard"] if config.tensorboard else words
+
+
+def next_command(config: Config) -> str:
+    """What to do with a trained model."""
+    return f"Next: {shlex.join(['python', 'sample.py', '--checkpoint', config.out_dir.as_posix()])}"
 
 
 def results(
     config: Config, progress: Progress, corpus: Corpus, floor: float, stop_reason: str
 ) -> dict:
-    """What results.json says. The corpus loss is there at the end: checks are less exact."""
+    """What results.json says. The corpus loss is there at the end only: checks are less exact."""
     c, p = config, progress
-    over = stop_reason in COMPLETE and p.corpus_measured
-    mean = p.corpus_loss if over else None
+    is_over = stop_reason in COMPLETE and p.corpus_measured
+    mean = p.corpus_loss if is_over else None
+    val_loss = p.val_loss if p.val_step else None
+    best_bytes = corpus.val_bytes_per_token if c.validates else corpus.bytes_per_token
     return {
         "stop_reason": stop_reason,
         "target_loss": c.target_loss,
@@ -386,22 +407,18 @@ def results(
         "best_loss": p.best_loss,
         "best_step": p.best_step,
         "best_loss_standard_error": p.best_error or None,
-        "best_bits_per_byte": bits_per_byte(
-            p.best_loss, corpus.val_bytes_per_token if c.validates else corpus.bytes_per_token
-        ),
+        "best_bits_per_byte": bits_per_byte(p.best_loss, best_bytes),
         "final_loss": p.loss,
         "final_step": p.step,
         "window_loss": p.window_loss(c),
         "corpus_loss": mean,
-        "corpus_loss_standard_error": p.corpus_loss_error if over else None,
-        "corpus_loss_slices": p.corpus_loss_slices if over else None,
+        "corpus_loss_standard_error": p.corpus_loss_error if is_over else None,
+        "corpus_loss_slices": p.corpus_loss_slices if is_over else None,
         "perplexity": None if mean is None else perplexity(mean),
         "bits_per_byte": bits_per_byte(mean, corpus.bytes_per_token),
-        "val_loss": p.val_loss if p.val_step else None,
-        "val_perplexity": perplexity(p.val_loss) if p.val_step else None,
-        "val_bits_per_byte": bits_per_byte(p.val_loss, corpus.val_bytes_per_token)
-        if p.val_step
-        else None,
+        "val_loss": val_loss,
+        "val_perplexity": None if val_loss is None else perplexity(val_loss),
+        "val_bits_per_byte": bits_per_byte(val_loss, corpus.val_bytes_per_token),
         "tokens": p.tokens,
         "pseudo_epochs": p.tokens / len(corpus.tokens),
         "elapsed_sec": round(p.elapsed_sec, 2),
@@ -411,21 +428,3 @@ def results(
         "ln_vocab": math.log(c.vocab_size),
         "parameters": c.n_params,
     }
-
-
-def changes(saved: dict, config: Config) -> str:
-    """The same in words; empty when none differs."""
-    flags = config.as_dict()
-    return ", ".join(
-        f"--{name} {before!r} -> {flags[name]!r}" for name, before in changed(saved, config).items()
-    )
-
-
-def finished(step: int, stop_reason: str) -> str:
-    """That a run is over, and the way to go on."""
-    how = {
-        "target": f"the target was reached at step {step}. Lower --target_loss",
-        "patience": f"no lower validation loss up to step {step}. Raise --patience",
-        "steps": f"all steps up to {step} are done. Raise --steps (and --decay_steps, if it was typed)",
-    }[stop_reason]
-    return f"Already finished: {how} to go on, or choose another --out_dir (or --resume never) for a new run."

@@ -14,8 +14,6 @@ from parts.run.directory import RunDir, read_json, replacing
 
 CHECKPOINT_FORMAT = 3
 FOLDER = 0x10  # among the attributes of a zip archive's member
-WEIGHT_BYTES = 4  # of a parameter, in fp32
-STATE_BYTES = 12  # the same with both moments of AdamW; with Muon it is less
 
 
 def write_checkpoint(path: Path, checkpoint: dict, previous: Path | None = None) -> None:

@@ -17,7 +17,15 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from parts.run.layout import METRICS, block_of, drawn_at_ctrl_c
+from parts.run.layout import (
+    LOG_FORM,
+    METRICS,
+    Row,
+    RunPaths,
+    csv_line,
+    drawn_at_ctrl_c,
+    sample_block,
+)
 
 if sys.platform == "win32":
     import msvcrt
@@ -26,35 +34,30 @@ else:
 
 log = logging.getLogger("train")
 
-HELD = (
-    PermissionError if sys.platform == "win32" else BlockingIOError
-)  # by another program, of a lock
-
+# Raised when another program holds a lock.
+HELD = PermissionError if sys.platform == "win32" else BlockingIOError
 
 # What is answered where nothing can be synced (SMB, FUSE, shared folders), or not by this program.
 CANNOT_BE_ASKED = {
     getattr(errno, name)
     for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "ENOTTY", "EBADF", "EACCES", "EPERM")
 }
-unsettled: list[Path] = []  # where that was answered; it is told once
+unsettled: list[Path] = []  # where that was answered; only the first is told
 
 
 def settle(path: Path) -> None:
-    """Bring a file, or the names in a folder, from the system's memory to the disk: else a power cut
-    may undo it. Raises OSError, with the path; where a disk cannot be asked, that is a warning.
+    """Sync a file, or the names in a folder, to the disk, so that a power cut cannot undo it.
 
-    Under Windows folders cannot be asked: it brings their names to the disk when it likes.
+    A disk that cannot sync is a warning, any other failure an OSError with the path.
     """
-    folder = path.is_dir()
-    if folder and os.name == "nt":
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":  # where names reach the disk when Windows likes
         return
     try:
-        number = os.open(path, os.O_RDONLY if folder else os.O_WRONLY)
+        number = os.open(path, os.O_RDONLY if is_folder else os.O_WRONLY)
         try:
             os.fsync(number)
             if sys.platform == "darwin":  # whose fsync stops at the drive's own memory
-                import fcntl
-
                 fcntl.fcntl(number, fcntl.F_FULLFSYNC)
         finally:
             os.close(number)
@@ -70,34 +73,25 @@ def settle(path: Path) -> None:
 
 
 def settle_all(folder: Path) -> None:
-    """Bring a folder to the disk with all that it holds. Raises OSError."""
+    """Sync a folder with all that it holds. Raises OSError."""
     for path in (*folder.rglob("*"), folder):
         settle(path)
 
 
 def make_folder(folder: Path, parents: bool = False) -> None:
-    """Make a folder where there is none, and those above it if asked; their names are on the disk.
-
-    Raises OSError.
-    """
+    """Make a folder, if asked with its parents, and sync the names. Raises OSError."""
     if folder.is_dir():
         return
     if parents:
         make_folder(folder.parent, parents)
     folder.mkdir(exist_ok=True)
-    for path in (
-        folder,
-        folder.parent,
-    ):  # ext2 may have the name of a folder without a block for it
-        settle(path)
+    settle(folder)  # ext2 may have the name of a folder without a block for it
+    settle(folder.parent)
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename over what is at `target`; under Windows another program may hold that for a while, so try for 3 s.
-
-    Raises OSError.
-    """
-    for pause in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, None):
+    """Rename over what is at `target`, and sync both folders. Raises OSError."""
+    for pause in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, None):  # under Windows another program may hold it
         try:
             os.replace(source, target)
             break
@@ -105,18 +99,17 @@ def move(source: Path, target: Path) -> None:
             if pause is None:
                 raise
             time.sleep(pause)
-    for folder in dict.fromkeys(
-        (target.parent, source.parent)
-    ):  # the new name first: better two than none
-        settle(folder)
+    settle(target.parent)  # the new name first: better two names than none
+    if source.parent != target.parent:
+        settle(source.parent)
 
 
-def also_named(path: Path, previous: Path) -> None:
-    """Give the file at `path` the name `previous` as well, in place of the file that has it now."""
+def name_also(path: Path, previous: Path) -> None:
+    """Give the file at `path` the name `previous` as well, in place of the file that has it."""
     link = temporary(previous)
     try:
         os.link(path, link)
-    except OSError:  # FAT has no links: there will be an instant without a file at `path`
+    except OSError:  # FAT has no links: for an instant there is no file at `path`
         return move(path, previous)
     try:
         move(link, previous)
@@ -125,24 +118,23 @@ def also_named(path: Path, previous: Path) -> None:
 
 
 def temporary(path: Path, shared: bool = False) -> Path:
-    """Where a file is written before it moves to `path`; one that several programs write has a place for each."""
+    """Where a file is written before it moves to `path`; a `shared` one has a place per process."""
     return path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else path.name + ".tmp")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a cut left beside a `shared` file or folder, but not what a process that lives has
-    written within the hour. Windows has no harmless way to ask which live."""
+    """Remove what a kill left beside a `shared` file, but not the work of a living process."""
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.[0-9]*.tmp"):
         with suppress(OSError, ValueError, OverflowError):
-            number = int(leftover.suffixes[-2][1:])
+            process = int(leftover.suffixes[-2][1:])
             recent = time.time() - leftover.stat().st_mtime < 3600
-            if recent and (os.name == "nt" or lives(number)):
+            if recent and (os.name == "nt" or is_another_process(process)):
                 continue
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def lives(number: int) -> bool:
-    """Whether there is another process of this number."""
+def is_another_process(number: int) -> bool:
+    """Whether a process of this number lives, and is not this one."""
     try:
         os.kill(number, 0)
     except OSError as error:
@@ -152,8 +144,7 @@ def lives(number: int) -> bool:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder that becomes `path`, on the disk with all that it holds, when the block ends
-    well; those above it are then made, too. Raises OSError."""
+    """Fill a folder that becomes `path` when the block ends well. Raises OSError."""
     place = existing_part(path.parent) / path.name
     remove_leftovers(place)
     folder = temporary(place, shared=True)
@@ -173,8 +164,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path, previous: Path | None = None, shared: bool = False) -> Iterator[BinaryIO]:
-    """Write a file beside `path` and move it into place when the block ends well; what was there becomes `previous`,
-    if given. Whatever happens when, there is a whole file at `path`. Several programs may write a `shared` one."""
+    """Write a file beside `path`, and move it into place when the block ends well.
+
+    At every instant the file at `path` is whole. What was there becomes `previous`, if given.
+    Several programs may write a `shared` file at once.
+    """
     beside = temporary(path, shared)
     if shared:
         remove_leftovers(path)
@@ -184,7 +178,7 @@ def replacing(path: Path, previous: Path | None = None, shared: bool = False) ->
             file.flush()
             settle(beside)
         if previous is not None and path.exists():
-            also_named(path, previous)
+            name_also(path, previous)
         move(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -201,9 +195,10 @@ def append_whole(path: Path, data: bytes) -> None:
 
 def existing_part(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
-    return next(
-        (part for part in (path, *path.parents) if part.exists() or part.is_symlink()), path
-    )
+    for part in (path, *path.parents):
+        if part.exists() or part.is_symlink():
+            return part
+    return path
 
 
 def read_if_there(path: Path) -> str:
@@ -228,7 +223,7 @@ def free_bytes(path: Path) -> float:
     try:
         total, _, free = shutil.disk_usage(existing_part(path))
     except OSError:
-        total = 0
+        return math.inf
     return free if total else math.inf
 
 
@@ -238,9 +233,9 @@ def gigabytes(n_bytes: float) -> str:
 
 
 def open_locked(path: Path, wait: bool = False) -> FileIO:
-    """A file, locked until it is closed or the process ends; what cannot lock is named, and used.
+    """A file, locked until it is closed or the process ends. A disk without locks is a warning.
 
-    Raises OSError; `HELD` when another program has it and this one shall not `wait`.
+    Raises OSError; without `wait`, that is `HELD` when another program has the lock.
     """
     file = open(path, "ab", buffering=0)  # noqa: SIM115
     for tenths in count():
@@ -260,84 +255,57 @@ def open_locked(path: Path, wait: bool = False) -> FileIO:
                 log.warning("Waiting for the program that holds %s, for %d s so far", path, seconds)
             time.sleep(0.1)
         except OSError as error:
+            last = read_if_there(path) or "nobody"
             log.warning(
                 f"{path} cannot be locked ({error.strerror}): see to it that no second program "
-                f"writes there meanwhile; it names as the last {read_if_there(path) or 'nobody'}"
+                f"writes there meanwhile; it names as the last {last}"
             )
             break
     return file
 
 
-class RunDir:
-    """The files of one run, and all writing into them. Nothing is created before `locked` and `make`.
+class RunDir(RunPaths):
+    """The files of one run, and all writing into them: whole, or in lines that may wait in memory.
 
-    A checkpoint, JSON file or plot stands under its name only when it is whole. Lines that the disk refuses
-    wait in memory for the next ones. A write that fails while the run goes on is an `attempt`.
+    A write that may fail while the run goes on is an `attempt`.
     """
 
     def __init__(self, root: Path):
-        self.root = root
-        self.config_json = root / "config.json"
-        self.results_json = root / "results.json"
-        self.tokenizer_json = root / "tokenizer.json"  # of an own vocabulary
-        self.train_log = root / "logs" / "train.log"
-        self.metrics_csv = root / "logs" / "train_metrics.csv"
-        self.loss_curve = root / "logs" / "loss_curve.png"
-        self.samples_txt = root / "samples" / "samples.txt"
-        self.last = root / "checkpoints" / "last.pt"
-        self.prev = root / "checkpoints" / "prev.pt"
-        self.best = root / "checkpoints" / "best.pt"
-        self.files = [path for path in vars(self).values() if path != root]
-        self.events = root / "tensorboard"
-        self.also: Callable[[Path, str], None] | None = (
-            None  # is given each text that `append` is given
-        )
-        self.owner = root / "run.lock"  # locked by the process at work; names the last one
-        self.lock: FileIO | None = None  # that file, in the process at work
+        super().__init__(root)
+        self.growing = (self.train_log, self.metrics_csv, self.samples_txt)
+        self.resumable = (self.metrics_csv, self.samples_txt)  # cut to a checkpoint's offsets
+        self.listener: Callable[[Path, str], None] | None = None  # is given what `append` is given
+        self.lock: FileIO | None = None  # the open `owner` file, in the process at work
         self.me = f"{os.getpid()} on {platform.node()}"
         self.unwritten: dict[Path, str] = {}  # lines that wait for the disk
-        self.refused: dict[
-            str, int | str
-        ] = {}  # what could not be written of late, and why: an errno, or words
+        self.refused: dict[str, int | str] = {}  # what could not be written: an errno, or why
 
     def check_writable(self) -> None:
-        """Raises OSError when a folder or file of the run could not be written, without writing one."""
-        folders = [
-            existing_part(self.root),
-            *(path.parent for path in (self.train_log, self.samples_txt, self.last)),
-        ]
-        for folder in folders:
-            if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-                raise NotADirectoryError(
-                    f"--out_dir {self.root}: {folder} is no directory; choose another --out_dir"
-                )
-            if folder.is_dir() and not os.access(folder, os.W_OK):
-                raise PermissionError(
-                    f"--out_dir {self.root}: {folder} is not writable; choose another --out_dir"
-                )
+        """Raises OSError when a folder or file of the run cannot be written; writes nothing."""
         for path in self.files:
-            if path.exists() and not path.is_file():
-                raise FileExistsError(
-                    f"--out_dir {self.root}: {path} is no file; choose another --out_dir"
-                )
+            folder, problem = existing_part(path.parent), ""
+            if not folder.is_dir():
+                problem = f"{folder} is no directory"
+            elif not os.access(folder, os.W_OK):
+                problem = f"{folder} is not writable"
+            elif path.exists() and not path.is_file():
+                problem = f"{path} is no file"
+            if problem:
+                raise OSError(f"--out_dir {self.root}: {problem}; choose another --out_dir")
 
     def check_room(self, state: int, weights: int, fresh: bool) -> None:
-        """Raises OSError when the disk cannot hold last, prev and a checkpoint being written, `state` bytes each, and
-        best, of `weights` bytes."""
-        paths = (
-            ()
-            if fresh
-            else (self.last, self.prev, self.best, temporary(self.last), temporary(self.best))
-        )
-        present = {
-            path.stat().st_ino: path.stat().st_size for path in paths if path.exists()
-        }  # two names, one file
-        needed, free = 3 * state + weights - sum(present.values()), self.free_bytes()
+        """Raises OSError without room for three checkpoints of `state` bytes, and for the best."""
+        replaced = [self.last, self.prev, self.best, temporary(self.last), temporary(self.best)]
+        stats = [path.stat() for path in replaced if path.exists() and not fresh]
+        present = {stat.st_ino: stat.st_size for stat in stats}  # one file may have two names
+        needed = 3 * state + weights - sum(present.values())
+        free = self.free_bytes()
         if needed > free:
             raise OSError(
-                f"--out_dir {self.root}: checkpoints need {gigabytes(needed)} more (last, prev and one being written: "
-                f"{gigabytes(state)} each, best: {gigabytes(weights)}), and that disk has {gigabytes(free)}: free "
-                f"{gigabytes(needed - free)} on it or choose another --out_dir"
+                f"--out_dir {self.root}: checkpoints need {gigabytes(needed)} more (last, prev and "
+                f"one being written: {gigabytes(state)} each, best: {gigabytes(weights)}), and "
+                f"that disk has {gigabytes(free)}: free {gigabytes(needed - free)} on it or choose "
+                "another --out_dir"
             )
 
     def free_bytes(self) -> float:
@@ -357,22 +325,24 @@ class RunDir:
         return read_if_there(self.owner) != "" or "launches" in read_json(self.config_json)
 
     def has_outcome(self) -> bool:
-        """Whether results or the best weights of a run lie here, which a new one must not overwrite."""
+        """Whether results or best weights lie here, which a new run must not overwrite."""
         return self.results_json.exists() or self.best.exists()
+
+    def first_free(self, form: str) -> Path:
+        """The first unused path of this form in the directory, {} being 1, 2, ..."""
+        paths = (self.root / form.format(number) for number in count(1))
+        return next(path for path in paths if not path.exists())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other trainers out; the system opens the lock of a process that is gone.
-
-        Raises ValueError, with its number, when another process holds the lock.
-        """
+        """Keep other trainers out. Raises ValueError when another process holds the lock."""
         make_folder(self.root, parents=True)
         try:
             self.lock = open_locked(self.owner)
         except HELD:
             raise ValueError(
-                f"--out_dir {self.root} is in use by another train.py (pid {read_if_there(self.owner)}): wait for it, "
-                "stop it, or choose another --out_dir"
+                f"--out_dir {self.root} is in use by another train.py (pid "
+                f"{read_if_there(self.owner)}): wait for it, stop it, or choose another --out_dir"
             ) from None
         try:
             yield
@@ -381,66 +351,14 @@ class RunDir:
             self.lock = None
 
     def check_owner(self) -> None:
-        """Raises FileExistsError when this directory was removed and now belongs to another run."""
-        if (owner := read_if_there(self.owner)) not in ("", self.me):
+        """Raises FileExistsError when the directory was removed and now is another run's."""
+        owner = read_if_there(self.owner)
+        if owner not in ("", self.me):
             raise FileExistsError(f"{self.root} was taken over by another train.py (pid {owner})")
 
-    def first_free(self, form: str) -> Path:
-        """The first path of this form in the directory, {} being 1, 2, ..., where nothing is."""
-        paths = (self.root / form.format(number) for number in count(1))
-        return next(path for path in paths if not path.exists())
-
-    def move_aside(self) -> Path:
-        """Move the files of an earlier run into the first free earlier-1, earlier-2, …; delete none of them."""
-        self.clean()
-        target = self.first_free("earlier-{}")
-        make_folder(target)
-        if (
-            self.events.is_dir()
-        ):  # an open TensorBoard gets stuck where its file is gone; `shown` empties it
-            settle_all(shutil.copytree(self.events, target / self.events.name))
-        # Checkpoints last: until they are gone, a start after a kill in here takes up the old run again.
-        for name in (
-            "logs",
-            "samples",
-            "config.json",
-            "results.json",
-            "tokenizer.json",
-            "checkpoints",
-        ):
-            if (self.root / name).exists():
-                move(self.root / name, target / name)
-        return target
-
-    def clean(self) -> None:
-        """Remove what a kill left half written."""
-        for path in self.files:
-            temporary(path).unlink(missing_ok=True)
-            remove_leftovers(path)
-
-    def restore(self, mark: dict[str, dict]) -> None:
-        """Bring metrics and samples to a checkpoint's `mark`, or their beginning; what Ctrl-C drew behind it stays."""
-        offsets, unwritten = mark.get("offsets", {}), mark.get("unwritten", {})
-        self.clean()
-        for path in (self.metrics_csv, self.samples_txt):
-            data, end = path.read_bytes(), offsets.get(path.name, 0)
-            kept = data[:end]
-            if len(kept) < end or (kept and not kept.endswith(b"\n")):
-                log.warning(
-                    "%s is not as the run left it: lines before this start are missing", path
-                )
-                kept = kept[: kept.rfind(b"\n") + 1]
-            waited = unwritten.get(path.name, "").encode()
-            kept = (kept or self.head(path).encode()) + waited
-            kept += drawn_at_ctrl_c(data[end:].removeprefix(waited)) if mark else b""
-            if kept != data:
-                with replacing(path) as file:
-                    file.write(kept)
-
     def make(self) -> None:
-        """Make the folders, the owner's mark and the growing files, at the start and wherever they
-        vanished under the run. Raises OSError."""
-        for path in (self.config_json, self.train_log, self.samples_txt, self.last):
+        """Make what is missing: folders, the owner's mark, growing files. Raises OSError."""
+        for path in self.files:
             make_folder(path.parent)
         if self.lock is not None and read_if_there(self.owner) != self.me:
             if not self.owner.exists():
@@ -448,14 +366,54 @@ class RunDir:
                 self.lock = open_locked(self.owner)
             self.lock.truncate(0)
             self.lock.write(self.me.encode())
-        for path in (self.train_log, self.metrics_csv, self.samples_txt):
+        for path in self.growing:
             if not path.exists():
-                with replacing(path) as file:
-                    file.write(self.head(path).encode())
+                self._write(path, self._head(path))
 
-    def head(self, path: Path) -> str:
+    def clean(self) -> None:
+        """Remove what a kill left half written."""
+        for path in self.files:
+            temporary(path).unlink(missing_ok=True)
+            remove_leftovers(path)
+
+    def move_aside(self) -> Path:
+        """Move the files of an earlier run into the first free earlier-1, earlier-2, ..."""
+        self.clean()
+        target = self.first_free("earlier-{}")
+        make_folder(target)
+        if self.events.is_dir():  # copied: an open TensorBoard gets stuck where its file is gone
+            settle_all(shutil.copytree(self.events, target / self.events.name))
+        # Checkpoints last: until they are gone, a start after a kill in here goes on with that run.
+        jsons = [self.config_json, self.results_json, self.tokenizer_json]
+        folders = [self.train_log.parent, self.samples_txt.parent]
+        for path in [*folders, *jsons, self.last.parent]:
+            if path.exists():
+                move(path, target / path.name)
+        return target
+
+    def restore(self, mark: dict[str, dict]) -> None:
+        """Cut metrics and samples at a checkpoint's `mark`; what Ctrl-C drew behind it stays."""
+        offsets, unwritten = mark.get("offsets", {}), mark.get("unwritten", {})
+        self.clean()
+        for path in self.resumable:
+            data = path.read_bytes()
+            end = offsets.get(path.name, 0)
+            kept = data[:end]
+            if len(kept) < end or (kept and not kept.endswith(b"\n")):
+                log.warning(
+                    "%s is not as the run left it: lines before this start are missing", path
+                )
+                kept = kept[: kept.rfind(b"\n") + 1]
+            waited = unwritten.get(path.name, "").encode()
+            kept = (kept or self._head(path)) + waited
+            if mark:
+                kept += drawn_at_ctrl_c(data[end:].removeprefix(waited))
+            if kept != data:
+                self._write(path, kept)
+
+    def _head(self, path: Path) -> bytes:
         """How a growing file begins."""
-        return ",".join(METRICS) + "\n" if path == self.metrics_csv else ""
+        return (",".join(METRICS) + "\n").encode() if path == self.metrics_csv else b""
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
@@ -473,30 +431,38 @@ class RunDir:
             self.refused.pop(what, None)
             return
         cause = error.errno or str(error)
-        known = cause in self.refused.values()
+        is_new = cause not in self.refused.values()
         self.refused[what] = cause
-        if not known:
-            room = ""
-            if error.errno == errno.ENOSPC:
-                room = f" ({gigabytes(self.free_bytes())} free)"
+        if is_new:
+            is_full = error.errno == errno.ENOSPC
+            room = f" ({gigabytes(self.free_bytes())} free)" if is_full else ""
             log.error(
-                f"Could not write {what}: {error}{room}. Training goes on, and all that cannot be written is tried "
-                "again; no file is left half written."
+                f"Could not write {what}: {error}{room}. Training goes on, and all that cannot be "
+                "written is tried again; no file is left half written."
             )
 
     def missing(self) -> str:
-        """What could not be written to the end, but for what is made from the rest again: plot and events."""
-        return ", ".join(
-            what for what in self.refused if what not in ("the plot", "TensorBoard's events")
-        )
+        """What could not be written to the end, without what can be made again from the rest."""
+        made_again = ("the plot", "TensorBoard's events")
+        return ", ".join(what for what in self.refused if what not in made_again)
 
     def append(self, path: Path, text: str) -> None:
         """Add text to a growing file; what the disk refuses waits in memory."""
         self.unwritten[path] = self.unwritten.get(path, "") + text
         with self.attempt(f"lines of {path}"):
             self.flush(path)
-        if self.also is not None:
-            self.also(path, text)
+        if self.listener is not None:
+            self.listener(path, text)
+
+    def append_metrics(self, row: Row) -> None:
+        """Add one row to the CSV."""
+        self.append(self.metrics_csv, csv_line(row))
+
+    def append_samples(self, step: int, prompt: str, outputs: list[str], remark: str = "") -> None:
+        """Add one block to samples.txt."""
+        self.append(self.samples_txt, str(sample_block(step, prompt, outputs, remark)))
+        if not self.unwritten[self.samples_txt]:
+            log.info("Appended samples to: %s", self.samples_txt)
 
     def flush(self, path: Path) -> None:
         """Write the lines that wait. Raises OSError, and then none of them is in the file."""
@@ -505,47 +471,32 @@ class RunDir:
         self.unwritten[path] = ""
 
     def mark(self) -> dict[str, dict]:
-        """For a checkpoint: the lengths of metrics and samples, in bytes, and the lines not yet there.
-
-        Raises OSError.
-        """
-        files = (self.metrics_csv, self.samples_txt)
-        for path in files:
+        """Bytes of metrics and samples, and their lines that wait, for a checkpoint."""
+        for path in self.resumable:
             with suppress(OSError):  # another program may hold it: its lines wait in the checkpoint
                 self.flush(path)
         return {
-            "offsets": {path.name: path.stat().st_size for path in files},
-            "unwritten": {path.name: self.unwritten.get(path, "") for path in files},
+            "offsets": {path.name: path.stat().st_size for path in self.resumable},
+            "unwritten": {path.name: self.unwritten.get(path, "") for path in self.resumable},
         }
 
     def sync(self) -> None:
         """Bring metrics and samples to the disk. Raises OSError."""
-        for path in (self.metrics_csv, self.samples_txt):
+        for path in self.resumable:
             settle(path)
-
-    def append_metrics(self, row: dict[str, float | None]) -> None:
-        """Add one CSV row; what is missing or None is an empty field."""
-        cells = (
-            "" if row.get(name) is None else format(row[name], form)
-            for name, form in METRICS.items()
-        )
-        self.append(self.metrics_csv, ",".join(cells) + "\n")
-
-    def append_samples(self, step: int, prompt: str, outputs: list[str], remark: str = "") -> None:
-        """Add one block."""
-        self.append(self.samples_txt, block_of(step, prompt, outputs, remark))
-        if not self.unwritten[self.samples_txt]:
-            log.info("Appended samples to: %s", self.samples_txt)
 
     def write_json(self, path: Path, values: dict) -> None:
         """Write one JSON file whole; numbers that JSON lacks (inf, nan) become null."""
         self.check_owner()
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in values.items()
-        }
+        finite = dict(values)
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                finite[name] = None
+        self._write(path, (json.dumps(finite, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def _write(self, path: Path, data: bytes) -> None:
         with replacing(path) as file:
-            file.write((json.dumps(finite, indent=2, ensure_ascii=False) + "\n").encode())
+            file.write(data)
 
 
 class LogFile(logging.Handler):
@@ -553,7 +504,7 @@ class LogFile(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
+        self.setFormatter(logging.Formatter(LOG_FORM))
         self.run: RunDir | None = None
         self.early = ""
 
@@ -568,7 +519,7 @@ class LogFile(logging.Handler):
             self.run = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append the line. A failure logs a line in turn, but only one: `attempt` reports it once."""
+        """Append the line. A failure logs one line in turn: `attempt` reports it once."""
         line = self.format(record) + "\n"
         if self.run is None:
             self.early += line

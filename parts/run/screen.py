@@ -1,4 +1,4 @@
-"""Every word to the user goes through here from a script's first line on; train.log has the same lines in its form."""
+"""Every word to the user goes through here, from a script's first line on."""
 
 import logging
 import sys
@@ -9,15 +9,18 @@ log = logging.getLogger("train")
 
 
 class Form(logging.Formatter):
-    """How a line looks on the screen: `03:38:36 | step 1250/…` for train.py, which runs for hours, with
-    the level if it is a warning or an error; `SCRIPT: warning: …` for the others."""
+    """How a line looks on the screen.
+
+    `03:38:36 | step 1250/...` for train.py, which runs for hours, with the level if it is a warning
+    or an error; `SCRIPT: warning: ...` for the others, at the start of each line of a message.
+    """
 
     def __init__(self, script: str):
         super().__init__()
         self.script = script
 
     def format(self, record: logging.LogRecord) -> str:
-        """The text to print; of several lines each has the script's name."""
+        """The text to print."""
         text = record.getMessage()
         if self.script != "train.py":
             start = f"{self.script}: {record.levelname.lower()}: "
@@ -41,13 +44,15 @@ def logging_to(handler: logging.Handler) -> Iterator[None]:
 
 @contextmanager
 def speaking(script: str, silent: bool = False, encoding: str | None = None) -> Iterator[None]:
-    """In the block, log lines come to stdout from train.py and to stderr from the others, whose stdout
-    is for what they make; a `silent` process shows none. What a console cannot show is replaced."""
-    for one in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(one, "reconfigure"):  # a Windows code page lacks most of Unicode
-            one.reconfigure(encoding=encoding, errors="replace")
-    stream = sys.stdout if script == "train.py" else sys.stderr
-    handler = logging.NullHandler() if silent else logging.StreamHandler(stream)
+    """Show log lines in the block: on stdout for train.py, on stderr for the other scripts.
+
+    A `silent` process shows none. What a console cannot show is replaced.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a Windows code page lacks most of Unicode
+            stream.reconfigure(encoding=encoding, errors="replace")
+    shown = logging.StreamHandler(sys.stdout if script == "train.py" else sys.stderr)
+    handler = logging.NullHandler() if silent else shown
     handler.setFormatter(Form(script))
     with logging_to(handler):
         yield

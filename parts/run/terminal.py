@@ -14,7 +14,7 @@ TICK_SEC = 1.0  # also what something takes before its line appears
 
 @contextmanager
 def ticking(bar: tqdm) -> Iterator[None]:
-    """Draw the bar anew every second as long as the block lasts, whatever the block does; then remove it."""
+    """Draw the bar anew every second until the block ends, and then remove it."""
     done = threading.Event()
 
     def tick() -> None:
@@ -22,10 +22,10 @@ def ticking(bar: tqdm) -> Iterator[None]:
             bar.delay = 0  # from now on it can be seen, and `close` has to remove it
             bar.refresh()
 
-    thread = threading.Thread(target=tick, name="ticking", daemon=True)
     if bar.disable:
         yield
         return
+    thread = threading.Thread(target=tick, name="ticking", daemon=True)
     with logging_redirect_tqdm([log]), bar:
         with suppress(RuntimeError):  # no memory for a thread: nothing ticks
             thread.start()
@@ -41,23 +41,15 @@ def ticking(bar: tqdm) -> Iterator[None]:
 def waiting(
     what: str, total: int | None = None, unit: str = "", shown: bool = True
 ) -> Iterator[tqdm]:
-    """A line at a terminal that says what is waited for, and for how long so far.
+    """A line at a terminal: what is waited for, and how long so far; the log stands above it.
 
-    With a total, what is done counts up to it by the bar's `update`. Lines of the log stand above.
-    Of several processes only the first has it `shown`.
+    With a total, the bar's `update` counts up to it. Of several processes the first has it `shown`.
     """
     form = "{desc} ... {elapsed}"
     if total is not None:
         form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]"
-    bar = tqdm(
-        desc=what,
-        total=total,
-        unit=unit,
-        bar_format=form,
-        delay=TICK_SEC,
-        leave=False,
-        dynamic_ncols=True,
-        disable=None if shown else True,  # None: where stderr is no terminal
-    )
+    look = dict(bar_format=form, delay=TICK_SEC, leave=False, dynamic_ncols=True)
+    disable = None if shown else True  # None: only where stderr is no terminal
+    bar = tqdm(desc=what, total=total, unit=unit, disable=disable, **look)
     with ticking(bar):
         yield bar
