@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-# Read when PyTorch is loaded: the tests' own workers share the cores, and other programs may be busy.
+# Read when PyTorch is loaded: the tests' own workers share the cores, and other programs may be
+# busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
@@ -29,8 +30,8 @@ from parts.run.layout import METRICS  # noqa: E402
 from parts.text.vocabulary import load_tokenizer  # noqa: E402
 
 TINY_MODEL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, seq_len=16, batch_size=2)
-# Tokens are bytes: a run then takes a third of the time that it takes with the vocabulary of GPT-2. What is about that
-# vocabulary, or needs files that are not tiny, adds `GPT2`.
+# Tokens are bytes: a run then takes a third of the time that it takes with the vocabulary of GPT-2.
+# What is about that vocabulary, or needs files that are not tiny, adds `GPT2`.
 TINY_FLAGS = [
     *(f"--{name}={value}" for name, value in TINY_MODEL.items()),
     *(
@@ -57,7 +58,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_plots():
-    """What runs in the tests' own process draws no plot, which takes as long as a tiny run; see `plots`."""
+    """What runs in the tests' own process draws no plot, which takes as long as a tiny run; see
+    `plots`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             update_readme, "draw_loss_curve", lambda out_dir: out_dir / "logs" / "loss_curve.png"
@@ -150,7 +152,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Weights, optimizer and gradient scale bit for bit, CSV and progress but for timing, samples, best, results."""
+    """Weights, optimizer and gradient scale bit for bit, CSV and progress but for timing, samples,
+    best, results."""
     assert rows(first) == rows(second)
     assert (first / "samples/samples.txt").read_bytes() == (
         second / "samples/samples.txt"
@@ -218,7 +221,8 @@ def small_disk(tmp_path):
 
 @pytest.fixture(scope="session")
 def shim(tmp_path_factory):
-    """Compile C that stands in for functions of the system, as a mount does; returns the library for LD_PRELOAD."""
+    """Compile C that stands in for functions of the system, as a mount does; returns the library
+    for LD_PRELOAD."""
     if not sys.platform.startswith("linux") or shutil.which("gcc") is None:
         pytest.skip("needs Linux and gcc")
 
@@ -234,7 +238,8 @@ def shim(tmp_path_factory):
 
 @pytest.fixture
 def prompt_disk(monkeypatch):
-    """As if each checkpoint were on disk before the next step: what then lies there does not depend on timing."""
+    """As if each checkpoint were on disk before the next step: what then lies there does not depend
+    on timing."""
     start = Writer.start
 
     def start_and_finish(writer: Writer, tasks: list[Task]) -> None:

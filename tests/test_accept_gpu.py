@@ -1,4 +1,5 @@
-"""The program that proves the rest on a card: what it says without one, and that one check never ends the others."""
+"""The program that proves the rest on a card: what it says without one, and that one check never
+ends the others."""
 
 import json
 import re
@@ -26,7 +27,7 @@ def test_without_a_card_it_says_so(tmp_path):
     assert result.returncode == 2 and result.stdout == "" and not list(tmp_path.iterdir())
     assert (
         result.stderr
-        == "accept_gpu.py: error: this PyTorch sees no CUDA device: there is nothing to prove here\n"
+        == "accept_gpu.py: error: PyTorch sees no CUDA device: there is nothing to prove here\n"
     )
 
 

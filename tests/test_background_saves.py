@@ -1,4 +1,5 @@
-"""Training does not wait for the disk, and what is written is the state of the step it is said to be of."""
+"""Training does not wait for the disk, and what is written is the state of the step it is said to
+be of."""
 
 import json
 import time

@@ -1,4 +1,5 @@
-"""What a graphics card needs, as far as a CPU can show it: faked cards, refused memory, a compiler that is wrong."""
+"""What a graphics card needs, as far as a CPU can show it: faked cards, refused memory, a compiler
+that is wrong."""
 
 import json
 import os
@@ -64,7 +65,8 @@ def settings():
 
 
 def test_a_card_is_made_the_current_one_before_it_is_asked(config, cards):
-    """Streams, too, belong to the current device: copies for a save would be waited for on another card."""
+    """Streams, too, belong to the current device: copies for a save would be waited for on another
+    card."""
     chosen = choose_runtime(replace(config, device="cuda:1", amp="auto"), None)
     assert cards == ["set cuda:1", "bf16?"] and (chosen.device, chosen.amp) == ("cuda:1", "bf16")
     again = choose_runtime(replace(config, device="auto"), chosen)
@@ -84,7 +86,8 @@ def test_a_card_is_made_the_current_one_before_it_is_asked(config, cards):
         (
             "cuda",
             3,
-            "--device cuda: 3 processes on a machine with 2 CUDA devices; start one process for each",
+            "--device cuda: 3 processes on a machine with 2 CUDA devices; start one process for "
+            "each",
         ),
         ("mps", 2, "--device mps: one process alone can use Apple's GPU, not 2; use --device cpu"),
         ("cuda", 2, None),

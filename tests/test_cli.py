@@ -24,7 +24,8 @@ from parts.run.checkpoint import load_checkpoint
 
 RAISE = "Raise --steps (and --decay_steps, if it was typed)"
 STEP_LINE = re.compile(
-    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \| INFO \| step (\d+)/(\d+) \| loss (\d+\.\d{6}) \| lr (\d\.\d\de[+-]\d\d)"
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \| INFO \| step (\d+)/(\d+) \| loss (\d+\.\d{6}) \| "
+    r"lr (\d\.\d\de[+-]\d\d)"
     r" \| tok/s (\d+\.\d)( \|.*)?"
 )
 
@@ -81,7 +82,8 @@ def test_a_run_as_its_user_types_it(tmp_path, text_file):
         r"INFO \| Loss: ln V = 10\.825 .* floor",
         r"INFO \| From this machine: micro_batch \d+ \(.+\); amp \w+ \(.+\); compile off \(.+\)",
         r"INFO \| Device: cpu \(--device\)",
-        r"INFO \| New best loss \d+\.\d{6} -> saved: out/gpt2-input/checkpoints/best\.pt \(window_loss at step 8\)$",
+        r"INFO \| New best loss \d+\.\d{6} -> saved: out/gpt2-input/checkpoints/best\.pt "
+        r"\(window_loss at step 8\)$",
         r"INFO \| Saved checkpoint: out/gpt2-input/checkpoints/last\.pt",
         r"INFO \| Appended samples to: out/gpt2-input/samples/samples\.txt",
         r"INFO \| Sample at step 4: Line 1: .+",
@@ -259,7 +261,8 @@ def test_a_compiler_that_fails_is_reported_and_done_without(launch, monkeypatch)
     def broken(_model, **_options):
         def forward(*_arguments):
             raise RuntimeError(
-                "backend raised:\n\nCompiler: cl is not found.\nCommand:\ncl x.cpp\nx.cpp:1: error: no header\n"
+                "backend raised:\n\nCompiler: cl is not found.\nCommand:\ncl x.cpp\nx.cpp:1: "
+                "error: no header\n"
             )
 
         return forward
@@ -283,7 +286,8 @@ def test_a_compiler_that_fails_is_reported_and_done_without(launch, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_equals_eager(launch):
-    """One model, with and without torch.compile, the losses to rounding, of slices of two lengths; the same names."""
+    """One model, with and without torch.compile, the losses to rounding, of slices of two lengths;
+    the same names."""
     flags = [
         "--amp=off",
         "--lr=0.01",
@@ -315,14 +319,18 @@ def test_without_a_target_none_is_spoken_of(launch):
 def test_a_target_below_the_floor_is_a_warning_with_the_way_out(launch):
     assert launch("run", "--steps=1", "--target_loss=0.001") == 0
     assert re.search(
-        r"WARNING \| --target_loss 0\.001 is below the floor 0\.\d+: .* nor at any --seq_len up to 16",
+        r"WARNING \| --target_loss 0\.001 is below the floor 0\.\d+: .* nor at any --seq_len up "
+        r"to 16",
         log_text(Path("run")),
     )
 
 
 @pytest.mark.slow
 def test_importing_does_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, update_readme; print(train.log.handlers)"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, update_readme; "
+        f"print(train.log.handlers)"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )

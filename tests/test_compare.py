@@ -1,4 +1,5 @@
-"""Runs stand side by side where they compare, best first, with the flags in which they differ; or they are refused."""
+"""Runs stand side by side where they compare, best first, with the flags in which they differ; or
+they are refused."""
 
 import hashlib
 import html
@@ -101,19 +102,30 @@ def test_the_lowest_corpus_loss_comes_first_and_runs_without_last(out):
     ]
 
 
-@pytest.mark.parametrize(("first", "second", "expected"), [
-    (["--lr=1e-3"], ["--lr=2e-3", "--log_every=5", "--out_dir=x", "--prompt=y", "--cache_dir=z"], ["lr"]),
-    (["--lr=1e-3"], ["--lr=2e-3", "--min_lr=1e-5"], ["lr", "min_lr"]),
-    (["--steps=1000"], ["--steps=3000"], ["steps"]),
-    (["--steps=1000"], ["--steps=3000", "--warmup_steps=7"], ["steps", "warmup_steps"]),
-    (["--optimizer=muon"], ["--optimizer=adamw"], ["optimizer"]),
-    (["--preset=small"], ["--preset=gpt2"], ["preset"]),
-    (["--preset=small"], ["--preset=gpt2", "--n_head=16"], ["preset", "n_head"]),
-    (["--micro_batch=1"], ["--micro_batch=2"], ["micro_batch"]),
-    (["--micro_batch=1", "--batch_size=8"], ["--micro_batch=2", "--batch_size=16"], ["batch_size", "micro_batch"]),
-    ([], ["--steps=1465", "--lr=3.5e-3"], []),
-    (["--seed=1"], ["--seed=1"], []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (
+            ["--lr=1e-3"],
+            ["--lr=2e-3", "--log_every=5", "--out_dir=x", "--prompt=y", "--cache_dir=z"],
+            ["lr"],
+        ),
+        (["--lr=1e-3"], ["--lr=2e-3", "--min_lr=1e-5"], ["lr", "min_lr"]),
+        (["--steps=1000"], ["--steps=3000"], ["steps"]),
+        (["--steps=1000"], ["--steps=3000", "--warmup_steps=7"], ["steps", "warmup_steps"]),
+        (["--optimizer=muon"], ["--optimizer=adamw"], ["optimizer"]),
+        (["--preset=small"], ["--preset=gpt2"], ["preset"]),
+        (["--preset=small"], ["--preset=gpt2", "--n_head=16"], ["preset", "n_head"]),
+        (["--micro_batch=1"], ["--micro_batch=2"], ["micro_batch"]),
+        (
+            ["--micro_batch=1", "--batch_size=8"],
+            ["--micro_batch=2", "--batch_size=16"],
+            ["batch_size", "micro_batch"],
+        ),
+        ([], ["--steps=1465", "--lr=3.5e-3"], []),
+        (["--seed=1"], ["--seed=1"], []),
+    ],
+)
 def test_only_flags_that_differ_and_say_something_new(first, second, expected):
     empty = Run(Path("run"), pd.DataFrame(), {}, {}, "", [], "gpt2")
     configs = [parse_config(flags) for flags in (first, second)]
@@ -331,10 +343,16 @@ def test_validation_losses_order_the_runs_where_all_have_one(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [
-    (["--val_file=known.txt"], ["--val_file=held_out.txt"]),
-    (["--val_file=held_out.txt", "--seq_len=16"], ["--val_file=held_out.txt", "--seq_len=4", "--lr=1", "--min_lr=1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["--val_file=known.txt"], ["--val_file=held_out.txt"]),
+        (
+            ["--val_file=held_out.txt", "--seq_len=16"],
+            ["--val_file=held_out.txt", "--seq_len=4", "--lr=1", "--min_lr=1"],
+        ),
+    ],
+)
 def test_of_a_run_continued_with_another_validation_only_what_was_measured_since_counts(
     trained, tmp_path, monkeypatch, before, after
 ):
@@ -368,7 +386,8 @@ def test_of_a_run_continued_with_another_validation_only_what_was_measured_since
 def test_a_start_takes_back_what_changed_behind_its_checkpoint(
     trained, tmp_path, monkeypatch, before_step
 ):
-    """A run continued with another validation text, killed before its first save, and continued without that text."""
+    """A run continued with another validation text, killed before its first save, and continued
+    without that text."""
 
     def killed():
         raise KeyboardInterrupt
@@ -519,11 +538,17 @@ def test_the_plot_has_a_line_for_each_run_in_the_tables_order(out, count):
     assert axis.lines[0].get_ydata().tolist() == drawn["window_loss"].tolist()
 
 
-@pytest.mark.parametrize("values", [
-    {"corpus": 3}, {"corpus": {"sha256": []}}, {"config": 5}, {"config": {"preset": [], "lr": "|", "steps": {}}},
-    {"config": {"tokenizer": "x\n", "max_tokens": "y", "val_file": 7, "seed": None}},
-    {"corpus": {"sha256": "|`<!--AUTO:COMPARE:END-->\n", "tokens": "z", "file": None}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"corpus": 3},
+        {"corpus": {"sha256": []}},
+        {"config": 5},
+        {"config": {"preset": [], "lr": "|", "steps": {}}},
+        {"config": {"tokenizer": "x\n", "max_tokens": "y", "val_file": 7, "seed": None}},
+        {"corpus": {"sha256": "|`<!--AUTO:COMPARE:END-->\n", "tokens": "z", "file": None}},
+    ],
+)
 def test_a_config_of_any_type_is_shown_or_refused(out, values, capsys, plots):
     alter(out / "lr-3e-2" / "config.json", **values)
     readme = Path("README.md")
@@ -544,7 +569,8 @@ def test_a_config_of_any_type_is_shown_or_refused(out, values, capsys, plots):
 
 
 def test_how_a_run_stands(out):
-    """Running before its first save, between saves, and when a finished run goes on; then steps without a target."""
+    """Running before its first save, between saves, and when a finished run goes on; then steps
+    without a target."""
     run = read_run(out / "lr-3e-2")
     started, saved = (
         replace(run, results={}),

@@ -1,4 +1,5 @@
-"""A disk that is full, read-only or gone costs no run: the old files stay, the new ones follow when they can."""
+"""A disk that is full, read-only or gone costs no run: the old files stay, the new ones follow when
+they can."""
 
 import os
 import re
@@ -27,8 +28,10 @@ def test_too_little_room_is_refused_before_training(small_disk, launch, capsys):
     out, error = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(
-        r"train\.py: error: --out_dir \S+run: checkpoints need 0\.07 GB more \(last, prev and one being written: "
-        r"0\.02 GB each, best: 0\.01 GB\), and that disk has 0\.04 GB: free 0\.02 GB on it or choose another "
+        r"train\.py: error: --out_dir \S+run: checkpoints need 0\.07 GB more \(last, prev and "
+        r"one being written: "
+        r"0\.02 GB each, best: 0\.01 GB\), and that disk has 0\.04 GB: free 0\.02 GB on it or "
+        r"choose another "
         r"--out_dir\n",
         error,
     )
@@ -89,7 +92,8 @@ def test_a_disk_that_fills_up_and_is_cleared(small_disk, before_step, launch, pl
 
 @pytest.mark.slow
 def test_a_disk_that_stays_full(small_disk, before_step, launch, prompt_disk):
-    """The run ends with exit code 1 and the old checkpoint; with room again, the same command goes on from there."""
+    """The run ends with exit code 1 and the old checkpoint; with room again, the same command goes
+    on from there."""
     disk = small_disk(90, "tmpfs")
     filler, flags = disk / "filler", [*FLAGS, GPT2]
     assert launch("whole", *flags) == 0
@@ -171,9 +175,15 @@ def test_each_cause_is_told_once(tmp_path, monkeypatch):
         OSError("run was taken over by another train.py"),
     )
     for what, error in (
-        ("the plot", OSError("ParseError: $")), ("last.pt", full), ("best.pt", full), ("lines", no_owner),
-        ("best.pt", no_owner), ("last.pt", None), ("best.pt", None), ("last.pt", full),
-    ):  # fmt: skip
+        ("the plot", OSError("ParseError: $")),
+        ("last.pt", full),
+        ("best.pt", full),
+        ("lines", no_owner),
+        ("best.pt", no_owner),
+        ("last.pt", None),
+        ("best.pt", None),
+        ("last.pt", full),
+    ):
         run.note(what, error)
     causes = [
         "the plot: ParseError",
@@ -280,7 +290,8 @@ def test_room_is_that_where_the_checkpoints_go(small_disk, launch):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no fsync of folders")
 def test_a_rename_is_brought_to_the_disk(tmp_path, monkeypatch):
-    """First the contents, then the rename, then the folder that holds the name: else a power cut may undo it."""
+    """First the contents, then the rename, then the folder that holds the name: else a power cut
+    may undo it."""
     done, fsync, replace_file = [], os.fsync, os.replace
 
     def recorded_fsync(number: int) -> None:

@@ -1,4 +1,5 @@
-"""The arithmetic for cards counts what the code has: parameters, optimizer, activations, products."""
+"""The arithmetic for cards counts what the code has: parameters, optimizer, activations,
+products."""
 
 from dataclasses import replace
 

@@ -1,4 +1,5 @@
-"""A checkpoint is refused in one line when a byte of it is wrong, executes nothing, and the one before it steps in."""
+"""A checkpoint is refused in one line when a byte of it is wrong, executes nothing, and the one
+before it steps in."""
 
 import io
 import math
@@ -79,9 +80,13 @@ DAMAGE = {
     "a model alone": lambda good: saved({"model": {}}),
     "a list": lambda good: saved([1, 2]),
     "a tensor": lambda good: saved(torch.zeros(3)),
-    "flags that are no dictionary": lambda good: saved(torch.load(io.BytesIO(good), weights_only=True) | {"config": 3}),
-    "another format": lambda good: saved(torch.load(io.BytesIO(good), weights_only=True) | {"format": 99}),
-}  # fmt: skip
+    "flags that are no dictionary": lambda good: saved(
+        torch.load(io.BytesIO(good), weights_only=True) | {"config": 3}
+    ),
+    "another format": lambda good: saved(
+        torch.load(io.BytesIO(good), weights_only=True) | {"format": 99}
+    ),
+}
 
 
 @pytest.fixture(scope="session")
@@ -203,19 +208,47 @@ def crafted(path: Path, **changes: object) -> None:
     torch.save(checkpoint, path)
 
 
-@pytest.mark.parametrize("changes", [
-    {"progress": []}, {"progress__step": "4"}, {"progress__later": 1}, {"progress__recent_losses": "x"},
-    {"progress__recent_losses": None}, {"step": "4"}, {"step": [4]}, {"corpus_tokens": "x"}, {"model": 3},
-    {"config__input_file": 5}, {"config__device": "foo"}, {"config__threads": 0}, {"config__batch_size": None},
-    {"config__n_layer": "2"}, {"model__extra": torch.zeros(2)}, {"model__ln_f.bias": torch.zeros(2)},
-    {"config__micro_batch": 0}, {"config__micro_batch": "4"}, {"config__micro_batch": 7},
-    {"trained_context": 0}, {"trained_context": "16"}, {"trained_context": 10**5}, {"config__vocab_size": 300},
-    {"model": {}}, {"model__wpe.weight": torch.zeros(2, 2)}, {"model__ln_f.bias": torch.full((8,), math.nan)},
-    {"optimizer": {}}, {"optimizer": 3}, {"optimizer__muon": 7}, {"optimizer__adamw": {}},
-    {"optimizer__muon__0__momentum_buffer": torch.ones(3)}, {"optimizer__adamw__0__exp_avg": torch.ones(3)},
-    {"optimizer__adamw__99": {"exp_avg": torch.ones(3)}}, {"optimizer__muon__0__row_mean_square": torch.ones(3)},
-    {"optimizer__muon__0__momentum_buffer": torch.ones(24, 1)},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"progress": []},
+        {"progress__step": "4"},
+        {"progress__later": 1},
+        {"progress__recent_losses": "x"},
+        {"progress__recent_losses": None},
+        {"step": "4"},
+        {"step": [4]},
+        {"corpus_tokens": "x"},
+        {"model": 3},
+        {"config__input_file": 5},
+        {"config__device": "foo"},
+        {"config__threads": 0},
+        {"config__batch_size": None},
+        {"config__n_layer": "2"},
+        {"model__extra": torch.zeros(2)},
+        {"model__ln_f.bias": torch.zeros(2)},
+        {"config__micro_batch": 0},
+        {"config__micro_batch": "4"},
+        {"config__micro_batch": 7},
+        {"trained_context": 0},
+        {"trained_context": "16"},
+        {"trained_context": 10**5},
+        {"config__vocab_size": 300},
+        {"model": {}},
+        {"model__wpe.weight": torch.zeros(2, 2)},
+        {"model__ln_f.bias": torch.full((8,), math.nan)},
+        {"optimizer": {}},
+        {"optimizer": 3},
+        {"optimizer__muon": 7},
+        {"optimizer__adamw": {}},
+        {"optimizer__muon__0__momentum_buffer": torch.ones(3)},
+        {"optimizer__adamw__0__exp_avg": torch.ones(3)},
+        {"optimizer__adamw__99": {"exp_avg": torch.ones(3)}},
+        {"optimizer__muon__0__row_mean_square": torch.ones(3)},
+        {"optimizer__muon__0__momentum_buffer": torch.ones(24, 1)},
+    ],
+    ids=str,
+)
 def test_contents_that_do_not_fit_are_refused(run, capsys, changes):
     """Some of these would make a fused kernel write outside its memory."""
     last = run / "checkpoints/last.pt"

@@ -62,13 +62,15 @@ def test_there_are_no_circles():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_imports_parts_and_few_scripts(name):
-    """The one exception: train.py borrows the plot of update_readme.py when it draws, and not before."""
+    """The one exception: train.py borrows the plot of update_readme.py when it draws, and not
+    before."""
     scripts = {module.split(".")[0] for module in imported(ROOT / f"{name}.py")} & SCRIPTS.keys()
     assert scripts - ({"update_readme"} if name == "train" else set()) <= SCRIPTS[name]
 
 
 def test_what_reports_runs_imports_no_torch():
-    """A run is reported and compared where there is no PyTorch: update_readme.py reads files only."""
+    """A run is reported and compared where there is no PyTorch: update_readme.py reads files
+    only."""
     parts = [path for path in FILES if path.parent.name == "report" or path.stem == "layout"]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in parts]
     program = f"import sys, update_readme, {', '.join(names)}; sys.exit('torch' in sys.modules)"

@@ -1,4 +1,5 @@
-"""SIGKILL at any instant: there is always a whole checkpoint, and the run ends as if nothing had been."""
+"""SIGKILL at any instant: there is always a whole checkpoint, and the run ends as if nothing had
+been."""
 
 import os
 import time
@@ -65,7 +66,8 @@ def test_the_torture_notices(tmp_path, launch):
 )
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links, as on FAT"])
 def test_death_at_every_system_call_of_a_save(tmp_path, links):
-    """Each time there is a whole last.pt (without links a whole prev.pt at least), and the next save works."""
+    """Each time there is a whole last.pt (without links a whole prev.pt at least), and the next
+    save works."""
     last, prev = tmp_path / "last.pt", tmp_path / "prev.pt"
     for deadly in range(1, 20):
         for path in tmp_path.iterdir():

@@ -18,7 +18,8 @@ from parts.compute.device import choose_micro_batch
 from parts.flags import Config
 from parts.run.checkpoint import load_checkpoint
 
-# From step 1 on the process may take so many MiB of addresses more: an allocation that fails, as on a full GPU.
+# From step 1 on the process may take so many MiB of addresses more: an allocation that fails, as on
+# a full GPU.
 LIMITED = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -211,8 +212,8 @@ def kept_for_the_way_back(slices: int, config: Config) -> int:
 
 
 def test_what_half_of_the_slices_saves_is_worth_capping(config):
-    """What the next test needs: its memory is that of the slices, and not that of the head, which takes 1,024 rows at a
-    time however many there are."""
+    """What the next test needs: its memory is that of the slices, and not that of the head, which
+    takes 1,024 rows at a time however many there are."""
     config = replace(config, vocab_size=50_257)
     few, more = (kept_for_the_way_back(n, config) for n in (64, 128))
     assert (more - few) / 64 * 8192 > 0.5e9, "half of the 16,384 slices"
@@ -220,8 +221,8 @@ def test_what_half_of_the_slices_saves_is_worth_capping(config):
 
 @pytest.mark.cuda
 def test_on_cuda(launch, monkeypatch):
-    """A cap on this process's share of the card, between what all slices take and what half of them do, stands in for
-    a smaller card."""
+    """A cap on this process's share of the card, between what all slices take and what half of them
+    do, stands in for a smaller card."""
 
     def peak(name: str, *flags: str) -> int:
         torch.cuda.empty_cache()

@@ -165,7 +165,7 @@ def greedy(
     generators = [torch.Generator() for _ in prompts]
     return train.generate(
         model, prompts, new_tokens, context=context, temperature=0.0, top_k=0, generators=generators
-    )  # fmt: skip
+    )
 
 
 def without_cache(model: train.GPT, prompt: list[int], new_tokens: int, context: int) -> list[int]:
@@ -240,7 +240,8 @@ def test_top_p_leaves_the_likeliest_that_make_it_up():
 
 @pytest.mark.parametrize("rows", [1, 5, 130, 2100])
 def test_the_head_loss_is_cross_entropy_and_so_is_its_gradient(rows):
-    """One row, a part of a block, more than a block, more than a chunk; a vocabulary no multiple of 64."""
+    """One row, a part of a block, more than a block, more than a chunk; a vocabulary no multiple of
+    64."""
     torch.manual_seed(0)
     features, weight = torch.randn(rows, 24), torch.randn(389, 24) * 0.3
     targets = torch.randint(0, 389, (rows,))
@@ -278,7 +279,8 @@ def test_the_head_loss_in_half_precision_keeps_its_sums_in_fp32(dtype):
 
 @pytest.mark.parametrize("T", [1, 7, 64, 256, 257])
 def test_causal_attention_equals_the_fused_kernel(T):
-    """Up to 4 * head_dim positions by the formula, beyond by PyTorch's kernel: values and gradients."""
+    """Up to 4 * head_dim positions by the formula, beyond by PyTorch's kernel: values and
+    gradients."""
     torch.manual_seed(0)
     inputs = [torch.randn(2, 3, T, 64, requires_grad=True) for _ in range(3)]
     others = [x.detach().clone().requires_grad_() for x in inputs]

@@ -1,4 +1,5 @@
-"""Muon: orthogonal as an SVD says, each state what its definition says, the same whatever is worked on together."""
+"""Muon: orthogonal as an SVD says, each state what its definition says, the same whatever is worked
+on together."""
 
 import copy
 
@@ -34,7 +35,8 @@ def polynomial(values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("decades", [0, 1, 3, 6])
 def test_polar_factor_changes_singular_values_alone(shape, decades):
-    """Singular vectors stay; values become what the polynomials make of them: the slow reference is an SVD."""
+    """Singular vectors stay; values become what the polynomials make of them: the slow reference is
+    an SVD."""
     matrices = spectrum(shape, decades)
     U, S, V = torch.linalg.svd(matrices.double(), full_matrices=False)
     S = S / torch.linalg.vector_norm(S, dim=-1, keepdim=True)
@@ -66,7 +68,8 @@ def test_singular_values_above_a_hundredth_come_to_about_one():
 
 
 def reference_step(weight, gradient, buffer, mean_square, *, lr, weight_decay, momentum, beta2):
-    """One step as Jordan et al. and Li et al. write it, with an SVD-free polar factor of one matrix at a time."""
+    """One step as Jordan et al. and Li et al. write it, with an SVD-free polar factor of one matrix
+    at a time."""
     buffer = momentum * buffer + (1 - momentum) * gradient
     direction = muon.polar_factor(
         (momentum * buffer + (1 - momentum) * gradient)[None], torch.float32

@@ -1,4 +1,5 @@
-"""docs/train.ipynb: all its cells run one after the other, it installs what is missing alone, and Stop saves."""
+"""docs/train.ipynb: all its cells run one after the other, it installs what is missing alone, and
+Stop saves."""
 
 import ast
 import base64
@@ -73,7 +74,8 @@ def test_it_is_a_notebook_without_outputs():
 def test_all_cells_run_in_a_clone_that_the_notebook_makes(
     tmp_path, code, text_file, capsys, quiet_jupyter
 ):
-    """As on a machine that has the packages: a clone, the demo cut short, a text of one's own, samples, the export."""
+    """As on a machine that has the packages: a clone, the demo cut short, a text of one's own,
+    samples, the export."""
     if shutil.which("git") is None:
         pytest.skip("needs git")
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "code"]):
@@ -84,9 +86,15 @@ def test_all_cells_run_in_a_clone_that_the_notebook_makes(
         )
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     values = assignments(
-        REPOSITORY=code.as_uri(), TEXT=str(text_file), UPLOAD=True, DRIVE=True, EXPORT=True, FLAGS=TINY_FLAGS,
-        DEMO_FLAGS=["--steps=4", "--max_new_tokens=20", "--device=cpu"], PROMPT="Line 7:",
-    )  # fmt: skip
+        REPOSITORY=code.as_uri(),
+        TEXT=str(text_file),
+        UPLOAD=True,
+        DRIVE=True,
+        EXPORT=True,
+        FLAGS=TINY_FLAGS,
+        DEMO_FLAGS=["--steps=4", "--max_new_tokens=20", "--device=cpu"],
+        PROMPT="Line 7:",
+    )
     position = [cell.id for cell in notebook.cells].index("parameters")
     notebook.cells.insert(position + 1, nbformat.v4.new_code_cell(values))
     place = tmp_path / "content"
@@ -137,7 +145,8 @@ def test_without_code_and_address_it_says_what_to_do(tmp_path, monkeypatch):
 def test_what_is_missing_goes_into_an_environment_of_its_own(
     tmp_path, code, monkeypatch, capfd, quiet_jupyter
 ):
-    """The PyTorch outside it stays and is seen, whatever requirements.txt says of it; Python itself gets nothing."""
+    """The PyTorch outside it stays and is seen, whatever requirements.txt says of it; Python itself
+    gets nothing."""
     if not metadata.packages_distributions().get(
         "pip"
     ):  # importing it would take setuptools' distutils from PyTorch

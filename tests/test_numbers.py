@@ -40,7 +40,8 @@ def states(trainer: train.Trainer) -> dict:
 def test_one_bad_gradient_in_one_group_stops_the_update_of_all(
     config, corpus, optimizer, amp, name, value
 ):
-    """Of matrices, embeddings, biases or LayerNorms: a step is skipped for all of them or for none."""
+    """Of matrices, embeddings, biases or LayerNorms: a step is skipped for all of them or for
+    none."""
     trainer = train.Trainer(replace(config, amp=amp, lr=1e-2, optimizer=optimizer), corpus, None)
     trainer.update()
     parameter = trainer.model.get_parameter(name)
@@ -64,7 +65,8 @@ def test_one_bad_gradient_in_one_group_stops_the_update_of_all(
 
 @pytest.mark.slow
 def test_a_skipped_step_still_counts(launch, monkeypatch):
-    """Step, data and rate move on as in a run without the skip; its row has no number that is not one."""
+    """Step, data and rate move on as in a run without the skip; its row has no number that is not
+    one."""
     flags = ["--log_every=1", "--amp=off"]
     assert launch("whole", *flags) == 0
     add_gradients = train.Trainer.add_gradients
@@ -97,7 +99,8 @@ def test_a_run_that_diverges_exits_1_and_leaves_no_bad_checkpoint(launch, prompt
     log = log_text(Path("run")).replace("\\", "/")
     assert "step 5 skipped" in log
     assert re.search(
-        r"ERROR \| Training failed: loss or gradient was not finite in 3 steps in a row, the last being step 7: go on "
+        r"ERROR \| Training failed: loss or gradient was not finite in 3 steps in a row, the "
+        r"last being step 7: go on "
         r"with a lower --lr, .*; the last good checkpoint is run/checkpoints/last\.pt, of step 4",
         log,
     )

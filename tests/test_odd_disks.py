@@ -76,7 +76,8 @@ def test_files_that_cannot_be_mapped_are_read(shim, launch, tmp_path, tokenizer)
 
 @pytest.mark.slow
 def test_what_cannot_be_locked_is_named_and_used(shim, tmp_path, text_file):
-    """One sentence for a run and for a token file, whatever the refusal; the last owner is in it."""
+    """One sentence for a run and for a token file, whatever the refusal; the last owner is in
+    it."""
     program = f"""
         import errno, logging, os, sys
         from pathlib import Path

@@ -1,4 +1,5 @@
-"""A power cut costs what was not synced, and no more: the run goes on, and nothing that was reported is lost."""
+"""A power cut costs what was not synced, and no more: the run goes on, and nothing that was
+reported is lost."""
 
 import errno
 import os
@@ -22,8 +23,8 @@ State = dict[str, bytes]  # files of a folder, by their paths in it
 
 
 class Disk:
-    """A folder, and what POSIX promises of it after a cut: of each file and of each folder what was there when it was
-    last synced. What was not may be there or not."""
+    """A folder, and what POSIX promises of it after a cut: of each file and of each folder what was
+    there when it was last synced. What was not may be there or not."""
 
     def __init__(self, root: Path):
         self.root, self.grave = root, root.with_name("grave")
@@ -271,8 +272,10 @@ def test_names_that_only_look_like_leftovers_stay(tmp_path):
 def test_zeros_in_place_of_lines_hide_no_others(launch, capsys):
     assert launch("run", "--steps=4") == 0
     Path("README.md").write_text("<!--AUTO:LOGS:START-->\n<!--AUTO:LOGS:END-->\n", encoding="utf-8")
-    log, samples, metrics = (Path("run", *p.split("/")) for p in
-                             ("logs/train.log", "samples/samples.txt", "logs/train_metrics.csv"))  # fmt: skip
+    log, samples, metrics = (
+        Path("run", *p.split("/"))
+        for p in ("logs/train.log", "samples/samples.txt", "logs/train_metrics.csv")
+    )
     for path in (log, samples, metrics):
         first, _, later = path.read_bytes().partition(b"\n")
         path.write_bytes(first + b"\n" + b"\0" * 5000 + later)

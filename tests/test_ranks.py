@@ -55,8 +55,8 @@ def command(
 def torchrun(
     processes: int, *flags: str, restarts: int = 0, **options
 ) -> subprocess.CompletedProcess:
-    """Run to the end. gloo sometimes fails to connect processes on a busy machine, or waits for ever; then they are
-    started again."""
+    """Run to the end. gloo sometimes fails to connect processes on a busy machine, or waits for
+    ever; then they are started again."""
     for _ in range(4):
         line = command(processes, *flags, restarts=restarts, **options)
         pipes = dict(
@@ -135,13 +135,14 @@ def test_what_cannot_be_shared_is_refused_by_one_voice(here):
     assert result.returncode == 1, "torchrun's own code"
     said = re.findall(r"^train.py: error: (.*)$", result.stderr, re.MULTILINE)
     assert said == [
-        "--batch_size x --grad_accum = 8 slices do not divide evenly among 3 processes: 6 or 9 would"
+        "--batch_size x --grad_accum = 8 slices do not divide evenly among 3 processes: 6 or 9 "
+        "would"
     ]
     assert "exitcode  : 2" in result.stderr and not Path("run").exists()
 
 
-# One dies at step 6. After the restart the first process is late: what it left with torchrun of where it was to be
-# reached is found by the other, and must not be believed.
+# One dies at step 6. After the restart the first process is late: what it left with torchrun of
+# where it was to be reached is found by the other, and must not be believed.
 DIES_ONCE = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -162,7 +163,10 @@ def test_a_rank_that_dies_ends_the_run_and_a_restart_continues_it(alone):
     Path("dies.py").write_text(DIES_ONCE, encoding="utf-8")
     ended = torchrun(2, "--out_dir=run", "--save_every=2", script=Path("dies.py"), restarts=1)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    told = r"another process of this run is gone \(.+\)\. To continue from step (\d+): torchrun .+ --out_dir run"
+    told = (
+        r"another process of this run is gone \(.+\)\. To continue from step (\d+): torchrun .+ "
+        r"--out_dir run"
+    )
     found = re.search(told, ended.stdout)
     assert found and found[0] in log_text(Path("run")), ended.stdout + ended.stderr
     assert "Traceback" not in ended.stdout and 'File "' not in log_text(Path("run"))
@@ -193,7 +197,10 @@ def test_a_rank_that_fails_alone_ends_the_run_and_is_heard(here, rank):
     ended = torchrun(2, "--out_dir=run", "--save_every=2", rank, script=Path("fails.py"))
     assert ended.returncode == 1 and "RuntimeError: of this process alone" in ended.stderr
     if rank == "1":
-        told = r"After step 4: another process of this run is gone \(.+\)\. To continue from step \d+: torchrun "
+        told = (
+            r"After step 4: another process of this run is gone \(.+\)\. To continue from step "
+            r"\d+: torchrun "
+        )
         assert re.search(told, ended.stdout)
 
 
@@ -218,8 +225,8 @@ def test_the_first_process_has_the_last_word(here):
     ended = torchrun(2, "--out_dir=run", "--save_every=2", script=Path("loses.py"))
     assert ended.returncode == 1 and "Broken off" not in ended.stdout
     assert (
-        "Training failed: loss or gradient was not finite in 2 steps in a row, the last being step 7"
-        in ended.stdout
+        "Training failed: loss or gradient was not finite in 2 steps in a row, the last being "
+        "step 7" in ended.stdout
     )
     assert (
         json.loads(Path("run/results.json").read_text(encoding="utf-8"))["stop_reason"] == "failed"
@@ -256,7 +263,8 @@ def test_processes_that_see_different_texts_do_not_train(here):
         Path(f"w{rank}/input.txt").write_text(line * 200, encoding="utf-8")
     script = Path("apart.py")
     script.write_text(
-        f"import os, sys; os.chdir('w' + os.environ['RANK']); sys.path.insert(0, {str(ROOT)!r}); import train; "
+        f"import os, sys; os.chdir('w' + os.environ['RANK']); sys.path.insert(0, {str(ROOT)!r}); "
+        f"import train; "
         "sys.exit(train.main())",
         encoding="utf-8",
     )

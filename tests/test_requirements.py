@@ -23,8 +23,8 @@ def test_what_is_pinned_in_turn_is_pinned_alike():
 
 
 def test_what_the_space_needs_changes_nothing_in_the_environment_of_training():
-    """Each version that requirements.txt pins is one that the Space and all it stands on accept; Pillow's is pinned,
-    since gradio does not take the newest."""
+    """Each version that requirements.txt pins is one that the Space and all it stands on accept;
+    Pillow's is pinned, since gradio does not take the newest."""
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("needs gradio (space/requirements.txt)")
     pinned = {

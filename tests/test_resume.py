@@ -128,7 +128,8 @@ def test_a_run_killed_between_its_last_step_and_its_results(launch, monkeypatch,
 
 
 def test_a_sample_drawn_at_ctrl_c_stays_and_nothing_else_differs(launch, prompt_disk, before_step):
-    """Before any other sample, behind some, and when the start after it is killed before it has saved."""
+    """Before any other sample, behind some, and when the start after it is killed before it has
+    saved."""
 
     def ctrl_c() -> None:
         signal.raise_signal(signal.SIGINT)
@@ -146,8 +147,12 @@ def test_a_sample_drawn_at_ctrl_c_stays_and_nothing_else_differs(launch, prompt_
     assert codes == [130, 130, 130, 0]
     path = Path("parts/samples/samples.txt")
     assert re.findall("STEP (.+)", path.read_text(encoding="utf-8")) == [
-        "2 (at Ctrl-C)", "3", "6", "7 (at Ctrl-C)", "12"
-    ]  # fmt: skip
+        "2 (at Ctrl-C)",
+        "3",
+        "6",
+        "7 (at Ctrl-C)",
+        "12",
+    ]
     assert len(sample_blocks(path.read_text(encoding="utf-8"))) == 5
     ours = r"={80}\nSTEP \d+ \(at Ctrl-C\)\n(?:(?!={80}\n).*\n)*"
     path.write_bytes(re.sub(ours.encode(), b"", path.read_bytes()))
@@ -174,8 +179,9 @@ def test_ctrl_c_before_the_first_step_of_a_start_draws_nothing_twice(
     finally:
         signal.signal(signal.SIGINT, before)
     assert re.findall("STEP (.+)", Path("run/samples/samples.txt").read_text(encoding="utf-8")) == [
-        "2", "3 (at Ctrl-C)"
-    ]  # fmt: skip
+        "2",
+        "3 (at Ctrl-C)",
+    ]
 
 
 def test_every_reader_of_samples_reads_what_ctrl_c_had_drawn():
@@ -301,8 +307,8 @@ def test_what_is_kept_must_go_with_what_is_given(launch, capsys, begun, continue
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert launch("run", "--steps=12", *continued) == 2
     assert (
-        "--warmup_steps 5 exceeds --decay_steps 4 (flags you leave out keep the values of the existing run)"
-        in capsys.readouterr().err
+        "--warmup_steps 5 exceeds --decay_steps 4 (flags you leave out keep the values of the "
+        "existing run)" in capsys.readouterr().err
     )
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
     assert launch("run", "--steps=12", "--warmup_steps=2", "--decay_steps=12") == 0

@@ -104,7 +104,8 @@ def test_a_run_that_moves_to_a_machine_without_its_device_says_so(config):
 
 
 def test_on_a_cpu_compilation_is_for_who_asks(config):
-    """However long the run: the record says 1.034 times as fast, and two to three minutes of compiling."""
+    """However long the run: the record says 1.034 times as fast, and two to three minutes of
+    compiling."""
     long = decide(dict(device="cpu", compile="auto", n_embd=768, steps=10**6))
     answer, reason = choose_compile(long)
     assert answer == "off"
@@ -132,7 +133,8 @@ def test_the_124m_preset_on_a_cpu_is_warned_of(config):
     [("bf16", True, "fp16"), ("bf16", False, "bf16"), ("off", True, "off")],
 )
 def test_text_is_sampled_in_the_precision_that_is_fast_for_it(config, amp, one_at_a_time, answer):
-    """On a CPU, weights in fp16 are the faster for one token and ten times slower for a whole context."""
+    """On a CPU, weights in fp16 are the faster for one token and ten times slower for a whole
+    context."""
     assert for_sampling(replace(config, amp=amp), one_at_a_time).amp == answer
     assert for_sampling(replace(config, amp=amp, device="cuda"), one_at_a_time).amp == amp
 

@@ -17,7 +17,8 @@ def test_every_start_is_equally_likely():
 
 
 def test_every_start_of_the_covering_slices_is_equally_likely():
-    """Over seeds: 20 starts, slices of 6, so that the ring does not divide evenly (19 degrees of freedom)."""
+    """Over seeds: 20 starts, slices of 6, so that the ring does not divide evenly (19 degrees of
+    freedom)."""
     for first in (0, 3, 4):
         starts = [train.covering_starts(seed, first, 1, 20, 6)[0] for seed in range(10_000)]
         assert ((np.bincount(starts, minlength=20) - 500) ** 2 / 500).sum() < 51
@@ -80,7 +81,8 @@ def test_a_batch_depends_on_seed_and_step_alone(config):
 
 
 def test_independent_slices_start_anywhere(config):
-    """Uniform, with repetitions, a function of seed and step; shuffled ones repeat nothing within a pass."""
+    """Uniform, with repetitions, a function of seed and step; shuffled ones repeat nothing within a
+    pass."""
     corpus = Corpus(np.arange(1000, dtype=np.uint16), "", 1000)
 
     def starts(slices: str, seed: int = 1) -> list[int]:
@@ -108,7 +110,8 @@ def test_the_cut_into_micro_batches_changes_no_slice(config):
 
 
 def test_neighbouring_steps_share_no_stream():
-    """With the step in Philox's counter, step s + 1 would repeat the words of step s shifted by four."""
+    """With the step in Philox's counter, step s + 1 would repeat the words of step s shifted by
+    four."""
     words = np.concatenate([train.random_words(1337, step, 256) for step in range(1, 201)])
     assert len(np.unique(words)) == len(words)
     other_seed = np.concatenate([train.random_words(1338, step, 256) for step in range(1, 201)])
@@ -116,7 +119,8 @@ def test_neighbouring_steps_share_no_stream():
 
 
 def test_the_words_are_philox_as_published():
-    """Random123's known answer for philox4x64-10 with counter and key zero; NumPy counts from one."""
+    """Random123's known answer for philox4x64-10 with counter and key zero; NumPy counts from
+    one."""
     bits = np.random.Philox(
         counter=np.array([2**64 - 1] * 4, dtype=np.uint64), key=np.zeros(2, dtype=np.uint64)
     )

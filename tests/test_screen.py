@@ -1,4 +1,5 @@
-"""Every word to the user goes through one place from the first line on: short on the screen, whole in train.log."""
+"""Every word to the user goes through one place from the first line on: short on the screen, whole
+in train.log."""
 
 import os
 import re
@@ -45,5 +46,8 @@ def test_other_scripts_name_themselves_and_warn_on_stderr(monkeypatch, capsys):
         monkeypatch.setattr(script, "read_flags", warning)
         assert script.main([]) == 2
         start = f"{script.__name__}.py: "
-        expected = f"{start}warning: the disk is slow\n{start}error: one thing\n{start}error: and another\n"
+        expected = (
+            f"{start}warning: the disk is slow\n{start}error: one thing\n{start}error: and "
+            f"another\n"
+        )
         assert capsys.readouterr() == ("", expected)

@@ -187,21 +187,24 @@ def test_the_slices_are_new_ones_each_time_and_the_same_for_a_step(config, corpu
     assert not torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[1], drawn[2])
 
 
-@pytest.mark.parametrize(("loss", "spread", "trained", "at_end", "target", "slices"), [
-    (0.15, 0.04, 10**6, False, 0.1, 16),  # clearly above: the least
-    (0.126, 0.04, 900, False, 0.1, 32),  # at 16 by 2.5 standard errors only
-    (0.106, 0.04, 10**6, False, 0.1, 256),  # a little above: 0.04 / 16 is the error
-    (0.09, 0.001, 10**6, False, 0.1, 128),  # exact at once
-    (0.1, 0.04, 10**6, False, 0.1, 1024),  # 0.04 / 32 < 0.0015
-    (0.09, 0.2, 10**6, False, 0.1, 4096),  # never exact
-    (0.09, 0.2, 20_000, False, 0.1, 2000),  # a tenth of those trained
-    (0.09, 0.2, 900, False, 0.1, 90),
-    (0.15, 0.2, 0, False, 0.1, 64),
-    (0.15, 0.04, 10**6, True, 0.1, 1024),  # what is published is as exact as without a target
-    (0.09, 0.2, 10**6, True, 0.1, 4096),
-    (0.09, 0.2, 10**6, True, 0.0, 1024),
-    (0.09, 0.2, 900, True, 0.0, 90),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("loss", "spread", "trained", "at_end", "target", "slices"),
+    [
+        (0.15, 0.04, 10**6, False, 0.1, 16),  # clearly above: the least
+        (0.126, 0.04, 900, False, 0.1, 32),  # at 16 by 2.5 standard errors only
+        (0.106, 0.04, 10**6, False, 0.1, 256),  # a little above: 0.04 / 16 is the error
+        (0.09, 0.001, 10**6, False, 0.1, 128),  # exact at once
+        (0.1, 0.04, 10**6, False, 0.1, 1024),  # 0.04 / 32 < 0.0015
+        (0.09, 0.2, 10**6, False, 0.1, 4096),  # never exact
+        (0.09, 0.2, 20_000, False, 0.1, 2000),  # a tenth of those trained
+        (0.09, 0.2, 900, False, 0.1, 90),
+        (0.15, 0.2, 0, False, 0.1, 64),
+        (0.15, 0.04, 10**6, True, 0.1, 1024),  # what is published is as exact as without a target
+        (0.09, 0.2, 10**6, True, 0.1, 4096),
+        (0.09, 0.2, 10**6, True, 0.0, 1024),
+        (0.09, 0.2, 900, True, 0.0, 90),
+    ],
+)
 def test_how_many_slices_it_takes(
     config,
     corpus,

@@ -1,4 +1,5 @@
-"""What only tells of a run costs it nothing: it is saved before, a signal breaks it off, and a failure is a warning."""
+"""What only tells of a run costs it nothing: it is saved before, a signal breaks it off, and a
+failure is a warning."""
 
 import json
 import signal
@@ -48,8 +49,8 @@ def test_what_fails_is_a_warning_and_the_run_is_saved_before(launch, prompt_disk
     assert ("sample", 0) in failing, "in mid-run, too"
     log = log_text(Path("run"))
     assert (
-        "The sample failed at step 8, the run goes on without: RuntimeError: CUDA error: out of memory more"
-        in log
+        "The sample failed at step 8, the run goes on without: RuntimeError: CUDA error: out of "
+        "memory more" in log
     )
     assert log.count(" failed at step ") == len(failing) and "inf" not in log.replace(
         "INFO", ""
@@ -62,8 +63,8 @@ def test_what_fails_is_a_warning_and_the_run_is_saved_before(launch, prompt_disk
     if "--target_loss=99" in flags:
         assert log.count("The check of the target failed") == 2, "each time that a window is full"
         assert (
-            "whether the target was reached is unknown: the loss on random slices could not be measured"
-            in log
+            "whether the target was reached is unknown: the loss on random slices could not be "
+            "measured" in log
         )
     Path("README.md").write_text(
         "<!--AUTO:SUMMARY:START-->\n<!--AUTO:SUMMARY:END-->\n", encoding="utf-8"
@@ -77,7 +78,8 @@ def test_what_fails_is_a_warning_and_the_run_is_saved_before(launch, prompt_disk
     "case", ["--val_fraction=0.1 --eval_every=2 --patience=9", "--target_loss=5.37 --lr=0.02"]
 )
 def test_a_signal_at_any_look_is_heeded_and_nothing_is_lost(launch, prompt_disk, monkeypatch, case):
-    """Between two tokens or two parts of a measurement, in mid-run and at the end; the next start does it anew."""
+    """Between two tokens or two parts of a measurement, in mid-run and at the end; the next start
+    does it anew."""
     looks, last = [], [10**9]
 
     def look() -> None:

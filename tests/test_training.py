@@ -98,7 +98,8 @@ def test_muon_has_the_matrices_of_the_blocks(config):
 
 
 def test_a_muon_step_is_orthogonal_and_as_large_as_an_adamw_step(config, corpus):
-    """Its singular values lie around one, as the Polar Express leaves them, scaled so that the RMS is 0.2 lr."""
+    """Its singular values lie around one, as the Polar Express leaves them, scaled so that the RMS
+    is 0.2 lr."""
     trainer = train.Trainer(
         replace(config, optimizer="muon", lr=0.1, weight_decay=0.0, clip_grad=0), corpus, None
     )
@@ -224,17 +225,20 @@ def test_window_loss_needs_a_full_window(config):
     assert progress.window_loss(config) == 2.0
 
 
-@pytest.mark.parametrize(("window", "losses", "step", "measured", "reason"), [
-    (3, [0.25, 0.0, 0.5], 5, {}, None),
-    (3, [0.25, 0.0, 0.5], 5, {"corpus_step": 4, "corpus_loss": 0.2}, None),
-    (3, [0.25, 0.0, 0.5], 5, {"corpus_step": 5, "corpus_loss": 0.26}, None),
-    (3, [0.25, 0.0, 0.5], 5, {"corpus_step": 5, "corpus_loss": 0.25}, "target"),
-    (3, [0.0, 0.0, 0.0], 8, {}, "steps"),
-    (3, [0.5, 0.5, 0.5], 8, {"corpus_step": 8, "corpus_loss": 0.25}, "target"),
-    (3, [0.5, 0.5, 0.5], 8, {"corpus_step": 8, "corpus_loss": 0.26}, "steps"),
-    (1, [0.25], 5, {}, "target"),
-    (1, [0.26], 5, {}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("window", "losses", "step", "measured", "reason"),
+    [
+        (3, [0.25, 0.0, 0.5], 5, {}, None),
+        (3, [0.25, 0.0, 0.5], 5, {"corpus_step": 4, "corpus_loss": 0.2}, None),
+        (3, [0.25, 0.0, 0.5], 5, {"corpus_step": 5, "corpus_loss": 0.26}, None),
+        (3, [0.25, 0.0, 0.5], 5, {"corpus_step": 5, "corpus_loss": 0.25}, "target"),
+        (3, [0.0, 0.0, 0.0], 8, {}, "steps"),
+        (3, [0.5, 0.5, 0.5], 8, {"corpus_step": 8, "corpus_loss": 0.25}, "target"),
+        (3, [0.5, 0.5, 0.5], 8, {"corpus_step": 8, "corpus_loss": 0.26}, "steps"),
+        (1, [0.25], 5, {}, "target"),
+        (1, [0.26], 5, {}, None),
+    ],
+)
 def test_stop_reason(config, window, losses, step, measured, reason):
     """Random slices decide; with a window of one step, that step."""
     config = replace(config, target_loss=0.25, target_window=window, steps=8)
@@ -308,7 +312,8 @@ def test_cuda_follows_the_cpu(config, corpus, amp):
 
 @pytest.mark.cuda
 def test_one_host_read_per_step_on_cuda(config, corpus):
-    """PyTorch's sync debug mode warns at each synchronisation; the step's single .tolist() is one."""
+    """PyTorch's sync debug mode warns at each synchronisation; the step's single .tolist() is
+    one."""
     trainer = train.Trainer(replace(config, device="cuda", amp="bf16", grad_accum=4), corpus, None)
     trainer.update()
     torch.cuda.set_sync_debug_mode("warn")

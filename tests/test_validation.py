@@ -1,4 +1,5 @@
-"""A held-out split: never trained on, measured the same way every time, and it decides what is best."""
+"""A held-out split: never trained on, measured the same way every time, and it decides what is
+best."""
 
 import csv
 import json
@@ -170,8 +171,8 @@ def test_the_best_is_the_one_with_the_lowest_validation_loss(here):
     )
     log = Path("run/logs/train.log").read_text(encoding="utf-8")
     assert (
-        f"best.pt has the weights of step {lowest}, with the lowest validation loss: {measured[lowest]:.6f}, "
-        in log
+        f"best.pt has the weights of step {lowest}, with the lowest validation loss: "
+        f"{measured[lowest]:.6f}, " in log
     )
     assert (
         " now: from there on the model overfits" in log

@@ -49,7 +49,8 @@ def test_a_validation_loss_that_was_still_falling(ended):
     config = replace(config, target_loss=0.0, val_fraction=0.1, eval_every=10)
     progress = replace(progress, val_loss=0.25, val_step=40)
     assert verdict(config, progress, 0.05, "steps") == (
-        "Verdict: the validation loss was still falling at the end; half as many steps more may help: "
+        "Verdict: the validation loss was still falling at the end; half as many steps more may "
+        "help: "
         "python train.py --out_dir out/x --steps 60"
     )
     lowest = replace(progress, best_step=30, best_loss=0.249)

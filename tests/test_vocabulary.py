@@ -1,4 +1,5 @@
-"""A vocabulary of one's own: learned from any text, ended by a signal, the same in every form of its file."""
+"""A vocabulary of one's own: learned from any text, ended by a signal, the same in every form of
+its file."""
 
 import json
 import os
@@ -48,7 +49,8 @@ def test_ordinary_text_gives_the_vocabulary_that_the_library_learns(tmp_path):
 
 
 def test_one_long_word_is_learned_from_in_pieces(tmp_path):
-    """Whole, it takes time that grows with the square of its length; a token longer than a piece would tell."""
+    """Whole, it takes time that grows with the square of its length; a token longer than a piece
+    would tell."""
     for letter in "a-漢":
         (tmp_path / "text.txt").write_text(letter * 20_000, encoding="utf-8")
         with pytest.raises(TextYieldsFewer) as problem:
@@ -64,7 +66,8 @@ def test_one_long_word_is_learned_from_in_pieces(tmp_path):
 @pytest.mark.xdist_group("kills")
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 def test_a_signal_ends_the_learning_of_a_vocabulary(tmp_path):
-    """The program sends it to itself while the library is at work, for minutes if it were left alone."""
+    """The program sends it to itself while the library is at work, for minutes if it were left
+    alone."""
     letters = bytes(b"ACGT"[byte % 4] for byte in range(256))
     (tmp_path / "dna.txt").write_bytes(random.Random(0).randbytes(12_000_000).translate(letters))
     program = """
@@ -78,9 +81,9 @@ def test_a_signal_ends_the_learning_of_a_vocabulary(tmp_path):
             os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 
         threading.Thread(target=send).start()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
-        flags = ["--input_file=dna.txt", "--tokenizer=bpe:60000", "--val_fraction=0.1", "--out_dir=run"]
-        sys.exit(train.main(flags))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+        flags = ["--input_file=dna.txt", "--tokenizer=bpe:60000", "--val_fraction=0.1"]
+        sys.exit(train.main([*flags, "--out_dir=run"]))
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command, said = [sys.executable, "-c", textwrap.dedent(program)], subprocess.PIPE
@@ -117,7 +120,8 @@ def with_strings(content: str) -> str:
 
 @pytest.mark.parametrize("form", [with_pairs, with_strings])
 def test_a_vocabulary_is_the_same_in_another_form(launch, tmp_path, form):
-    """Of the file that is named, of the one in the run directory, and inside an older checkpoint."""
+    """Of the file that is named, of the one in the run directory, and inside an older
+    checkpoint."""
     Path("text.txt").write_text(LINES, encoding="utf-8")
     Path("own.json").write_text(train_vocabulary([Path("text.txt")], 300), encoding="utf-8")
     flags = ["--input_file=text.txt", "--tokenizer=own.json"]

@@ -32,7 +32,8 @@ def no_thread(_thread) -> None:
 
 
 def at_terminal(monkeypatch, tick_sec: float = 0.02) -> Terminal:
-    """From here on stderr is a terminal. No fixture: pytest changes stderr before the test's body."""
+    """From here on stderr is a terminal. No fixture: pytest changes stderr before the test's
+    body."""
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setattr(waiting, "TICK_SEC", tick_sec)
