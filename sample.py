@@ -1,10 +1,11 @@
-"""Continue a prompt with a checkpoint of train.py: text to stdout as it comes, everything else to stderr.
+"""Continue a prompt with a checkpoint of train.py: text to stdout, everything else to stderr.
 
-    python sample.py                                    # the newest run in out/; asks for prompts, Ctrl-D ends
+    python sample.py                                # the newest run in out/; asks for prompts
     python sample.py --checkpoint out/gpt2 --prompt "BIANCA:\\n"
-    python sample.py --checkpoint out/gpt2/checkpoints/last.pt --prompt_file scene.txt --num_samples 3 > scenes.txt
+    python sample.py --checkpoint out/gpt2/checkpoints/last.pt --prompt_file scene.txt > more.txt
 
-The checkpoint knows its model, its vocabulary and the context it was trained on. The same seed gives the same text.
+The checkpoint knows its model, its vocabulary and the context it was trained on. The same seed
+gives the same text.
 """
 
 import os
@@ -17,33 +18,18 @@ from pathlib import Path
 from parts.start import packages_of
 
 with packages_of("sample.py", __name__):
-    from typing import Annotated  # not in Python 3.8, of which parts/start.py tells
+    from typing import Annotated, Any  # not in Python 3.8, of which parts/start.py tells
 
     import numpy as np
     import torch
 
     import train
     from parts.commandline import decode_escapes, read_flags
-    from parts.compute.device import (
-        autocast,
-        choose_amp,
-        choose_device,
-        complaints,
-        device_problem,
-        for_sampling,
-        make_current,
-    )
+    from parts.compute import device
     from parts.flags import Amp, Between, Config, out_of_range
     from parts.run.checkpoint import checkpoint_in, load_checkpoint, newest_run
     from parts.run.screen import log, speaking
-    from parts.text.vocabulary import (
-        Tokenizer,
-        encode_prompt,
-        pieces,
-        read_text,
-        saved_tokenizer,
-        whole_characters,
-    )
+    from parts.text import vocabulary
 
 SEPARATOR = "=" * 80
 GRAM = 8  # tokens whose order is looked up in the corpus
@@ -54,12 +40,12 @@ class Options:
     """Flags of the command line."""
 
     checkpoint: Path | None = None
-    """run directory, for its best.pt, or a checkpoint; by default the run in out/ whose checkpoints changed last"""
+    """run directory, for its best.pt, or a checkpoint; by default the newest run in out/"""
     prompt: str | None = None
-    """text to continue; \\n, \\t, \\\\ and \\uXXXX are decoded, and <|endoftext|> begins a document; by default from
-    --prompt_file, from stdin, or asked for"""
+    """text to continue; \\n, \\t, \\\\ and \\uXXXX are decoded, <|endoftext|> begins a document; by
+    default from --prompt_file, from stdin, or asked for"""
     prompt_file: Path | None = None
-    """UTF-8 file with the text to continue; from it, and from stdin, one newline at the end is left out"""
+    """UTF-8 file with the text to continue; of it and of stdin a newline at the end is left out"""
     num_samples: Annotated[int, Between(1, 10_000)] = 1
     """texts to write for each prompt"""
     max_new_tokens: Annotated[int, Between(1, 1_000_000)] = 200
@@ -83,98 +69,106 @@ class Options:
 
 
 class Sampler:
-    """A checkpoint ready to continue prompts. Raises OSError or ValueError for a file that is none."""
+    """A checkpoint ready to continue prompts. Raises OSError or ValueError for another file."""
 
-    def __init__(self, path: Path, device: str = "auto", amp: Amp = "auto"):
+    def __init__(self, path: Path, where: str = "auto", amp: Amp = "auto"):
         checkpoint = load_checkpoint(path, "--checkpoint")
-        self.tokenizer = saved_tokenizer(checkpoint)
-        config = Config.from_dict(checkpoint["config"])
-        config = replace(config, device=choose_device()[0] if device == "auto" else device)
-        if problem := device_problem(config.device):
+        self.tokenizer = vocabulary.saved_tokenizer(checkpoint)
+        where = device.choose_device()[0] if where == "auto" else where
+        if problem := device.device_problem(where):
             raise ValueError(problem)
-        make_current(config.device)
-        amp = choose_amp(config.device)[0] if amp == "auto" else amp
-        self.config = replace(config, amp=amp)
+        device.make_current(where)
+        amp = device.choose_amp(where)[0] if amp == "auto" else amp
+        config = Config.from_dict(checkpoint["config"])
+        self.config = replace(config, device=where, amp=amp)
         self.context = checkpoint["trained_context"]
         self.model = train.GPT(self.config)
         self.model.load_state_dict(checkpoint["model"])
-        self.model.to(self.config.device)
+        self.model.to(where)
 
     def stream(self, prompt: str, options: Options, number: int = 0) -> Iterator[str]:
-        """A piece of text for each token of one continuation, as they come; `number` chooses the sample's own random
-        stream. Without --keep_going it ends where a document does, as the exported model."""
-        start = encode_prompt(prompt or "\n", self.tokenizer)
-        end = -1 if options.keep_going else self.tokenizer.eot_token
-        seeds = train.random_words(options.seed, train.SAMPLES_STREAM, number + 1)
-        generator = torch.Generator().manual_seed(int(seeds[number]))
-        steps = train.continuations(
-            self.model, [start], options.max_new_tokens, context=self.context, temperature=options.temperature,
-            top_k=options.top_k, top_p=options.top_p, end=end, generators=[generator],
-        )  # fmt: skip
-        one_at_a_time = len(start) + options.max_new_tokens <= self.context
-        with autocast(for_sampling(self.config, one_at_a_time)):
-            yield from whole_characters(
-                self.tokenizer, (token for (token,) in steps if token != end)
-            )
+        """A piece of text for each token of one continuation; `number` chooses its random stream.
+
+        It ends where a document does, as the exported model's, unless --keep_going is given.
+        """
+        o = options
+        start = vocabulary.encode_prompt(prompt or "\n", self.tokenizer)
+        end = -1 if o.keep_going else self.tokenizer.eot_token
+        seeds = train.random_words(o.seed, train.SAMPLES_STREAM, number + 1)
+        generators = [torch.Generator().manual_seed(int(seeds[number]))]
+        choice: dict[str, Any] = dict(temperature=o.temperature, top_k=o.top_k, top_p=o.top_p)
+        choice |= dict(context=self.context, end=end, generators=generators)
+        steps = train.continuations(self.model, [start], o.max_new_tokens, **choice)
+        tokens = (token for (token,) in steps if token != end)
+        one_at_a_time = len(start) + o.max_new_tokens <= self.context
+        with device.autocast(device.for_sampling(self.config, one_at_a_time)):
+            yield from vocabulary.whole_characters(self.tokenizer, tokens)
 
 
-class Corpus:
+class Novelty:
     """A text to look for copied passages in."""
 
-    def __init__(self, text: str, tokenizer: Tokenizer):
-        self.text, self.tokenizer = text, tokenizer
-        self.grams = self.grams_of(text)
+    def __init__(self, path: Path, tokenizer: vocabulary.Tokenizer):
+        self.path, self.tokenizer = path, tokenizer
+        self.text = vocabulary.read_text(path, "--novelty")[0]
+        self.grams = self.grams_of(self.text)
 
     def grams_of(self, text: str) -> set[bytes]:
         """All runs of `GRAM` tokens."""
         ids = np.array(self.tokenizer.encode_ordinary(text), dtype=np.uint32)
         return {ids[i : i + GRAM].tobytes() for i in range(len(ids) - GRAM + 1)}
 
-    def longest_copy(self, text: str) -> str:
-        """The longest passage of the text that stands here as well."""
+    def longest_copy(self, added: str) -> str:
+        """The longest passage that stands in the text as well."""
         longest, start = "", 0
-        for end in range(1, len(text) + 1):
-            while text[start:end] not in self.text:
+        for end in range(1, len(added) + 1):
+            while added[start:end] not in self.text:
                 start += 1
-            longest = max(longest, text[start:end], key=len)
+            longest = max(longest, added[start:end], key=len)
         return longest
 
-    def share_copied(self, text: str) -> float:
-        """Of the text's grams, the part that stands here as well."""
-        grams = self.grams_of(text)
-        return len(grams & self.grams) / max(1, len(grams))
+    def report(self, added: str) -> str:
+        """How much of what was added is copied from the text."""
+        grams = self.grams_of(added)
+        share = len(grams & self.grams) / max(1, len(grams))
+        copied = self.longest_copy(added)
+        shown = f"{copied[:200]!r}..." if len(copied) > 200 else repr(copied)
+        return (
+            f"[{share:.0%} of the {GRAM}-grams of tokens that were added are in {self.path}; "
+            f"longest passage copied: {len(copied)} of {len(added)} characters: {shown}]"
+        )
 
 
 def find_checkpoint(asked: Path | None) -> Path:
-    """The checkpoint that is asked for, or that of the newest run; says which where that is open.
+    """The checkpoint that is asked for, or that of the newest run, which is then named.
 
     Raises FileNotFoundError.
     """
-    if (path := newest_run(Path("out")) if asked is None else asked) is None:
-        raise FileNotFoundError(
-            "no run in out/ has a checkpoint: train one with python train.py --preset demo, or name one with "
-            "--checkpoint"
-        )
-    if (found := checkpoint_in(path, "--checkpoint")) != asked:
+    path = asked or newest_run(Path("out"))
+    if path is None:
+        remedy = "train one with python train.py --preset demo, or name one with --checkpoint"
+        raise FileNotFoundError(f"no run in out/ has a checkpoint: {remedy}")
+    found = checkpoint_in(path, "--checkpoint")
+    if found != asked:
         tell(f"[checkpoint: {found}]")
     return found
 
 
 def prompts(options: Options) -> Iterator[str]:
-    """What to continue: from the flags, from stdin, or asked for on a terminal until it is closed."""
+    """What to continue: from the flags, from stdin, or asked for until the terminal closes it."""
     if options.prompt is not None:
         yield decode_escapes(options.prompt)
     elif options.prompt_file is not None:
-        yield without_newline(read_text(options.prompt_file, "--prompt_file")[0])
+        yield without_newline(vocabulary.read_text(options.prompt_file, "--prompt_file")[0])
     elif not sys.stdin.isatty():
-        yield without_newline("".join(pieces(sys.stdin.buffer, "the prompt from stdin")))
+        text = "".join(vocabulary.pieces(sys.stdin.buffer, "the prompt from stdin"))
+        yield without_newline(text)
     else:
-        tell(f"(Ctrl-{'Z and Enter' if os.name == 'nt' else 'D'} ends)")
-        while True:
-            tell("prompt> ", end="")
-            if not (line := sys.stdin.readline()):
-                return
+        tell(f"({'Ctrl-Z and Enter' if os.name == 'nt' else 'Ctrl-D'} ends)")
+        tell("prompt> ", end="")
+        for line in sys.stdin:
             yield decode_escapes(without_newline(line))
+            tell("prompt> ", end="")
 
 
 def without_newline(text: str) -> str:
@@ -195,30 +189,24 @@ def run(options: Options) -> None:
         problems.append("--prompt and --prompt_file are two prompts: choose one")
     if problems:
         raise ValueError("\n".join(problems))
-    text = None if options.novelty is None else read_text(options.novelty, "--novelty")[0]
     sampler = Sampler(find_checkpoint(options.checkpoint), options.device, options.amp)
-    corpus = None if text is None else Corpus(text, sampler.tokenizer)
+    novelty = Novelty(options.novelty, sampler.tokenizer) if options.novelty else None
     for prompt in prompts(options):
         for number in range(options.num_samples):
             if number:
                 print(SEPARATOR)
             print(prompt, end="", flush=True)
-            started, pieces = time.perf_counter(), []
+            started = time.perf_counter()
+            pieces = []
             for piece in sampler.stream(prompt, options, number):
                 pieces.append(piece)
                 print(piece, end="", flush=True)
-            seconds = time.perf_counter() - started
+            speed = len(pieces) / (time.perf_counter() - started)
             print(flush=True)
             ended = ", the end of a document" if len(pieces) < options.max_new_tokens else ""
-            tell(f"[{len(pieces)} tokens, {len(pieces) / seconds:.1f} tok/s{ended}]")
-            if corpus is not None:
-                added = "".join(pieces)
-                copied = corpus.longest_copy(added)
-                tell(
-                    f"[of what was added, {corpus.share_copied(added):.0%} of the {GRAM}-grams of tokens are in "
-                    f"{options.novelty}; longest passage copied from it: {len(copied)} of {len(added)} characters: "
-                    f"{copied[:200]!r}{'...' * (len(copied) > 200)}]"
-                )
+            tell(f"[{len(pieces)} tokens, {speed:.1f} tok/s{ended}]")
+            if novelty:
+                tell(novelty.report("".join(pieces)))
 
 
 @speaking("sample.py", encoding="utf-8")
@@ -226,12 +214,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 0, 2 for bad input, 130 after Ctrl-C."""
     try:
         run(read_flags(Options, sys.argv[1:] if argv is None else argv, "sample.py", __doc__))
-    except SystemExit as answered:  # after --help
-        return int(answered.code or 0)
     except BrokenPipeError:  # whoever read the text has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
-        log.error("\n".join(complaints(error)))
+        log.error("\n".join(device.complaints(error)))
         return 2
     except KeyboardInterrupt:
         tell()

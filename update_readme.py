@@ -30,7 +30,7 @@ from parts.start import packages_of
 with packages_of("update_readme.py", __name__):
     import pandas as pd
 
-    from parts.commandline import encode_escapes, flag_words, read_flags, to_type, value_of
+    from parts.commandline import encode_escapes, flag_words, read_flags, shell_line, value_of
     from parts.flags import Flags
     from parts.report import reader, sections
     from parts.report.comparison import REPORTING, Comparison, common_parent, find_runs, is_glob
@@ -382,7 +382,7 @@ def repro_section(run: Run, _readme: Path) -> str:
     for launch in launches[-LAUNCHES:]:
         command = launch.get("command")
         words = words_of(command)
-        add(f"from step {launch.get('first_step', 1)}", to_type(words) if words else command)
+        add(f"from step {launch.get('first_step', 1)}", shell_line(words) if words else command)
         add("started", launch.get("date"))
     for label in ("seed", "git_commit", "versions", "hardware", "corpus"):
         add(label.replace("_", " "), config.get(label))
@@ -419,7 +419,7 @@ def full_command(flags: Mapping[str, object]) -> str:
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
         words += flag_words(name, list(map(str, values)))
-    return to_type(words)
+    return shell_line(words)
 
 
 SECTIONS: dict[str, Callable[[Run, Path], str]] = {

@@ -1,4 +1,4 @@
-"""Flags as typed: help in groups, every mistake in one line with its remedy; commands to type again."""
+"""Words as typed to flags: help in groups, each mistake in one line with its remedy; and back."""
 
 import argparse
 import ast
@@ -6,90 +6,56 @@ import inspect
 import os
 import re
 import shlex
-from dataclasses import MISSING, fields, is_dataclass, replace
+import typing
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
-from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NoReturn,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, NoReturn, TypeVar
 
-from parts.flags import PRESETS, ByDefault, Config, Flags, brief, out_of_range
+from parts.flags import PRESETS, Config, Flags, brief, out_of_range
 from parts.recipe import TINY_SHAKESPEARE, Text, decide
 
 T = TypeVar("T")
-OTHER_NAMES = {  # of other programs: the flag here
-    "learning_rate": "lr",
-    "max_lr": "lr",
-    "max_steps": "steps",
-    "max_iters": "steps",
-    "iterations": "steps",
-    "epochs": "steps",
-    "num_epochs": "steps",
-    "num_train_epochs": "steps",
-    "warmup": "warmup_steps",
-    "warmup_iters": "warmup_steps",
-    "batchsize": "batch_size",
-    "bs": "batch_size",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "grad_accum",
-    "context_length": "seq_len",
-    "max_seq_len": "seq_len",
-    "n_ctx": "block_size",
-    "n_positions": "block_size",
-    "input": "input_file",
-    "data": "input_file",
-    "output_dir": "out_dir",
-    "model": "preset",
-    "fp16": "amp",
-    "bf16": "amp",
-    "dtype": "amp",
-    "prompt_file": "prompt",
+OTHER_NAMES = {  # the flag here: its names in other programs
+    "lr": "learning_rate max_lr",
+    "steps": "max_steps max_iters iterations epochs num_epochs num_train_epochs",
+    "warmup_steps": "warmup warmup_iters",
+    "batch_size": "batchsize bs per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "seq_len": "context_length max_seq_len",
+    "block_size": "n_ctx n_positions",
+    "input_file": "input data",
+    "out_dir": "output_dir",
+    "preset": "model",
+    "amp": "fp16 bf16 dtype",
+    "prompt": "prompt_file",
 }
-EPOCHS = "one pass over the text is as many steps as the log calls a pseudo-epoch"
 REMARKS = {  # where the flag here does not say the same
-    "epochs": EPOCHS,
-    "num_epochs": EPOCHS,
-    "num_train_epochs": EPOCHS,
+    "epochs": "one pass over the text is as many steps as the log calls a pseudo-epoch",
     "context_length": "the tokens of a slice; --block_size are the positions that the model has",
     "prompt_file": "sample.py has a --prompt_file",
 }
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
-ESCAPE = re.compile(
-    r"\\[nt\\]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}"
-)  # but no half of a surrogate pair
+ESCAPE = re.compile(r"\\[nt\\]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}")  # no half of a surrogate pair
 
 
 def decode_escapes(text: str) -> str:
-    r"""Turn \n, \t, \\ and \uXXXX, as JSON has them, into what they stand for: a shell passes them as written."""
+    r"""Turn \n, \t, \\ and \uXXXX into what they stand for: a shell passes them as written."""
     return ESCAPE.sub(lambda match: ESCAPES.get(match[0]) or chr(int(match[0][2:], 16)), text)
 
 
 def encode_escapes(text: str) -> str:
-    """Text that `decode_escapes` reads back, with nothing hidden in it."""
-    short = {character: escape for escape, character in ESCAPES.items()}
-    return "".join(short.get(c) or (f"\\u{ord(c):04x}" if hidden(c) else c) for c in text)
-
-
-def hidden(text: str) -> bool:
-    """Whether it has characters that cannot be seen, such as line ends, control characters and marks that reorder text.
-    Those beyond U+FFFF do not count: letters newer than this Python are among them."""
-    return any(not c.isprintable() and c <= "\uffff" for c in text)
+    """Text that `decode_escapes` reads back, without characters that cannot be seen."""
+    for escape in (r"\\", r"\n", r"\t"):
+        text = text.replace(ESCAPES[escape], escape)
+    # Letters beyond U+FFFF may only be newer than this Python.
+    return "".join(c if c.isprintable() or c > "\uffff" else f"\\u{ord(c):04x}" for c in text)
 
 
 def as_utf8(argument: str) -> str:
-    """An argument whose bytes are UTF-8, whatever the system took them for. Raises ValueError for other bytes."""
+    """An argument whose bytes are UTF-8, however the system reads them. Raises ValueError."""
     try:
         return os.fsencode(argument).decode("utf-8")
     except UnicodeError as error:
@@ -102,9 +68,9 @@ def read_flags(kind: type[T], argv: list[str], script: str, about: str | None) -
     Raises ValueError, one line for each mistake, and SystemExit after --help.
     """
     given = parse(kind, argv, script, about)
-    for field in fields(kind):  # type: ignore[arg-type]  # every kind is a dataclass
-        if field.default is MISSING and field.name not in given:
-            raise ValueError(f"--{field.name} is missing: {help_of(kind).get(field.name, '')}")  # type: ignore[arg-type]
+    for name, text in help_of(kind).items():
+        if name not in given and not hasattr(kind, name):  # it has no default
+            raise ValueError(f"--{name} is missing: {text}")
     return kind(**given)
 
 
@@ -116,13 +82,9 @@ def parse(
     Raises as `read_flags` does.
     """
     parser = Parser(kind, script, (about or "").partition("\n\n")[0], defaults or kind)
-    try:
-        found, rest = parser.parse_known_args([with_underscores(as_utf8(word)) for word in argv])
-    except BrokenPipeError:  # `--help | head` has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(0) from None
-    names = [field.name for field in fields(kind)]
+    found, rest = parser.parse_known_args([with_underscores(as_utf8(word)) for word in argv])
     flags = [word[2:].partition("=")[0] for word in rest if word.startswith("--")]
+    names = [flag.name for flag in fields(kind)]
     if flags:
         raise ValueError("\n".join(unknown(flag, names, script) for flag in flags))
     if rest:
@@ -135,23 +97,18 @@ class Parser(argparse.ArgumentParser):
     """The flags that a dataclass declares. Its bases, if it has any, are the groups of the help."""
 
     def __init__(self, kind: type, script: str, about: str, defaults: object):
-        super().__init__(
-            script,
-            "%(prog)s [options]",
-            about,
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
-        )
-        types = get_type_hints(kind, include_extras=True)
+        super().__init__(script, "%(prog)s [options]", about, allow_abbrev=False)
+        self.argument_default = argparse.SUPPRESS  # what is not typed is left out
+        types = typing.get_type_hints(kind, include_extras=True)
         explained = help_of(kind)
         for group in [base for base in reversed(kind.__mro__[1:]) if is_dataclass(base)] or [kind]:
             section = self.add_argument_group(group.__name__.removesuffix("Flags"), group.__doc__)
-            for field in fields(group):
-                words = explained.get(field.name, "")
-                if default := default_words(types[field.name], getattr(defaults, field.name, None)):
+            for flag in fields(group):
+                words = explained.get(flag.name, "")
+                if default := default_words(types[flag.name], getattr(defaults, flag.name, None)):
                     words += f" (default: {default})"
-                form = form_of(types[field.name])
-                section.add_argument(f"--{field.name}", help=words.replace("%", "%%"), **form)
+                form = form_of(types[flag.name])
+                section.add_argument(f"--{flag.name}", help=words.replace("%", "%%"), **form)
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError instead of writing to stderr."""
@@ -161,44 +118,35 @@ class Parser(argparse.ArgumentParser):
 
 def form_of(annotation: Any) -> dict[str, Any]:
     """What argparse has to know about a flag of this type."""
-    plain = bare(annotation)
-    if plain is bool:
-        return {"action": "store_true"}
-    if get_origin(plain) is Literal:
-        return {"choices": get_args(plain)}
-    if get_origin(plain) is tuple:
+    if typing.get_origin(annotation) is typing.Literal:
+        return {"choices": typing.get_args(annotation)}
+    if typing.get_origin(annotation) is tuple:
         return {"type": Path, "nargs": "*", "metavar": "PATH"}
-    return {"type": plain, "metavar": plain.__name__.upper()}
-
-
-def bare(annotation: Any) -> Any:
-    """A type without its range and without None."""
-    if get_origin(annotation) is Annotated:
-        return bare(get_args(annotation)[0])
-    if get_origin(annotation) in (UnionType, Union):
-        return bare(get_args(annotation)[0])
-    return annotation
+    if annotation is bool:
+        return {"action": "store_true"}
+    if isinstance(annotation, type):
+        return {"type": annotation, "metavar": annotation.__name__.upper()}
+    return form_of(typing.get_args(annotation)[0])  # of Annotated[X, ...] and of X | None: X
 
 
 def default_words(annotation: Any, value: object) -> str:
     """What the help says about a default; nothing where there is none."""
     for note in getattr(annotation, "__metadata__", ()):
-        if isinstance(note, ByDefault):
-            return note.words
+        if isinstance(note, str):
+            return note
     if isinstance(value, tuple):
         return " ".join(map(str, value))
     return "" if value is None or value is False else str(value)
 
 
-@cache
 def help_of(kind: type) -> dict[str, str]:
     """The help of each flag: the string below its field, on one line."""
     found = {}
     for base in reversed(kind.__mro__[:-1]):
-        body = ast.parse(dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-        for field, text in pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                found[field.target.id] = " ".join(ast.literal_eval(text.value).split())  # type: ignore[union-attr]
+        declared: Any = ast.parse(dedent(inspect.getsource(base))).body[0]
+        for flag, text in pairwise(declared.body):
+            if isinstance(flag, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(flag.target)] = " ".join(ast.literal_eval(text.value).split())
     return found
 
 
@@ -218,28 +166,28 @@ def value_of(name: str, words: list[str]) -> str | None:
 
 
 def flag_words(name: str, values: list[str]) -> list[str]:
-    """The words that give a flag these values. Several values are paths; one may begin with a dash."""
+    """The words that give a flag these values."""
     if len(values) == 1 and values[0].startswith("-"):
         return [f"--{name}={values[0]}"]
-    return [f"--{name}", *(f"./{value}" if value.startswith("-") else value for value in values)]
+    return [f"--{name}", *values]
 
 
-def to_type(words: list[str]) -> str:
+def shell_line(words: list[str]) -> str:
     """A command on one line for a shell. A prompt's invisible characters are its own escapes."""
-    shown = []
+    line = []
     for before, word in pairwise(["", *words]):
         if before == "--prompt" or word.startswith("--prompt="):
             word = encode_escapes(decode_escapes(word))
-        shown.append(word)
-    return shlex.join(shown)
+        line.append(word)
+    return shlex.join(line)
 
 
 def unknown(name: str, names: list[str], script: str) -> str:
     """What to say about a flag that does not exist."""
-    here = OTHER_NAMES.get(name)
-    if here in names:
-        remark = REMARKS.get(name)
-        return f"--{name} is called --{here} here" + (f"; {remark}" if remark else "")
+    for here, others in OTHER_NAMES.items():
+        if here in names and name in others.split():
+            remark = REMARKS.get("epochs" if "epochs" in name else name)
+            return f"--{name} is called --{here} here" + (f"; {remark}" if remark else "")
     nearest = get_close_matches(name, names, 1)
     guess = f"did you mean --{nearest[0]}? " if nearest else ""
     return f"there is no flag --{name}: {guess}{script} --help lists every flag"
@@ -251,15 +199,15 @@ def read_typed(argv: list[str], about: str | None = None) -> dict[str, Any]:
     Raises ValueError with one line per problem, and SystemExit after --help.
     """
     preset = value_of("preset", argv)
-    shown = decide({"preset": preset}) if preset in PRESETS else decide({})
-    typed = parse(Flags, argv, "train.py", about, shown)
+    defaults = decide({"preset": preset} if preset in PRESETS else {})
+    typed = parse(Flags, argv, "train.py", about, defaults)
     if problems := out_of_range(replace(Flags(), **typed)):
         raise ValueError("\n".join(problems))
     return typed
 
 
 def parse_config(argv: list[str], text: Text = TINY_SHAKESPEARE, processes: int = 1) -> Config:
-    """The flags of a new run on such a text, without what the machine chooses. Raises as `read_typed` does."""
+    """The flags of a new run, without what the machine chooses. Raises as `read_typed` does."""
     config = decide(read_typed(argv), text, processes=processes)
     if problems := config.contradictions():
         raise ValueError("\n".join(problems))

@@ -1,9 +1,8 @@
 """Each flag once: its type, range, default and help; what cannot be together; the presets."""
 
 import math
-import os
 import re
-import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -13,14 +12,9 @@ DEMO_CORPUS = Path("pydoc_data.topics")  # the language reference that ships ins
 DEMO_PROMPT = "Every object has an identity, a type and a value."
 VOCAB_SIZE = 50_257
 Amp = Literal["auto", "off", "bf16", "fp16"]
+Preset = Literal["write", "demo", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-
-
-@dataclass(frozen=True)
-class ByDefault:
-    """What the help says about a default that is no constant."""
-
-    words: str
+OPEN: Any = None  # the default of what parts/recipe.py or parts/compute/device.py decides
 
 
 @dataclass(frozen=True)
@@ -31,16 +25,19 @@ class Between:
     high: float
 
 
+# In a flag's type stand its range, and what the help says about a default that is no constant.
+
+
 @dataclass(frozen=True)
 class TextFlags:
     """What is trained on."""
 
     input_file: tuple[Path, ...] = (Path("data/input.txt"),)
-    """UTF-8 texts to train on: files, folders of .txt files, globs (pydoc_data.topics: what ships with Python)"""
+    """UTF-8 texts: files, folders of .txt files, globs; pydoc_data.topics: ships with Python"""
     tokenizer: str = "gpt2"
     """gpt2; bpe:N for N tokens learned from the text; or a tokenizer.json"""
-    max_tokens: Annotated[int | None, Between(0, 10**12)] = None
-    """train on the first N tokens only; 0: all. Default 0 (1,500 for pydoc_data.topics)"""
+    max_tokens: Annotated[int, Between(0, 10**12), "0; 1,500 for pydoc_data.topics"] = OPEN
+    """train on the first N tokens only; 0: all"""
     cache_dir: Path = Path("data/cache")
     """where the token ids of large or several texts are kept between runs"""
 
@@ -49,16 +46,14 @@ class TextFlags:
 class RunFlags:
     """Where the run lies, and what it starts from."""
 
-    preset: Literal["write", "demo", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = (
-        "gpt2"
-    )
-    """named set of defaults, which any other flag overrides. write: new text from your text, in minutes; its defaults
-    follow from the text, and are shown for one of 1 MB"""
-    out_dir: Path | None = None
-    """run directory; by default out/PRESET, and out/PRESET-NAME for a text that is not the preset's own"""
+    preset: Preset = "gpt2"
+    """named set of defaults, which any other flag overrides; write: new text from your text in
+    minutes, with defaults that follow from the text, shown for one of 1 MB"""
+    out_dir: Path = OPEN
+    """run directory: out/PRESET, or out/PRESET-NAME for a text that is not the preset's own"""
     resume: str = "auto"
-    """auto: continue the run in out_dir, if any, with its flags; never: move it aside, start anew; or a last.pt to
-    continue from"""
+    """auto: continue the run in out_dir, if any, with its flags; never: move it aside, start anew;
+    or a last.pt to continue from"""
     init_from: Path | None = None
     """run directory or checkpoint whose weights a new run starts from, with a fresh optimizer"""
     seed: Annotated[int, Between(0, 2**63 - 1)] = 1337
@@ -89,31 +84,27 @@ class ModelFlags:
 class BatchFlags:
     """What a step consists of, and its learning rate."""
 
-    steps: Annotated[int | None, Between(1, 10**9), ByDefault("follows from the text")] = None
+    steps: Annotated[int, Between(1, 10**9), "follows from the text"] = OPEN
     """optimizer updates at most"""
     batch_size: Annotated[int, Between(1, 65_536)] = 32
     """slices in a batch; a step learns from batch_size x grad_accum of them"""
     grad_accum: Annotated[int, Between(1, 65_536)] = 1
-    """batches in a step; half the batch_size and twice the grad_accum is the same step in less memory"""
-    micro_batch: Annotated[int | None, Between(1, 65_536), ByDefault("decided at the start")] = None
-    """slices computed at once, which changes memory and speed but never the step; by default batch_size, on a CPU what
-    makes 2,048 tokens; fewer when memory runs out"""
+    """batches in a step; half the batch_size and twice the grad_accum: the same in less memory"""
+    micro_batch: Annotated[int, Between(1, 65_536), "batch_size; 2,048 tokens on a CPU"] = OPEN
+    """slices computed at once: changes memory and speed, not the step; less if memory runs out"""
     seq_len: Annotated[int, Between(1, 65_536)] = 128
     """tokens in one slice"""
-    mixed_steps: Annotated[int | None, Between(0, 10**9), ByDefault("80 % of the steps")] = None
+    mixed_steps: Annotated[int, Between(0, 10**9), "80 % of the steps"] = OPEN
     """in the first N steps, cut three of every four slices into quarters; 0: never"""
     slices: Literal["shuffled", "independent"] = "shuffled"
-    """where they start: shuffled: in random order, pass after pass, each of which leaves no token out; independent:
-    each anywhere"""
-    lr: Annotated[float | None, Between(1e-12, 10)] = None
+    """where they start. shuffled: random order, a pass takes all tokens; independent: anywhere"""
+    lr: Annotated[float, Between(1e-12, 10)] = OPEN
     """peak learning rate; by default 3.5e-3 with muon, 1e-3 with adamw"""
     min_lr: Annotated[float, Between(0, 10)] = 0.0
     """learning rate at decay_steps and after"""
-    warmup_steps: Annotated[
-        int | None, Between(0, 10**9), ByDefault("1/30 of decay_steps with muon, 1/10 with adamw")
-    ] = None
+    warmup_steps: Annotated[int, Between(0, 10**9), "1/30 of decay_steps; adamw: 1/10"] = OPEN
     """steps of linear warm-up"""
-    decay_steps: Annotated[int | None, Between(1, 10**9), ByDefault("the last step")] = None
+    decay_steps: Annotated[int, Between(1, 10**9), "the last step"] = OPEN
     """step at which min_lr is reached"""
     schedule: Literal["cosine", "linear"] = "cosine"
     """half a cosine or a line by which the learning rate falls from lr to min_lr"""
@@ -129,7 +120,7 @@ class OptimizerFlags:
     """decay of matrices and embeddings, times the learning rate, each step"""
     beta1: Annotated[float, Between(0, 0.999999)] = 0.9
     """decay of AdamW's mean of gradients"""
-    beta2: Annotated[float | None, Between(0, 0.999999)] = None
+    beta2: Annotated[float, Between(0, 0.999999)] = OPEN
     """decay of AdamW's mean of squared gradients; by default 0.99 with muon, 0.95 with adamw"""
     clip_grad: Annotated[float, Between(0, 1e9)] = 1.0
     """largest global gradient norm, larger ones are scaled down; 0: no clipping"""
@@ -140,10 +131,9 @@ class StoppingFlags:
     """When the run ends before its last step."""
 
     target_loss: Annotated[float, Between(0, 100)] = 0.099999
-    """stop when window_loss and then the loss on random slices are at or below this; 0: run all steps"""
+    """stop when window_loss, then the loss on random slices, is at most this; 0: run all steps"""
     target_window: Annotated[int, Between(1, 100_000)] = 20
-    """step losses in window_loss; 1: the classic rule, which stops on the first low step and measures no random
-    slices"""
+    """step losses in window_loss; 1: the first low step stops, without a check on random slices"""
     patience: Annotated[int, Between(0, 10**6)] = 0
     """stop after so many measurements in a row without a new lowest; 0: never"""
 
@@ -156,7 +146,7 @@ class ValidationFlags:
     """part of the tokens, at their end, that is held out; 0: none"""
     val_file: tuple[Path, ...] = ()
     """texts to validate on instead"""
-    eval_every: Annotated[int | None, Between(1, 10**9), ByDefault("1/20 of the steps")] = None
+    eval_every: Annotated[int, Between(1, 10**9), "1/20 of the steps"] = OPEN
     """steps between measurements of the validation loss"""
 
 
@@ -170,10 +160,10 @@ class DeviceFlags:
     """precision of matrix products; weights and optimizer stay in fp32"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; without a working compiler the run goes on without, and says why"""
-    threads: Annotated[int | None, Between(1, 4096), ByDefault("decided at the start")] = None
-    """CPU threads; by default PyTorch's choice"""
+    threads: Annotated[int, Between(1, 4096), "PyTorch's choice"] = OPEN
+    """CPU threads"""
     deterministic: bool = False
-    """the same bits in every run on CUDA too, at the cost of speed; on a CPU they always are the same"""
+    """the same bits in every run on CUDA too, which is slower; on a CPU they always are"""
 
 
 @dataclass(frozen=True)
@@ -184,13 +174,11 @@ class ReportingFlags:
     """steps between log lines and CSV rows"""
     save_every: Annotated[int, Between(1, 10**9)] = 100
     """steps between checkpoints"""
-    sample_every: Annotated[
-        int | None, Between(1, 10**9), ByDefault("1/10 of the steps, at least 10")
-    ] = None
+    sample_every: Annotated[int, Between(1, 10**9), "1/10 of the steps, at least 10"] = OPEN
     """steps between text samples; the first one after half of them"""
     prompt: str = ""
-    """start of sampled text; \\n, \\t, \\\\ and \\uXXXX are decoded; empty: the text's first words, or a sentence of
-    the text that ships with Python"""
+    """start of sampled text; \\n, \\t, \\\\ and \\uXXXX are decoded; empty: the text's first words,
+    or a sentence of the text that ships with Python"""
     num_prompts: Annotated[int, Between(0, 256)] = 2
     """samples drawn from the prompt each time; 0: none"""
     max_new_tokens: Annotated[int, Between(1, 65_536)] = 200
@@ -200,8 +188,8 @@ class ReportingFlags:
     temperature: Annotated[float, Between(0, 100)] = 0.9
     """divides the logits before sampling; 0: always the likeliest token"""
     tensorboard: bool = False
-    """write TensorBoard events (pip install tensorboard), earlier steps included; a start without this flag empties
-    them"""
+    """write TensorBoard events (pip install tensorboard), earlier steps included; a start without
+    this flag empties them"""
 
 
 @dataclass(frozen=True)
@@ -240,29 +228,12 @@ class Origin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Computed(Flags):
-    """What is computed instead of typed, beside the flags."""
+class Config(Flags):
+    """The flags of a run as decided, and what is computed instead of typed."""
 
     vocab_size: int = VOCAB_SIZE
     processes: int = 1
     origins: dict[str, Origin] = field(default_factory=dict, compare=False)  # of each flag
-
-
-class Config(Computed):
-    """The flags of a run as decided: none of these is `None`, once `choose_runtime` has had its say."""
-
-    max_tokens: int
-    out_dir: Path
-    steps: int
-    micro_batch: int
-    lr: float
-    beta2: float
-    warmup_steps: int
-    decay_steps: int
-    mixed_steps: int
-    eval_every: int
-    sample_every: int
-    threads: int
 
     @property
     def global_batch(self) -> int:
@@ -309,127 +280,69 @@ class Config(Computed):
         return "val_loss" if self.validates else "window_loss"
 
     def contradictions(self) -> list[str]:
-        """Everything about resolved flags, each in its range, that cannot be together, a sentence each."""
-        return [
-            *self.problems_of_out_dir(),
-            *self.problems_of_texts(),
-            *self.problems_of_shape(),
-            *self.problems_of_batch(),
-            *self.problems_of_schedule(),
-        ]
+        """What resolved flags, each in its range, cannot be together, a sentence each."""
+        return [*self.problems_of_texts(), *self.problems_of_sizes()]
 
-    def problems_of_texts(self) -> list[str]:
-        """What is wrong with the texts, their vocabulary and their validation split."""
-        problems = []
-        if not self.input_file or Path() in self.input_file:
-            problems.append(
-                "--input_file is empty or the current folder: name a text, or a folder with texts"
-            )
-        if Path() in self.val_file:
-            problems.append(
-                "--val_file is empty or the current folder: name a text, or a folder with texts"
-            )
-        if self.cache_dir == Path():
-            problems.append(
-                "--cache_dir is empty or the current folder: name a folder for token ids"
-            )
+    def problems_of_texts(self) -> Iterator[str]:
+        """What is wrong with paths, the vocabulary and the validation split."""
+        if not self.input_file:
+            yield "--input_file is empty: name a text, or a folder with texts"
+        for name in ("input_file", "val_file", "cache_dir", "out_dir"):
+            value = getattr(self, name)
+            if value == Path() or (isinstance(value, tuple) and Path() in value):
+                yield f"--{name} is empty or the current folder: name another path"
         vocabulary = re.fullmatch(r"bpe:(\d{3,7})|gpt2|.+\.json", self.tokenizer)
         if not vocabulary or not 257 <= int(vocabulary[1] or 257) <= 10**6:
-            problems.append(
-                f"--tokenizer {self.tokenizer} is none of gpt2, bpe:N with N from 257 to 1,000,000, PATH.json"
-            )
+            forms = "gpt2, bpe:N with N from 257 to 1,000,000, PATH.json"
+            yield f"--tokenizer {self.tokenizer} is none of {forms}"
         if self.tokenizer != "gpt2" and DEMO_CORPUS in self.input_file:
-            problems.append(
-                f"{DEMO_CORPUS} goes with --tokenizer gpt2 only: name a text with --input_file"
-            )
+            yield f"{DEMO_CORPUS} goes with --tokenizer gpt2 only: name a text with --input_file"
         if self.val_fraction and self.val_file:
-            problems.append("--val_fraction and --val_file are two ways to validate: choose one")
+            yield "--val_fraction and --val_file are two ways to validate: choose one"
         if self.patience and not self.validates:
-            problems.append(
-                f"--patience {self.patience} needs a validation split: --val_fraction or --val_file"
-            )
-        return problems
+            splits = "--val_fraction or --val_file"
+            yield f"--patience {self.patience} needs a validation split: {splits}"
 
-    def problems_of_shape(self) -> list[str]:
-        """What is wrong with the shape of the model, and with its device."""
-        problems = []
-        if self.seq_len > self.block_size:
-            problems.append(
-                f"--seq_len {self.seq_len} exceeds --block_size {self.block_size}: lower the one or raise the other"
-            )
+    def problems_of_sizes(self) -> Iterator[str]:
+        """What is wrong with the model, its device, the slices of a step and the schedule."""
         if self.n_embd % self.n_head:
-            problems.append(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}")
+            yield f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}"
         if self.n_params > 20e9:
-            problems.append(
-                f"a model of {self.n_params:,} parameters is beyond one device: lower --n_embd or --n_layer"
-            )
+            size = f"{self.n_params:,} parameters"
+            yield f"a model of {size} is beyond one device: lower --n_embd or --n_layer"
         if not DEVICE.fullmatch(self.device):
-            problems.append(f"--device {self.device} is none of auto, cpu, cuda, cuda:N, mps")
-        return problems
-
-    def problems_of_batch(self) -> list[str]:
-        """What is wrong with the slices of a step."""
-        problems = []
-        slices = f"--batch_size x --grad_accum = {self.global_batch}"
+            yield f"--device {self.device} is none of auto, cpu, cuda, cuda:N, mps"
+        limits = {"seq_len": "block_size", "warmup_steps": "decay_steps"}
+        limits |= {"mixed_steps": "steps", "min_lr": "lr"}
+        for name, limit in limits.items():
+            value, most = getattr(self, name), getattr(self, limit)
+            if value > most:
+                yield f"--{name} {value} exceeds --{limit} {most}: lower the one or raise the other"
+        slices = f"--batch_size x --grad_accum = {self.global_batch} slices"
         if self.tokens_per_step > 2**26:
-            problems.append(
-                f"--batch_size x --grad_accum x --seq_len = {self.tokens_per_step:,} tokens per step exceeds {2**26:,}"
-            )
+            tokens = f"{self.tokens_per_step:,} tokens per step"
+            yield f"--batch_size x --grad_accum x --seq_len = {tokens} exceeds {2**26:,}"
         if self.global_batch % self.processes:
             nearest = [n * self.processes for n in (self.share, self.share + 1) if n]
-            problems.append(
-                f"{slices} slices do not divide evenly among {self.processes} processes: "
-                f"{' or '.join(map(str, nearest))} would"
-            )
+            remedy = f"{' or '.join(map(str, nearest))} would"
+            yield f"{slices} do not divide evenly among {self.processes} processes: {remedy}"
         elif self.share % (self.micro_batch or 1):
-            among = f", shared by {self.processes} processes" if self.processes > 1 else ""
-            problems.append(f"--micro_batch {self.micro_batch} does not divide {slices}{among}")
+            micro_batch = f"--micro_batch {self.micro_batch}"
+            yield f"{micro_batch} does not divide {self.share}, the slices of each process"
         if self.mixed_steps and self.seq_len % 4:
-            problems.append(
-                f"--seq_len {self.seq_len} has no quarters: choose a multiple of 4, or --mixed_steps 0"
-            )
+            remedy = "choose a multiple of 4, or --mixed_steps 0"
+            yield f"--seq_len {self.seq_len} has no quarters: {remedy}"
         if self.mixed_steps and self.global_batch < 4:
-            problems.append(
-                f"{slices} slices are too few for --mixed_steps {self.mixed_steps}, which cuts three of four: "
-                "choose 4 or more, or --mixed_steps 0"
-            )
-        return problems
-
-    def problems_of_schedule(self) -> list[str]:
-        """What is wrong with the steps and the learning rate."""
-        problems = []
-        if self.warmup_steps > self.decay_steps:
-            default = " (--steps, if it is not given)" if self.decay_steps == self.steps else ""
-            problems.append(
-                f"--warmup_steps {self.warmup_steps} exceeds --decay_steps {self.decay_steps}{default}"
-            )
-        if self.mixed_steps > self.steps:
-            problems.append(f"--mixed_steps {self.mixed_steps} exceeds --steps {self.steps}")
-        if self.min_lr > self.lr:
-            problems.append(f"--min_lr {self.min_lr} exceeds --lr {self.lr}")
-        return problems
-
-    def problems_of_out_dir(self) -> list[str]:
-        """What is wrong with the name of the run directory, a sentence each."""
-        if self.out_dir == Path():
-            return ["--out_dir is empty or the current folder: name a folder for the run"]
-        if any(
-            len(os.fsencode(part) if sys.platform == "linux" else part) > 255
-            for part in self.out_dir.parts
-        ):
-            return [
-                f"--out_dir {brief(self.out_dir)}: a name over 255 letters (on Linux bytes); choose a shorter one"
-            ]
-        return []
+            few = f"{slices} are too few for --mixed_steps {self.mixed_steps}"
+            yield f"{few}, which cuts three of four: choose 4 or more, or --mixed_steps 0"
 
     def as_dict(self) -> dict[str, str | int | float | list[str] | None]:
-        """Plain values for JSON and checkpoints, without the origins; paths with forward slashes."""
+        """Plain values for JSON and checkpoints, without the origins; paths as POSIX has them."""
         values = {k: v.as_posix() if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        for name in ("input_file", "val_file"):
+            values[name] = [path.as_posix() for path in getattr(self, name)]
         del values["origins"]
-        return values | {
-            name: [path.as_posix() for path in getattr(self, name)]
-            for name in ("input_file", "val_file")
-        }
+        return values
 
     def origins_as_dict(self) -> dict[str, dict[str, str]]:
         """Where the values come from, for JSON and checkpoints."""
@@ -437,27 +350,20 @@ class Config(Computed):
 
     @classmethod
     def from_dict(cls, values: dict, origins: dict | None = None) -> "Config":
-        """The inverse of `as_dict` and `origins_as_dict`. Keys that are no flags are ignored, missing ones default."""
+        """The inverse of `as_dict` and `origins_as_dict`; keys that are no flags are ignored.
+
+        Raises KeyError, TypeError, AttributeError or ValueError for other contents.
+        """
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        known.setdefault("mixed_steps", 0)  # younger than the oldest checkpoints
-        known.setdefault("schedule", "linear")
-        for name in ("cache_dir", "out_dir", "init_from"):
-            if known.get(name) is not None:
-                known[name] = Path(known[name])
+        for name in known.keys() & {"cache_dir", "out_dir", "init_from"}:
+            known[name] = None if known[name] is None else Path(known[name])
         for name in known.keys() & {"input_file", "val_file"}:
             known[name] = tuple(map(Path, known[name]))
-        known["origins"] = (
-            {name: origin_of(o) for name, o in origins.items()} if isinstance(origins, dict) else {}
-        )
+        known["origins"] = {
+            name: Origin(From(origin["from"]), origin["why"])
+            for name, origin in (origins or {}).items()
+        }
         return cls(**known)
-
-
-def origin_of(value: object) -> Origin:
-    """An origin as a file has it; one that this program does not know counts as kept."""
-    try:
-        return Origin(From(value["from"]), str(value["why"]))  # type: ignore[index]
-    except (KeyError, TypeError, ValueError):
-        return Origin(From.RUN)
 
 
 def decided(config: Config, name: str, value: object, origin: Origin) -> Config:
@@ -467,14 +373,15 @@ def decided(config: Config, name: str, value: object, origin: Origin) -> Config:
 
 
 def out_of_range(flags) -> list[str]:
-    """Every numeric flag of a dataclass whose value its `Between` excludes, a sentence each."""
-    return [
-        f"--{field.name} {brief(value)} is outside {limit.low:,} to {limit.high:,}"
-        for field in fields(flags)
-        for limit in getattr(field.type, "__metadata__", ())
-        if isinstance(limit, Between) and (value := getattr(flags, field.name)) is not None
-        if not limit.low <= value <= limit.high
-    ]
+    """The numeric flags of a dataclass whose value its `Between` excludes, a sentence each."""
+    problems = []
+    for flag in fields(flags):
+        value = getattr(flags, flag.name)
+        for limit in getattr(flag.type, "__metadata__", ())[:1]:
+            if value is not None and not limit.low <= value <= limit.high:
+                limits = f"{limit.low:,} to {limit.high:,}"
+                problems.append(f"--{flag.name} {brief(value)} is outside {limits}")
+    return problems
 
 
 def brief(value: object) -> str:
@@ -483,22 +390,24 @@ def brief(value: object) -> str:
     return f"{text[:40]}..." if len(text) > 80 else text or "''"
 
 
-PRESETS: dict[str, dict] = {  # what is not constant stands in parts/recipe.py
-    "write": dict(  # samples end before the trained context does: beyond it they take as long as the training
-        n_layer=4, seq_len=128, dropout=0.1, target_loss=0.0, temperature=0.8, num_prompts=1, max_new_tokens=100,
-    ),
-    "demo": dict(
-        input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128, seq_len=128, batch_size=4,
-        lr=4e-3, init_std=0.07, save_every=200, num_prompts=1, temperature=0.0, max_new_tokens=69,
-    ),
+PRESETS: dict[str, dict[str, Any]] = {  # what is not constant stands in parts/recipe.py
+    "write": {
+        **dict(n_layer=4, seq_len=128, dropout=0.1, target_loss=0.0, temperature=0.8),
+        **dict(num_prompts=1, max_new_tokens=100),  # beyond the trained context a sample is slow
+    },
+    "demo": {
+        **dict(input_file=(DEMO_CORPUS,), n_layer=2, n_head=2, n_embd=128, block_size=128),
+        **dict(seq_len=128, batch_size=4, lr=4e-3, init_std=0.07, save_every=200),
+        **dict(num_prompts=1, temperature=0.0, max_new_tokens=69),
+    },
     "small": dict(n_layer=6, n_head=8, n_embd=512, block_size=512),
     "gpt2": {},
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-}  # fmt: skip
+}
 
 
-def names(inputs: tuple[Path, ...]) -> str:
+def text_names(paths: tuple[Path, ...]) -> str:
     """Texts as messages and files call them."""
-    return ", ".join(path.as_posix() for path in inputs)
+    return ", ".join(path.as_posix() for path in paths)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from parts.flags import Config, names
+from parts.flags import Config, text_names
 from parts.run.checkpoint import checkpoint_in, load_checkpoint
 from parts.run.directory import read_if_there
 from parts.text.vocabulary import one_form
@@ -70,7 +70,7 @@ def check_same_run(
 ) -> None:
     """Raises ValueError when the checkpoint has other weights or another corpus than the flags ask for."""
     remedy = "choose another --out_dir, or --resume never to move that run aside and start anew"
-    saved, texts = checkpoint["config"], names(config.input_file)
+    saved, texts = checkpoint["config"], text_names(config.input_file)
     if one_form(checkpoint["tokenizer"]["content"]) != vocabulary:
         raise ValueError(
             f"{path} has another vocabulary (--tokenizer {saved.get('tokenizer')}) than {config.tokenizer}: {remedy}"

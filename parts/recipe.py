@@ -1,7 +1,7 @@
-"""What was not typed: the value of each flag and its origin, from run so far, preset, text, other flags and machine.
+"""What was not typed: the value of each flag and where it comes from.
 
-`decide` is the one place. A rule computes a value from the flags that were decided before it and from the text; it
-never asks whether a flag was typed. So a default that is typed changes nothing but its origin.
+`decide` is the one place. A rule computes a value from the flags that were decided before it and
+from the text. It never asks whether a flag was typed: typing a default changes only its origin.
 """
 
 import math
@@ -12,22 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from parts.flags import (
-    DEMO_CORPUS,
-    DEMO_PROMPT,
-    PRESETS,
-    VOCAB_SIZE,
-    Config,
-    Flags,
-    From,
-    Origin,
-    TextFlags,
-)
+from parts.flags import DEMO_CORPUS, DEMO_PROMPT, PRESETS, VOCAB_SIZE, Config, Flags, From, Origin
 
 
 @dataclass(frozen=True)
 class Text:
-    """How long a text is; before it is encoded, its bytes stand for its tokens, which are no more."""
+    """How long a text is; before it is encoded, its bytes stand for its tokens."""
 
     n_bytes: int
     n_tokens: int  # that are trained on
@@ -37,9 +27,7 @@ class Text:
 TINY_SHAKESPEARE = Text(1_115_394, 338_025)  # stands for the text where none is known, as in tables
 
 
-# ---------------------------------------------------------------------------------------------
-# The law: how long it takes to learn a text by heart
-# ---------------------------------------------------------------------------------------------
+# The law: how long it takes to learn a text by heart.
 
 LAW_TARGET = 0.1  # loss, nats per token
 LAW_EXPONENT = 0.75
@@ -48,26 +36,26 @@ LAW_TOKENS_OF_DEMO = 8.9e6  # so narrow a model needs more
 
 
 def tokens_to_learn(preset: str, n_tokens: int) -> float:
-    """Tokens of training after which a text of `n_tokens` is known by heart (a loss of `LAW_TARGET`)."""
+    """Tokens of training until a text of `n_tokens` is known by heart, to a loss of LAW_TARGET."""
     tokens = LAW_TOKENS_OF_DEMO if preset == "demo" else LAW_TOKENS
     return tokens * (n_tokens / TINY_SHAKESPEARE.n_tokens) ** LAW_EXPONENT
 
 
 def usual_steps(v: Any, text: Text) -> int:
     """Steps that the law says, for the batch in use."""
-    per_step = v.batch_size * v.grad_accum * v.seq_len
-    return min(10**9, max(1, math.ceil(tokens_to_learn(v.preset, text.n_tokens) / per_step)))
+    return steps_for(tokens_to_learn(v.preset, text.n_tokens), v)
 
 
-# ---------------------------------------------------------------------------------------------
-# Rules: values that follow from others
-# ---------------------------------------------------------------------------------------------
+def steps_for(n_tokens: float, v: Any) -> int:
+    """Steps that train on so many tokens, within the range of --steps."""
+    return min(10**9, max(1, math.ceil(n_tokens / (v.batch_size * v.grad_accum * v.seq_len))))
+
+
+# Rules: values that follow from others.
 
 Rule = Callable[[Any, Text], tuple[object, Origin]]
-OPTIMIZERS = {
-    "muon": (3.5e-3, 0.99, 30),
-    "adamw": (1e-3, 0.95, 10),
-}  # rate, beta2, the part of the steps that warms up
+# The rate, beta2, and the part of the steps that warms up.
+OPTIMIZERS = {"muon": (3.5e-3, 0.99, 30), "adamw": (1e-3, 0.95, 10)}
 MIXED_PART = 0.8
 
 
@@ -77,8 +65,8 @@ def follows(value: object, reason: str) -> tuple[object, Origin]:
 
 
 def out_dir(v: Any, text: Text) -> tuple[object, Origin]:
-    """out/PRESET for the preset's own text; for another out/PRESET-NAME, after its first file or folder."""
-    if v.input_file == PRESETS[v.preset].get("input_file", TextFlags.input_file):
+    """out/PRESET for the preset's own text; else out/PRESET-NAME, by the first file or folder."""
+    if v.input_file == PRESETS[v.preset].get("input_file", Flags.input_file):
         return follows(Path("out") / v.preset, "the preset")
     parts = reversed(v.input_file[0].parts) if v.input_file else ()
     first = next((part for part in parts if not set("*?[") & set(part)), "")
@@ -86,24 +74,18 @@ def out_dir(v: Any, text: Text) -> tuple[object, Origin]:
     return follows(Path("out") / f"{v.preset}-{name}", "the preset and the text's name")
 
 
-def max_tokens(v: Any, text: Text) -> tuple[object, Origin]:
-    """All tokens, but few of the text that ships with Python."""
+def of_demo_text(v: Any, value: object, reason: str, otherwise: object) -> tuple[object, Origin]:
+    """A value that suits the text that ships with Python, or the one for other texts."""
     if v.input_file == (DEMO_CORPUS,):
-        return follows(1500, "two pages of Python's documentation")
-    return 0, Origin(From.DEFAULT)
-
-
-def prompt(v: Any, text: Text) -> tuple[object, Origin]:
-    """The text's own beginning (empty), but a sentence of the text that ships with Python."""
-    if v.input_file == (DEMO_CORPUS,):
-        return follows(DEMO_PROMPT, "a sentence of the text")
-    return "", Origin(From.DEFAULT)
+        return follows(value, reason)
+    return otherwise, Origin(From.DEFAULT)
 
 
 def steps(v: Any, text: Text) -> tuple[object, Origin]:
     """As many as the law says."""
     needed = tokens_to_learn(v.preset, text.n_tokens) / 1e6
-    reason = f"to learn {text.n_tokens:,} tokens of text usually takes at most {needed:.3g} M tokens of training"
+    usual = f"usually takes at most {needed:.3g} M tokens of training"
+    reason = f"to learn {text.n_tokens:,} tokens of text {usual}"
     return usual_steps(v, text), Origin(From.TEXT, reason)
 
 
@@ -124,29 +106,22 @@ def warmup_steps(v: Any, text: Text) -> tuple[object, Origin]:
 
 RULES: dict[str, Rule] = {  # a rule sees the flags without one, and those above it
     "out_dir": out_dir,
-    "max_tokens": max_tokens,
-    "prompt": prompt,
-    "lr": lambda v, text: follows(OPTIMIZERS[v.optimizer][0], f"with {v.optimizer}"),
-    "beta2": lambda v, text: follows(OPTIMIZERS[v.optimizer][1], f"with {v.optimizer}"),
+    "max_tokens": lambda v, _: of_demo_text(v, 1500, "two pages of Python's documentation", 0),
+    "prompt": lambda v, _: of_demo_text(v, DEMO_PROMPT, "a sentence of the text", ""),
+    "lr": lambda v, _: follows(OPTIMIZERS[v.optimizer][0], f"with {v.optimizer}"),
+    "beta2": lambda v, _: follows(OPTIMIZERS[v.optimizer][1], f"with {v.optimizer}"),
     "steps": steps,
-    "decay_steps": lambda v, text: follows(v.steps, "the last step"),
+    "decay_steps": lambda v, _: follows(v.steps, "the last step"),
     "warmup_steps": warmup_steps,
     "mixed_steps": mixed_steps,
-    "sample_every": lambda v, text: follows(
-        max(10, v.steps // 10), "1/10 of the steps, at least 10"
-    ),
-    "eval_every": lambda v, text: follows(max(1, v.steps // 20), "1/20 of the steps"),
+    "sample_every": lambda v, _: follows(max(10, v.steps // 10), "1/10 of the steps, at least 10"),
+    "eval_every": lambda v, _: follows(max(1, v.steps // 20), "1/20 of the steps"),
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# The preset write: the lowest validation loss in minutes, on 20 KB to 10 MB of text
-# ---------------------------------------------------------------------------------------------
+# The preset write: the lowest validation loss in minutes, on 20 KB to 10 MB of text.
 
-WRITE_RANGE = (
-    20_000,
-    10_000_000,
-)  # bytes of text; what follows from them was tried from 30 KB to 3 MB
+WRITE_RANGE = (20_000, 10_000_000)  # bytes of text; the rules were tried from 30 KB to 3 MB
 
 
 def size_of(text: Text) -> float:
@@ -155,98 +130,74 @@ def size_of(text: Text) -> float:
     return min(max(text.n_bytes, low), high) / 30_000
 
 
-def from_bytes(value: object, text: Text) -> tuple[object, Origin]:
-    """A value that follows from the bytes of the text."""
+def by_size(text: Text, *values: object) -> tuple[object, Origin]:
+    """One of three values: for texts below 90 KB, below 900 KB, and longer ones."""
+    value = values[0] if size_of(text) < 3 else values[1] if size_of(text) < 30 else values[2]
     return value, Origin(From.TEXT, f"for {text.n_bytes:,} bytes")
 
 
 def write_tokenizer(v: Any, text: Text) -> tuple[object, Origin]:
-    """GPT-2's for a short text, which cannot teach as many words: 2.27 bits per byte instead of 2.70 on 30 KB of prose.
-    Else one of the text's own, larger for more text, since it is several times as fast."""
-    if size_of(text) < 5 or DEMO_CORPUS in v.input_file:
-        return from_bytes("gpt2", text)
-    n_vocab = min(4000, round(600 * size_of(text) ** 0.4 / 50) * 50)
-    return from_bytes(f"bpe:{min(n_vocab, text.n_vocab)}", text)
+    """GPT-2's for a short text, else one learned from the text, larger for more text.
 
-
-def write_width(v: Any, text: Text) -> tuple[object, Origin]:
-    """A wider model for more text."""
-    return from_bytes(128 if size_of(text) < 3 else 192 if size_of(text) < 30 else 256, text)
-
-
-def write_batch(v: Any, text: Text) -> tuple[object, Origin]:
-    """Larger steps for more text."""
-    return from_bytes(4 if size_of(text) < 3 else 8 if size_of(text) < 30 else 16, text)
+    A short text cannot teach as many words: 2.70 bits per byte instead of 2.27 on 30 KB of prose.
+    For others the own one is several times as fast.
+    """
+    name = "gpt2"
+    if size_of(text) >= 5 and DEMO_CORPUS not in v.input_file:
+        n_vocab = min(4000, round(600 * size_of(text) ** 0.4 / 50) * 50)
+        name = f"bpe:{min(n_vocab, text.n_vocab)}"
+    return name, Origin(From.TEXT, f"for {text.n_bytes:,} bytes")
 
 
 def write_steps(v: Any, text: Text) -> tuple[object, Origin]:
     """Fewer passes over more text."""
     passes = 10 * size_of(text) ** -0.15
-    steps = math.ceil(passes * text.n_tokens / (v.batch_size * v.grad_accum * v.seq_len))
-    return min(10**9, max(1, steps)), Origin(
-        From.TEXT, f"{passes:.1f} passes over {text.n_tokens:,} tokens"
-    )
+    reason = f"{passes:.1f} passes over {text.n_tokens:,} tokens"
+    return steps_for(passes * text.n_tokens, v), Origin(From.TEXT, reason)
 
 
 def write_heads(v: Any, text: Text) -> tuple[object, Origin]:
     """Heads of about 32 channels."""
     most = max(1, v.n_embd // 32)
-    return follows(
-        next(n for n in range(most, 0, -1) if v.n_embd % n == 0), "32 channels each, or more"
-    )
+    n_head = next(n for n in range(most, 0, -1) if v.n_embd % n == 0)
+    return follows(n_head, "32 channels each, or more")
 
 
 def write_rate(v: Any, text: Text) -> tuple[object, Origin]:
     """A lower rate for smaller steps; it was tried with Muon alone."""
-    if v.optimizer != "muon":
-        return follows(OPTIMIZERS[v.optimizer][0], f"with {v.optimizer}")
-    return from_bytes(3e-3 if size_of(text) < 3 else 4e-3, text)
+    return by_size(text, 3e-3, 4e-3, 4e-3) if v.optimizer == "muon" else RULES["lr"](v, text)
 
 
-def validates(v: Any) -> bool:
-    """Whether text is held out."""
-    return bool(v.val_fraction or v.val_file)
+def write_split(v: Any, text: Text) -> tuple[object, Origin]:
+    """A tenth of the text is held out, unless there is a val_file."""
+    part = 0.0 if v.val_file else 0.1
+    return follows(part, "the end of the text, unless there is a val_file")
+
+
+def write_patience(v: Any, text: Text) -> tuple[object, Origin]:
+    """Stop when the validation loss falls no further."""
+    return follows(5 if v.val_fraction or v.val_file else 0, "with a validation split")
 
 
 WRITE: dict[str, Rule] = {
     "tokenizer": write_tokenizer,
-    "n_embd": write_width,
+    "n_embd": lambda v, text: by_size(text, 128, 192, 256),
     "n_head": write_heads,
-    "block_size": lambda v, text: follows(v.seq_len, "seq_len"),
-    "batch_size": write_batch,
-    "val_fraction": lambda v, text: follows(
-        0.0 if v.val_file else 0.1, "the end of the text, unless there is a val_file"
-    ),
-    "patience": lambda v, text: follows(5 if validates(v) else 0, "with a validation split"),
-}
-PRESET_RULES: dict[str, dict[str, Rule]] = {
-    "write": {**WRITE, **RULES, "lr": write_rate, "steps": write_steps}
+    "block_size": lambda v, _: follows(v.seq_len, "seq_len"),
+    "batch_size": lambda v, text: by_size(text, 4, 8, 16),
+    "val_fraction": write_split,
+    "patience": write_patience,
+    **RULES,
+    "lr": write_rate,
+    "steps": write_steps,
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# The one place
-# ---------------------------------------------------------------------------------------------
-
-# What follows from other flags follows them in a run that goes on, too; all else stays as it was decided at its start.
+# What follows from other flags; in a run that goes on only these do so again.
 FOLLOW_ON_THE_WAY = {"decay_steps", "warmup_steps", "mixed_steps", "sample_every", "eval_every"}
-BY_MACHINE = {
-    "device",
-    "amp",
-    "compile",
-    "threads",
-    "micro_batch",
-}  # compute/device.py chooses, and keeps what it can
-OF_ONE_START = {"preset", "out_dir", "resume", "dry_run", "tensorboard"}
-
-
-def is_open(name: str, value: object) -> bool:
-    """Whether this asks for a decision, and is none."""
-    return (
-        value is None
-        or (name in BY_MACHINE and value == "auto")
-        or (name == "prompt" and value == "")
-    )
+BY_MACHINE = {"device", "amp", "compile", "threads", "micro_batch"}  # chosen in compute/device.py
+LEFT_OPEN = dict.fromkeys(BY_MACHINE, "auto") | {"prompt": ""}  # typed, these decide nothing
+OF_ONE_START = {"out_dir", "resume", "dry_run", "tensorboard"}
 
 
 def decide(
@@ -260,26 +211,25 @@ def decide(
 ) -> Config:
     """The flags of a run, and where each comes from.
 
-    `typed` are the flags of the command line, `previous` those of the run that is continued, in whose directory.
+    `typed` are the flags of the command line, `previous` those of the run that is continued.
     Without a `machine`, what it would choose stays open. Raises what `machine` raises.
     """
     preset = typed.get("preset") or (previous.preset if previous else Flags.preset)
     kept = previous if previous and previous.preset == preset else None
-    rules = PRESET_RULES.get(preset, RULES)
+    rules = WRITE if preset == "write" else RULES
     v = SimpleNamespace(preset=preset, processes=processes, vocab_size=vocab_size)
-    origins = {
-        "preset": Origin(From.TYPED if "preset" in typed else From.RUN if kept else From.DEFAULT)
-    }
-    names = [field.name for field in fields(Flags) if field.name not in rules]
-    for name in [*names, *rules]:
+    source = From.TYPED if "preset" in typed else From.RUN if kept else From.DEFAULT
+    origins = {"preset": Origin(source)}
+    constant = [flag.name for flag in fields(Flags) if flag.name not in rules]
+    for name in [*constant, *rules]:
         if name == "preset":
             continue
         value, origin = typed.get(name), Origin(From.TYPED)
-        if is_open(name, value):
+        if value in (None, LEFT_OPEN.get(name)):
             value, origin = untyped(name, v, text, rules, None if name in typed else kept)
         setattr(v, name, value)
         origins[name] = origin
-    if previous is not None:  # it lies where it lies, and its weights began as they began
+    if previous is not None:  # where a run lies and what it started from cannot change
         v.out_dir, v.init_from = previous.out_dir, previous.init_from
     config = Config(**vars(v), origins=origins)
     return config if machine is None else machine(config, previous)
@@ -293,7 +243,7 @@ def untyped(
         before = kept.origins.get(name, Origin(From.RUN))
         if before.source == From.TYPED:
             before = Origin(From.RUN)
-        # Decided again where what it follows from has changed; else it stays, whatever the rule says by now.
+        # Decided again only if what it follows from has changed: the rule may be a newer one.
         follows = before.source == From.FLAGS and name in FOLLOW_ON_THE_WAY
         if not follows or rules[name](kept, text)[0] == rules[name](v, text)[0]:
             return getattr(kept, name), before

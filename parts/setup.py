@@ -87,7 +87,6 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
     """
     typed = read_typed(argv, about=about)
     first = decide(typed, processes=ranks.count)
-    raise_all(first.problems_of_out_dir())
     run = RunDir(first.out_dir)
     if ranks.rank == 0:
         run.check_writable()

@@ -158,7 +158,7 @@ def test_what_the_folder_says_of_the_model(folder):
     card = (folder / "hf/README.md").read_text(encoding="utf-8")
     best = load_checkpoint(folder / "run/checkpoints/best.pt")
     for text in (
-        "16 tokens (of 32 positions",
+        "16 tokens (of 32 positions)",
         f"(window) | {best['loss']:.6f}",
         "trained from scratch on text.txt",
     ):
@@ -340,7 +340,7 @@ def test_and_back(folder, tmp_path):
             "--checkpoint .: no best.pt, last.pt, prev.pt in this folder",
         ),
         (["--checkpoint=hf", "--out=new"], "--checkpoint hf: a model for transformers"),
-        (["--checkpoint=run/checkpoints/best.pt", "--out=text.txt/new"], "text.txt is no folder"),
+        (["--checkpoint=run", "--out=text.txt/new"], "--out text.txt/new cannot be written"),
         (["--from_hf=run", "--out=new"], "--from_hf run has no model.safetensors"),
         (["--from_hf=run/logs", "--out=new"], "--from_hf run/logs has no config.json"),
         (["--from_hf=text.txt", "--out=new"], "--from_hf text.txt: no such folder"),
@@ -422,7 +422,6 @@ def rewritten(folder: Path, target: Path, config: dict, weights: dict) -> Path:
         ({"vocab_size": 17}, {}),
         ({}, {"transformer.ln_f.bias": torch.zeros(3)}),
         ({}, {"transformer.ln_f.bias": torch.full((32,), float("nan"))}),
-        ({}, {"ln_f.bias": torch.zeros(32)}),
         ({"vocab_size": 17}, {"transformer.wte.weight": torch.zeros(17, 32)}),
     ],
     ids=str,
@@ -596,7 +595,7 @@ def test_a_model_of_the_hub_has_to_be_downloaded(tmp_path, monkeypatch, capsys, 
     assert export_hf.main([f"--from_hf={asked}", "--out=x.pt"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"--from_hf {Path(asked)}: no such folder" in error
-    assert f"hf download openai-community/{name} " in error and f"--local-dir {name} " in error
+    assert f"hf download openai-community/{name} " in error and f"--local-dir {name}" in error
     assert error.rstrip().endswith(f"--from_hf {name}") and not Path("x.pt").exists()
 
 

@@ -254,12 +254,15 @@ def test_what_write_decides_goes_together(flags):
 
 
 @pytest.mark.parametrize(
-    "origins", [{"lr": {}}, {"lr": 5}, [1], "x", {"lr": {"from": "magic", "why": ""}}, None]
+    "origins", [{"lr": {}}, {"lr": 5}, [1], "x", {"lr": {"from": "magic", "why": ""}}]
 )
-def test_origins_that_are_none_count_as_kept(origins):
-    config = decide(dict(steps=5))
-    again = Config.from_dict(config.as_dict(), origins)
-    assert again == config and all(origin.source == From.RUN for origin in again.origins.values())
+def test_origins_that_are_none_are_damage(launch, origins, capsys):
+    assert launch("run", "--steps=2", "--save_every=2") == 0
+    path = Path("run/checkpoints/last.pt")
+    torch.save(torch.load(path, weights_only=True) | {"origins": origins}, path)
+    capsys.readouterr()
+    assert train.main(["--out_dir=run", "--steps=4"]) == 2
+    assert "last.pt is no checkpoint of train.py" in capsys.readouterr().err
 
 
 def test_with_max_tokens_too_the_vocabulary_is_of_what_is_trained_on(tmp_path, monkeypatch):
@@ -282,24 +285,3 @@ def test_a_short_part_of_a_long_text_is_a_short_text(tmp_path, monkeypatch, caps
         == 0
     )
     assert "batch_size 4 (for 20,000 bytes)" in capsys.readouterr().out
-
-
-def test_a_run_that_an_older_program_ended_at_its_target_is_over(launch, capsys):
-    assert launch("run", "--target_loss=50", "--target_window=2", "--mixed_steps=0") == 0
-    path = Path("run/checkpoints/last.pt")
-    checkpoint = torch.load(path, weights_only=True)
-    younger = (
-        "corpus_loss",
-        "corpus_loss_error",
-        "corpus_loss_slices",
-        "corpus_step",
-        "checked_window",
-        "checked_step",
-    )
-    old = {name: value for name, value in checkpoint["progress"].items() if name not in younger}
-    del checkpoint["origins"]
-    torch.save(checkpoint | {"progress": old}, path)
-    assert train.main(["--out_dir=run"]) == 0
-    assert "Already finished: the target was reached at step 2" in capsys.readouterr().out
-    assert train.main(["--out_dir=run", "--target_loss=1e-9"]) == 0
-    assert "Resuming from step 2" in log_text(Path("run"))

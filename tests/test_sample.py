@@ -242,22 +242,20 @@ def test_without_any_run_it_says_how_to_train_one(tmp_path, monkeypatch, capsys)
         (tmp_path / "out/empty/checkpoints").mkdir(parents=True, exist_ok=True)
 
 
-def test_copied_passages_are_found():
-    tokenizer = load_tokenizer()
-    corpus = "Before we proceed any further, hear me speak. You are all resolved rather to die than to famish?"
-    found, text = (
-        sample.Corpus(corpus, tokenizer),
-        "Now hear me speak. You are all resolved rather to dance.",
-    )
+def test_copied_passages_are_found(tmp_path):
+    corpus = "Before we proceed any further, hear me speak. You are all resolved rather to die."
+    path = tmp_path / "corpus.txt"
+    path.write_text(corpus, encoding="utf-8")
+    found = sample.Novelty(path, load_tokenizer())
+    text = "Now hear me speak. You are all resolved rather to dance."
     assert found.longest_copy(text) == " hear me speak. You are all resolved rather to d"
-    assert 0 < found.share_copied(text) < 1
-    assert found.longest_copy(corpus) == corpus and found.share_copied(corpus) == 1
-    assert len(found.longest_copy("zqx")) <= 1 and found.share_copied("zqx") == 0
+    assert found.longest_copy(corpus) == corpus and found.report(corpus).startswith("[100% of ")
+    assert len(found.longest_copy("zqx")) <= 1 and found.report("zqx").startswith("[0% of ")
 
 
 def test_the_report_on_copies(folder, say):
     out, error = say("--prompt=Line 1:", "--novelty=text.txt", *GREEDY)
-    assert "8-grams of tokens are in text.txt; longest passage copied from it: " in error
+    assert "8-grams of tokens that were added are in text.txt; longest passage copied: " in error
     assert out == expected(folder, "Line 1:") + "\n"
 
 
@@ -355,5 +353,7 @@ def test_a_reader_that_has_enough_is_no_error(folder):
     assert "Traceback" not in result.stderr
 
 
-def test_help(say):
-    assert "--novelty" in say("--help")[0]
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        sample.main(["--help"])
+    assert "--novelty" in capsys.readouterr().out

@@ -14,7 +14,6 @@ from parts.commandline import parse_config
 from parts.compute.device import largest_divisor
 from parts.compute.ranks import Ranks
 from parts.flags import Config
-from parts.recipe import decide
 from parts.run.checkpoint import load_checkpoint
 from parts.text.corpus import Corpus
 
@@ -209,9 +208,3 @@ def test_it_is_a_part_of_the_steps_where_slices_can_be_cut():
         assert parse_config([flag]).mixed_steps == 0
     assert parse_config(["--steps=900", "--mixed_steps=80"]).mixed_steps == 80
     assert parse_config(["--batch_size=2", "--grad_accum=2"]).mixed_steps > 0
-
-
-def test_a_checkpoint_of_before_the_flag_has_none():
-    values = decide({}).as_dict()
-    del values["mixed_steps"]
-    assert Config.from_dict(values).mixed_steps == 0

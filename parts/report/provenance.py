@@ -6,7 +6,7 @@ import subprocess
 from datetime import datetime
 from pathlib import Path
 
-from parts.flags import Config, names
+from parts.flags import Config, text_names
 from parts.text.corpus import Corpus
 
 # Flags whose change is no news: where the run lies, and what holds for one start.
@@ -60,7 +60,7 @@ def launch_record(
         if checkpoint["val_sha256"] != corpus.val_sha256:
             launch["changed"]["val_sha256"] = checkpoint["val_sha256"]
     text = {
-        "file": names(config.input_file),
+        "file": text_names(config.input_file),
         "files": corpus.n_files,
         "sha256": corpus.sha256,
         "tokens": len(corpus.tokens),

@@ -6,8 +6,8 @@ import statistics
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from parts.commandline import flag_words, to_type, value_of
-from parts.flags import Config, From, names
+from parts.commandline import flag_words, shell_line, value_of
+from parts.flags import Config, From, text_names
 from parts.progress import COMPLETE, Progress
 from parts.recipe import LAW_TARGET, Text, usual_steps
 from parts.report.provenance import changed, launch_words
@@ -48,7 +48,7 @@ def plan(config: Config, corpus: Corpus, floor: float, progress: Progress) -> li
         f"Run directory: {c.out_dir}",
         f"Model: GPT-2, {c.n_params:,} parameters ({c.n_layer} layers, {c.n_head} heads, width "
         f"{c.n_embd}, {c.block_size} positions, vocabulary {c.vocab_size})",
-        f"Corpus: {names(c.input_file)}{files}, {part} tokens ({corpus.bytes_per_token:.3f} bytes "
+        f"Corpus: {text_names(c.input_file)}{files}, {part} tokens ({corpus.bytes_per_token:.3f} bytes "
         f"each), sha256 {corpus.sha256[:16]}",
     ]
     if corpus.val_tokens is not None:
@@ -357,7 +357,7 @@ def verdict(config: Config, progress: Progress, floor: float, stop_reason: str) 
         decay = c.origins.get("decay_steps")
         if decay is None or decay.source in (From.TYPED, From.RUN):  # else it follows the steps
             words += ["--decay_steps", str(steps)]
-        command = to_type(launch_words(words, c))
+        command = shell_line(launch_words(words, c))
         said.append(f"half as many steps more may help: {command}")
     nothing = f"all {p.step:,} steps are done, with neither a target nor a validation split"
     return f"Verdict: {'; '.join(said) or nothing}"
@@ -373,10 +373,10 @@ def how_to_continue(argv: list[str], config: Config, saved: bool, since: str = "
     """The command that goes on with a run; without a checkpoint, the command that was typed."""
     if saved:
         words = launch_words(flags_to_continue(config), config)
-        return f"To continue{since}: {to_type(words)}"
+        return f"To continue{since}: {shell_line(words)}"
     if value_of("resume", argv) == "never":  # which would begin anew once more
         argv = [word for word in argv if word not in ("--resume=never", "--resume", "never")]
-    return f"To start again: {to_type(launch_words(argv, config))}"
+    return f"To start again: {shell_line(launch_words(argv, config))}"
 
 
 def flags_to_continue(config: Config) -> list[str]:

@@ -115,7 +115,7 @@ def is_sound(checkpoint: object) -> bool:
         return False
     start = asdict(Progress())
     try:
-        config = Config.from_dict(checkpoint["config"])
+        config = Config.from_dict(checkpoint["config"], checkpoint.get("origins"))
         progress = checkpoint.get("progress", {})
         weights = checkpoint["model"]
         return (

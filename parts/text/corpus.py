@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from parts.flags import DEMO_CORPUS, Config, names
+from parts.flags import DEMO_CORPUS, Config, text_names
 from parts.run.directory import free_bytes, open_locked, read_json, replacing
 from parts.run.terminal import waiting
 from parts.text.vocabulary import (
@@ -108,7 +108,7 @@ def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
         )
     if len(tokens) < len(whole):
         n_bytes = bytes_per_token(tokens, tokenizer) * len(whole)
-    splits = {names(config.input_file): tokens, "the validation split": val_tokens}
+    splits = {text_names(config.input_file): tokens, "the validation split": val_tokens}
     for name, kept in splits.items():
         if kept is not None and len(kept) < config.seq_len + 1:
             raise ValueError(
