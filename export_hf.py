@@ -37,6 +37,7 @@ with packages_of("export_hf.py", __name__):
     from parts.run.layout import RunPaths, sample_blocks
     from parts.run.screen import log, speaking
     from parts.text import vocabulary as vocabularies
+    from parts.text.files import read_text
 
 FIRST_WORDS = "Once upon a time"
 SAME = {  # what transformers may vary and train.py does not
@@ -308,7 +309,7 @@ def import_hf(folder: Path, out: Path) -> None:
         if values.get(name, value) != value:
             problem = f"config.json has {name} {values[name]!r}, and GPT-2 has {value!r}"
             raise ValueError(f"{where}: {problem}; choose another model")
-    text = vocabularies.read_text(folder / "tokenizer.json", "--from_hf")[0]
+    text = read_text(folder / "tokenizer.json", "--from_hf")
     vocabulary = vocabularies.OwnVocabulary(text, "tokenizer.json")
     ids = Tokenizer.from_str(vocabulary.content).get_vocab()
     content = "" if ids == hf_tokenizer("").get_vocab() else vocabulary.content

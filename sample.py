@@ -30,6 +30,7 @@ with packages_of("sample.py", __name__):
     from parts.run.checkpoint import checkpoint_in, load_checkpoint, newest_run
     from parts.run.screen import log, speaking
     from parts.text import vocabulary
+    from parts.text.files import read_pieces, read_text
 
 SEPARATOR = "=" * 80
 GRAM = 8  # tokens whose order is looked up in the corpus
@@ -110,7 +111,7 @@ class Novelty:
 
     def __init__(self, path: Path, tokenizer: vocabulary.Tokenizer):
         self.path, self.tokenizer = path, tokenizer
-        self.text = vocabulary.read_text(path, "--novelty")[0]
+        self.text = read_text(path, "--novelty")
         self.grams = self.grams_of(self.text)
 
     def grams_of(self, text: str) -> set[bytes]:
@@ -159,10 +160,9 @@ def prompts(options: Options) -> Iterator[str]:
     if options.prompt is not None:
         yield decode_escapes(options.prompt)
     elif options.prompt_file is not None:
-        yield without_newline(vocabulary.read_text(options.prompt_file, "--prompt_file")[0])
+        yield without_newline(read_text(options.prompt_file, "--prompt_file"))
     elif not sys.stdin.isatty():
-        text = "".join(vocabulary.pieces(sys.stdin.buffer, "the prompt from stdin"))
-        yield without_newline(text)
+        yield without_newline("".join(read_pieces(sys.stdin.buffer, "the prompt from stdin")))
     else:
         tell(f"({'Ctrl-Z and Enter' if os.name == 'nt' else 'Ctrl-D'} ends)")
         tell("prompt> ", end="")

@@ -49,7 +49,7 @@ with packages_of("train.py", __name__):
         configure_torch,
         cpu_only_hint,
         environment,
-        first_words,
+        excerpt,
         for_sampling,
         is_out_of_memory,
         largest_divisor,
@@ -70,7 +70,7 @@ with packages_of("train.py", __name__):
         terminating,
     )
     from parts.flags import Config, From, Origin, decided
-    from parts.predecessor import Start
+    from parts.predecessor import InitialWeights
     from parts.progress import COMPLETE, Progress, StopReason
     from parts.report import words
     from parts.report.provenance import launch_record
@@ -426,11 +426,8 @@ def validation_loss(model: GPT, tokens: np.ndarray, config: Config) -> tuple[flo
 def slice_losses(model: GPT, slices: torch.Tensor, config: Config) -> torch.Tensor:
     """Mean loss of each slice (n, T + 1), float64 (n,), nats per token."""
     losses = []
-    with (
-        waiting("Measuring the loss", len(slices), "slices") as bar,
-        evaluating(model),
-        autocast(config),
-    ):
+    told = waiting("Measuring the loss", len(slices), "slices")
+    with told as bar, evaluating(model), autocast(config):
         for chunk in slices.split(config.micro_batch):
             look_for_signals()
             chunk = chunk.to(config.device)
@@ -494,7 +491,7 @@ class Trainer:
             self.scaler.load_state_dict(saved.facts["scaler"])
         self.progress.resumed(saved.config, self.config)
 
-    def start_from(self, start: Start) -> None:
+    def start_from(self, start: InitialWeights) -> None:
         """Begin with the weights of another run."""
         self.model.load_state_dict(start.model)
         self.progress.began_from(start.trained_context)
@@ -543,7 +540,7 @@ class Trainer:
         except Exception as error:  # Inductor, Triton and C++ compilers fail in many ways
             if is_out_of_memory(error):
                 raise
-            reason = f"{type(error).__name__}: {first_words(error)}"
+            reason = f"{type(error).__name__}: {excerpt(error)}"
             log.warning("torch.compile failed, going on without: %s", reason)
             failed = Origin(From.MACHINE, "torch.compile failed, see the log")
             self.config = decided(self.config, "compile", "off", failed)
@@ -705,7 +702,7 @@ class Trainer:
         try:
             yield
         except Exception as error:  # backends fail in many ways
-            reason = f"{type(error).__name__}: {first_words(error)}"
+            reason = f"{type(error).__name__}: {excerpt(error)}"
             step = self.progress.step
             log.warning("%s failed at step %d, the run goes on without: %s", what, step, reason)
 

@@ -27,7 +27,7 @@ import os
 
 from benchmarks.record import write_record
 from benchmarks.throughput import peak_rss_mb
-from parts.text.corpus import load
+from parts.text.corpus import on_disk
 from parts.text.vocabulary import load_tokenizer
 
 
@@ -76,7 +76,7 @@ def one_way(text: Path, threads: int, folder: Path) -> None:
     tokenizer.encode_ordinary("a first word")
     before, started = peak_rss_mb(), time.perf_counter()
     if threads:
-        ids = load([text], tokenizer, "gpt2", folder, threads).tokens
+        ids = on_disk([text], tokenizer, folder, threads).tokens
     else:
         ids = np.array(tokenizer.encode_ordinary(text.read_bytes().decode()), dtype=np.uint16)
     seconds, memory = time.perf_counter() - started, peak_rss_mb() - before

@@ -9,13 +9,13 @@ import torch
 from parts.flags import Config, text_names
 from parts.run.checkpoint import checkpoint_in, load_checkpoint
 from parts.run.directory import read_if_there
-from parts.text.vocabulary import one_form
+from parts.text.vocabulary import normal_form
 
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size")  # flags that weights do not survive
+MODEL_FLAGS = ("n_layer", "n_head", "n_embd", "block_size")  # flags that weights do not survive
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialWeights:
     """Weights that a new run begins with."""
 
     path: Path
@@ -23,68 +23,73 @@ class Start:
     trained_context: int  # positions that they know
 
 
-def load_start(config: Config, vocabulary: str) -> Start | None:
+def load_initial_weights(config: Config, vocabulary: str) -> InitialWeights | None:
     """What --init_from names. Raises OSError, or ValueError when it is of another model."""
     if config.init_from is None:
         return None
     path = checkpoint_in(config.init_from, "--init_from")
     checkpoint = load_checkpoint(path, "--init_from")
-    saved, weights = checkpoint["config"], checkpoint["model"]
-    needed = [
-        f"--{name} {saved.get(name)}" for name in SHAPE if saved.get(name) != getattr(config, name)
-    ]
-    if one_form(checkpoint["tokenizer"]["content"]) != vocabulary:
+    saved = checkpoint["config"]
+    weights = checkpoint["model"]
+    needed = [f"--{name} {saved.get(name)}" for name in different(saved, config, MODEL_FLAGS)]
+    if normal_form(checkpoint["tokenizer"]["content"]) != vocabulary:
         needed.append(f"--tokenizer {vocabulary_of(path, checkpoint)}")
     if needed:
-        made_with = f"it was made with --preset {saved.get('preset')} and --tokenizer {saved.get('tokenizer')}"
+        made_with = f"--preset {saved.get('preset')} and --tokenizer {saved.get('tokenizer')}"
         raise ValueError(
-            f"--init_from {config.init_from} is another model than these flags make ({made_with}): give "
-            f"{' '.join(needed)}"
+            f"--init_from {config.init_from} is another model than these flags make (it was made "
+            f"with {made_with}): give {' '.join(needed)}"
         )
-    if (rows := len(weights["wte.weight"])) != config.vocab_size:
-        raise ValueError(
-            f"--init_from {config.init_from} has weights for {rows:,} tokens, not {config.vocab_size:,}"
-        )
-    return Start(path, weights, checkpoint["trained_context"])
+    rows = len(weights["wte.weight"])
+    if rows != config.vocab_size:
+        sizes = f"{rows:,} tokens, not {config.vocab_size:,}"
+        raise ValueError(f"--init_from {config.init_from} has weights for {sizes}")
+    return InitialWeights(path, weights, checkpoint["trained_context"])
 
 
 def vocabulary_of(path: Path, checkpoint: dict) -> str:
-    """What to give --tokenizer for the vocabulary of this checkpoint: gpt2, or the file that its run wrote."""
-    content, file = checkpoint["tokenizer"]["content"], path.parent.parent / "tokenizer.json"
+    """What to give --tokenizer for a checkpoint's vocabulary: gpt2, or the file of its run."""
+    content = checkpoint["tokenizer"]["content"]
+    if not content:
+        return "gpt2"
     with suppress(ValueError):
-        if content and one_form(read_if_there(file)) == one_form(content):
+        file = path.parent.parent / "tokenizer.json"
+        if normal_form(read_if_there(file)) == normal_form(content):
             return str(file)
-    return "PATH.json, with the tokenizer.json of its run" if content else "gpt2"
+    return "PATH.json, with the tokenizer.json of its run"
 
 
-def difference(saved: dict, config: Config, flags: tuple[str, ...]) -> str | None:
-    """The first of these flags that the checkpoint's config and this one have otherwise, in words."""
-    for name in flags:
-        if saved.get(name) != getattr(config, name):
-            return f"--{name} {saved.get(name)} (--preset {saved.get('preset')}), not {getattr(config, name)}"
-    return None
+def different(saved: dict, config: Config, flags: tuple[str, ...]) -> list[str]:
+    """Those of these flags that a checkpoint's config has otherwise."""
+    return [name for name in flags if saved.get(name) != getattr(config, name)]
 
 
 def check_same_run(
     path: Path, checkpoint: dict, config: Config, vocabulary: str, sha256: str, n_tokens: int
 ) -> None:
-    """Raises ValueError when the checkpoint has other weights or another corpus than the flags ask for."""
-    remedy = "choose another --out_dir, or --resume never to move that run aside and start anew"
-    saved, texts = checkpoint["config"], text_names(config.input_file)
-    if one_form(checkpoint["tokenizer"]["content"]) != vocabulary:
-        raise ValueError(
-            f"{path} has another vocabulary (--tokenizer {saved.get('tokenizer')}) than {config.tokenizer}: {remedy}"
-        )
-    if other := difference(saved, config, (*SHAPE, "optimizer")):
-        raise ValueError(f"{path} has {other}: {remedy}")
-    if checkpoint["corpus_sha256"] != sha256:
+    """Raises ValueError when a checkpoint has other weights or another corpus than the flags."""
+    anew = "choose another --out_dir, or --resume never to move that run aside and start anew"
+    saved = checkpoint["config"]
+    texts = text_names(config.input_file)
+    other_flags = different(saved, config, (*MODEL_FLAGS, "optimizer"))
+    n_saved = checkpoint["corpus_tokens"]
+    problem = ""
+    if normal_form(checkpoint["tokenizer"]["content"]) != vocabulary:
+        other = f"--tokenizer {saved.get('tokenizer')}"
+        problem = f"has another vocabulary ({other}) than {config.tokenizer}: {anew}"
+    elif other_flags:
+        name = other_flags[0]
+        other = f"--{name} {saved.get(name)} (--preset {saved.get('preset')})"
+        problem = f"has {other}, not {getattr(config, name)}: {anew}"
+    elif checkpoint["corpus_sha256"] != sha256:
         own = f" --tokenizer {vocabulary_of(path, checkpoint)}" if vocabulary else ""
-        raise ValueError(
-            f"{path} was trained on another text than {texts}: to go on from its weights with this one, give "
-            f"--init_from {path}{own} and another --out_dir; for a new model, {remedy}"
+        problem = (
+            f"was trained on another text than {texts}: to go on from its weights with this one, "
+            f"give --init_from {path}{own} and another --out_dir; for a new model, {anew}"
         )
-    if checkpoint["corpus_tokens"] != n_tokens:
-        raise ValueError(
-            f"{path} was trained on {checkpoint['corpus_tokens']:,} tokens of {texts}, not {n_tokens:,}: set "
-            f"--max_tokens {saved.get('max_tokens')} --val_fraction {saved.get('val_fraction')}, or {remedy}"
-        )
+    elif n_saved != n_tokens:
+        flags = f"--max_tokens {saved.get('max_tokens')} --val_fraction {saved.get('val_fraction')}"
+        counts = f"{n_saved:,} tokens of {texts}, not {n_tokens:,}"
+        problem = f"was trained on {counts}: set {flags}, or {anew}"
+    if problem:
+        raise ValueError(f"{path} {problem}")

@@ -10,14 +10,15 @@ from parts.commandline import read_typed
 from parts.compute.device import choose_runtime
 from parts.compute.ranks import Ranks
 from parts.flags import Config
-from parts.predecessor import Start, check_same_run, load_start
+from parts.predecessor import InitialWeights, check_same_run, load_initial_weights
 from parts.progress import COMPLETE
 from parts.recipe import Text, decide
 from parts.report import words
 from parts.run.checkpoint import SavedRun, find_checkpoints, load_newest
 from parts.run.directory import RunDir, read_json
 from parts.text.corpus import Corpus, load_corpus
-from parts.text.vocabulary import TextYieldsFewer, Tokenizer, choose_tokenizer, size_of
+from parts.text.files import size_of
+from parts.text.vocabulary import TextYieldsFewer, Tokenizer, choose_tokenizer
 
 BYTES_PER_TOKEN = 4  # of a text that is cut by --max_tokens, roughly
 OF_ONE_MACHINE = ("threads", "compile", "micro_batch", "device", "cache_dir")  # flags
@@ -33,7 +34,7 @@ class Setup:
     tokenizer: Tokenizer
     run: RunDir
     saved: SavedRun | None  # from which it goes on
-    start: Start | None  # weights of another run, for a new one
+    start: InitialWeights | None  # weights of another run, for a new one
 
     @property
     def continues(self) -> bool:
@@ -108,7 +109,7 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
     config, tokenizer, corpus = choose_text(typed, previous, saved, ranks.count)
     start = None
     if saved is None:
-        start = load_start(config, corpus.vocabulary)
+        start = load_initial_weights(config, corpus.vocabulary)
     else:
         facts = (corpus.vocabulary, corpus.sha256, len(corpus.tokens))
         check_same_run(saved.path, saved.facts, config, *facts)

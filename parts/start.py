@@ -37,12 +37,10 @@ BUSY = 0.5  # of the cores in use: threads spin less from here on
 
 
 def usable_cores(root: Path = Path("/")) -> tuple[int, str]:
-    """How many cores this process may use, and what keeps it from all of them, if anything does.
-
-    A quota of time counts for its own control group and those below it; rounded up, so that all of
-    it is used. In a container only the topmost group may be visible.
-    """
-    cores, quotas = os.cpu_count() or 1, [math.inf]
+    """How many cores this process may use, and what keeps it from the others. A quota counts for
+    its control group and those below it; in a container only the topmost may be visible."""
+    cores = os.cpu_count() or 1
+    quotas = [math.inf]
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     groups = text_of(root / "proc/self/cgroup")
     for version_1, name in re.findall(r"^\d+:(|.*\bcpu\b.*):(/.*)", groups, re.MULTILINE):
@@ -53,7 +51,8 @@ def usable_cores(root: Path = Path("/")) -> tuple[int, str]:
                 quotas.append(int(match[1]) / int(match[2]))
     if min(quotas) < allowed:
         return math.ceil(min(quotas)), f"a CPU quota of {min(quotas):.3g} cores"
-    return allowed, f"a CPU affinity of {allowed} of {cores} cores" if allowed < cores else ""
+    limit = f"a CPU affinity of {allowed} of {cores} cores"
+    return allowed, limit if allowed < cores else ""
 
 
 def text_of(path: Path) -> str:
@@ -65,10 +64,8 @@ def text_of(path: Path) -> str:
 
 
 def choose_spins(loadavg: str, cores: int) -> tuple[str, str]:
-    """GOMP_SPINCOUNT by what /proc/loadavg says, and the reason, if it is not the usual one.
-
-    Of the last minute and this moment the lesser load counts: not that of a run that just ended.
-    """
+    """GOMP_SPINCOUNT by what /proc/loadavg says, and the reason, if it is not the usual one. The
+    lesser load of the last minute and this moment counts: not that of a run that just ended."""
     last_minute, _, _, tasks, _ = (loadavg or "0 0 0 1/1 0").split()
     load = min(float(last_minute), int(tasks.partition("/")[0]) - 1)  # less this program itself
     if load < BUSY * cores:

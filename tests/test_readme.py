@@ -16,10 +16,11 @@ import sample
 import update_readme
 from benchmarks import accept_gpu, golden
 from parts.commandline import parse_config, read_flags
-from parts.flags import DEMO_CORPUS, Config, out_of_range
+from parts.flags import Config, out_of_range
 from parts.report.reader import read_metrics
 from parts.report.sections import find_sections
-from parts.text.vocabulary import load_tokenizer, read_text
+from parts.text.files import demo_text
+from parts.text.vocabulary import load_tokenizer
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / "benchmarks" / "README.md", ROOT / "data" / "README.md"]
@@ -208,9 +209,7 @@ def test_the_demo_reaches_its_target_and_fills_a_readme(tmp_path, monkeypatch):
     assert (
         abs(first - results["ln_vocab"]) < 0.5
     )  # GPT-2's own initialisation keeps 0.3, see test_model.py
-    corpus = load_tokenizer().decode(
-        load_tokenizer().encode_ordinary(read_text(DEMO_CORPUS)[0])[:1500]
-    )
+    corpus = load_tokenizer().decode(load_tokenizer().encode_ordinary(demo_text())[:1500])
     sample = (
         (run / "samples/samples.txt").read_text(encoding="utf-8").rsplit("OUTPUT:\n", 1)[1].strip()
     )

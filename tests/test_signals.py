@@ -21,7 +21,10 @@ pytestmark = [
     *KILLS,
     pytest.mark.skipif(os.name == "nt", reason="Windows delivers no POSIX signals"),
 ]
-ANNOUNCEMENT = "Finishing this step, then saving. Ctrl-C once more breaks off without saving."
+ANNOUNCEMENTS = {
+    signal.SIGINT: "Finishing this step, then saving. Ctrl-C again quits without saving.",
+    signal.SIGTERM: "SIGTERM: finishing this step, then saving.",
+}
 
 MAIN = f"sys.path.insert(0, {str(ROOT)!r}); import train; sys.exit(train.main(sys.argv[1:]))"
 SLOW_SIXTH_STEP = f"""
@@ -72,7 +75,7 @@ def test_the_first_finishes_the_step_saves_and_says_how_to_continue(start, tmp_p
     process.send_signal(number)  # as `timeout` does: not a second wish
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert err.strip() == ANNOUNCEMENT
+    assert err.strip() == ANNOUNCEMENTS[number]
     step = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)["step"]
     assert f"after step {step}. To continue: python train.py --out_dir run\n" in out
     sampled = out.count(f"Sample at step {step}: ")
@@ -98,7 +101,7 @@ def test_the_second_leaves_at_once(start, tmp_path, number, code):
         with suppress(subprocess.TimeoutExpired):
             out, err = process.communicate(timeout=2.5)
             break
-    assert process.returncode == code and err.strip() == ANNOUNCEMENT
+    assert process.returncode == code and err.strip() == ANNOUNCEMENTS[number]
     told = "Broken off without saving. To continue from the last checkpoint: python train.py --out_dir run\n"
     assert told in out
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 4

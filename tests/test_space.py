@@ -315,7 +315,7 @@ def writer_of(folder: Path):
     specification = importlib.util.spec_from_file_location("app", ROOT / "space/app.py")
     app = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(app)
-    return app.Writer(folder)
+    return app.Storyteller(folder)
 
 
 def test_text_ends_where_the_exported_model_ends_a_document(tmp_path, monkeypatch, capsys):

@@ -133,4 +133,7 @@ def test_nobody_listens_to_stderr(tmp_path, text_file):
     ended = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert ended.returncode == 0 and ended.stdout.endswith("| Training complete.\n")
     error, answer, *_ = ended.stdout.splitlines()
-    assert error.startswith("train.py: error: nowhere.txt does not exist") and answer == "2"
+    assert (
+        error.startswith("train.py: error: --input_file nowhere.txt does not exist")
+        and answer == "2"
+    )

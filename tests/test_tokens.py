@@ -1,4 +1,4 @@
-"""tokens.py: any cut of the text leaves its ids as they are, and the file of ids is whole or not there."""
+"""The rooms of the text: any cut of the text leaves its ids as they are, and the file of ids is whole or not there."""
 
 import copy
 import hashlib
@@ -29,14 +29,12 @@ from parts.report.words import plan
 from parts.run.checkpoint import load_checkpoint
 from parts.text import corpus
 from parts.text.corpus import Corpus, load_corpus, loss_floor
+from parts.text.files import find_files, places_to_cut, read_pieces
 from parts.text.vocabulary import (
     DOCUMENT_END,
     OwnVocabulary,
     encode,
-    find_files,
-    last_cut,
     load_tokenizer,
-    pieces,
     train_vocabulary,
     whole_characters,
 )
@@ -51,7 +49,7 @@ NASTY = [
 def in_pieces(text: str, path: Path, size: int, tokenizer) -> np.ndarray:
     """Ids by way of pieces of about `size` bytes."""
     path.write_bytes(text.encode())
-    parts = [encode(piece, tokenizer) for piece in pieces(io.BytesIO(text.encode()), "text")]
+    parts = [encode(piece, tokenizer) for piece in read_pieces(io.BytesIO(text.encode()), "text")]
     return np.concatenate([np.zeros(0, dtype=np.uint32), *parts])
 
 
@@ -61,7 +59,7 @@ def test_pieces_have_the_ids_of_the_whole(words, size, tokenizer, tmp_path_facto
     text = "".join(words)
     path = tmp_path_factory.getbasetemp() / "nasty.txt"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("parts.text.vocabulary.CHUNK", size)
+        patch.setattr("parts.text.files.CHUNK", size)
         found = in_pieces(text, path, size, tokenizer)
     expected = tokenizer.encode_ordinary(text.removeprefix("\ufeff"))
     assert found.tolist() == expected
@@ -84,14 +82,14 @@ def test_every_place_that_may_be_cut_may_be_cut(tokenizer):
     for _ in range(3000):
         text = "".join(generator.choices(NASTY, k=12))
         whole = tokenizer.encode_ordinary(text)
-        place = last_cut(text)
+        _, place = places_to_cut(text)
         while place:
             assert (
                 tokenizer.encode_ordinary(text[:place]) + tokenizer.encode_ordinary(text[place:])
                 == whole
             ), text
             cuts += 1
-            place = last_cut(text[:place])
+            _, place = places_to_cut(text[:place])
     assert cuts > 3_000
 
 
@@ -99,7 +97,7 @@ def test_every_place_that_may_be_cut_may_be_cut(tokenizer):
     "text", ["漢字仮名交り文、" * 3000, "abc123" * 4000, "a-b" * 8000, "x" * 20_000 + " end"]
 )
 def test_text_with_hardly_any_white_space(text, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("parts.text.vocabulary.CHUNK", 1000)
+    monkeypatch.setattr("parts.text.files.CHUNK", 1000)
     assert in_pieces(
         text, tmp_path / "dense.txt", 1000, tokenizer
     ).tolist() == tokenizer.encode_ordinary(text)
@@ -115,7 +113,8 @@ def test_endless_white_space(white, tokenizer, tmp_path):
 
 
 def load(*inputs, tokenizer, folder, threads=2):
-    return corpus.load([Path(path) for path in inputs], tokenizer, "gpt2", Path(folder), threads)
+    files = find_files([Path(path) for path in inputs])
+    return corpus.on_disk(files, tokenizer, Path(folder), threads)
 
 
 @pytest.fixture
@@ -242,7 +241,7 @@ def test_a_build_that_was_killed_starts_again(tmp_path, tokenizer):
     Path(tmp_path / "long.txt").write_text(text, encoding="utf-8")
     program = (
         "from parts.text import corpus, vocabulary as text; from pathlib import Path;"
-        "corpus.load([Path('long.txt')], text.load_tokenizer(), 'gpt2', Path('cache'), 1)"
+        "corpus.on_disk([Path('long.txt')], text.load_tokenizer(), Path('cache'), 1)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment)
@@ -620,7 +619,7 @@ def test_a_large_text_needs_no_number_of_threads(texts, tokenizer, monkeypatch):
     text = "".join(f"Line {i}: {i * i} is the square of {i}.\n" for i in range(500))
     Path("b/two.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr("parts.text.corpus.SMALL_TEXT", 100)
-    monkeypatch.setattr("parts.text.vocabulary.CHUNK", 50)
+    monkeypatch.setattr("parts.text.files.CHUNK", 50)
     config = decide(dict(input_file=(Path("b/two.txt"),), threads=None, seq_len=16))
     assert config.threads is None
     found = load_corpus(config, tokenizer).tokens

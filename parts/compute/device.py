@@ -20,29 +20,34 @@ import torch
 from parts.flags import DEVICE, Amp, Config, From, Origin, decided
 from parts.start import WAITING, usable_cores
 
+# Bytes of a card beside what PyTorch's allocator hands out, for kernels.
+BESIDES = 2**29
+
 
 def device_problem(device: str, processes: int = 1) -> str | None:
     """Why this many processes cannot use this device, with the remedy; None when they can."""
     if not DEVICE.fullmatch(device):
         return f"--device {device} is none of auto, cpu, cuda, cuda:N, mps"
     kind, _, index = device.partition(":")
+    cards = torch.cuda.device_count()
     here = processes_here(processes)
     if kind == "cuda" and not torch.cuda.is_available():
-        return f"--device {device}: this PyTorch sees no CUDA device ({cpu_only_hint() or 'no usable NVIDIA driver'})"
-    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        return f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0"
-    if kind == "mps" and not torch.backends.mps.is_available():
-        return "--device mps: Apple's Metal is not available here; use --device cpu"
-    if kind == "mps" and processes > 1:
-        return f"--device mps: one process alone can use Apple's GPU, not {processes}; use --device cpu"
-    if index and processes > 1:
-        return f"--device {device}: each of the {processes} processes takes a card of its own; use --device cuda"
-    if kind == "cuda" and here > torch.cuda.device_count():
-        return (
-            f"--device {device}: {here} processes on a machine with {torch.cuda.device_count()} CUDA devices; start "
-            "one process for each, or use --device cpu"
-        )
-    return None
+        why = cpu_only_hint() or "no usable NVIDIA driver"
+        problem = f"this PyTorch sees no CUDA device ({why})"
+    elif kind == "cuda" and index and int(index) >= cards:
+        problem = f"there are {cards} CUDA devices, numbered from 0"
+    elif kind == "mps" and not torch.backends.mps.is_available():
+        problem = "Apple's Metal is not available here; use --device cpu"
+    elif kind == "mps" and processes > 1:
+        problem = f"one process alone can use Apple's GPU, not {processes}; use --device cpu"
+    elif index and processes > 1:
+        problem = f"each of the {processes} processes takes a card of its own; use --device cuda"
+    elif kind == "cuda" and here > cards:
+        remedy = "start one process for each, or use --device cpu"
+        problem = f"{here} processes on a machine with {cards} CUDA devices; {remedy}"
+    else:
+        return None
+    return f"--device {device}: {problem}"
 
 
 def processes_here(processes: int) -> int:
@@ -51,7 +56,7 @@ def processes_here(processes: int) -> int:
 
 
 def make_current(device: str) -> None:
-    """Have streams, and questions about the card, be of the one that is used, and not of the first."""
+    """Make a card the one whose streams are used and that is asked, instead of the first."""
     if ":" in device:
         torch.cuda.set_device(device)
 
@@ -60,9 +65,10 @@ def cpu_only_hint() -> str | None:
     """The install command for a machine whose NVIDIA card a CPU-only PyTorch cannot use."""
     if torch.version.cuda or torch.version.hip or not shutil.which("nvidia-smi"):
         return None
+    index = "https://download.pytorch.org/whl/cu130"
     return (
         f"an NVIDIA card is here, but PyTorch {torch.__version__} is a CPU-only build: "
-        "pip install --force-reinstall torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+        f"pip install --force-reinstall torch==2.13.0 --index-url {index}"
     )
 
 
@@ -97,8 +103,8 @@ def choose_compile(config: Config) -> tuple[str, str]:
     if kind == "cuda" and config.deterministic:
         return "off", "--deterministic: Triton may tune its kernels otherwise in the next run"
     if kind == "cpu":
-        # benchmarks/records/throughput-8x128-more.json: 1.034 times as fast, quartiles 1.01 to 1.066;
-        # compiling took 95 to 210 s on the same two cores.
+        # benchmarks/records/throughput-8x128-more.json: 1.034 times as fast; quartiles 1.01 to
+        # 1.066; compiling took 95 to 210 s on the same two cores.
         return "off", "on a CPU it takes minutes and gains about 3 %; --compile on asks for it"
     if config.n_embd < 512:
         return "off", "a model this narrow gains too little"
@@ -114,21 +120,21 @@ def choose_micro_batch(config: Config) -> tuple[int, str]:
     """How many slices to work on at once, and why."""
     if config.device != "cpu":
         return largest_divisor(config.share, config.batch_size), "--batch_size"
-    return largest_divisor(
-        config.share, max(1, 2048 // config.seq_len)
-    ), "on a CPU at most 2,048 tokens at once"
+    fits = largest_divisor(config.share, max(1, 2048 // config.seq_len))
+    return fits, "on a CPU at most 2,048 tokens at once"
 
 
 def choose_threads(config: Config) -> tuple[int, str]:
-    """How many CPU threads to use, and why; torchrun's environment allows each process one, whatever the cores."""
+    """How many CPU threads to use, and why. torchrun itself allows each process only one."""
     cores, limit = usable_cores()
     threads, reason = torch.get_num_threads(), "PyTorch's choice"
     if config.processes > 1:
-        here, shared = processes_here(config.processes), limit or f"{cores} cores"
-        threads, reason = max(1, cores // here), f"{shared} shared by {here} processes"
+        here = processes_here(config.processes)
+        threads = max(1, cores // here)
+        reason = f"{limit or f'{cores} cores'} shared by {here} processes"
     elif limit and threads == cores:
         reason = limit
-    return threads, "; ".join(filter(None, [reason, WAITING]))
+    return threads, f"{reason}; {WAITING}" if WAITING else reason
 
 
 def largest_divisor(number: int, at_most: int) -> int:
@@ -137,44 +143,38 @@ def largest_divisor(number: int, at_most: int) -> int:
 
 
 def choose_runtime(config: Config, previous: Config | None) -> Config:
-    """Replace what is open by what the run so far used, else by what suits this machine; the origins say why.
+    """The config with all decided, as in the run so far or as suits this machine. Raises ValueError
+    for an unusable --device."""
 
-    Raises ValueError for an unusable --device.
-    """
-
-    def decide(
-        name: str, choose: Callable[[], tuple[str | int, str]], usable: Callable[[str], bool]
-    ) -> None:
+    def decide(name: str, choose: Callable[[], tuple[str | int, str]], kept: bool) -> None:
+        """Decide a flag, as in the run so far if that may be `kept`."""
         nonlocal config
         if getattr(config, name) not in ("auto", None):
             return
-        before = (
-            previous.origins.get(name, Origin(From.RUN))
-            if previous is not None
-            else Origin(From.MACHINE)
-        )
-        source = From.RUN if before.source == From.TYPED else before.source
-        value, origin = getattr(previous, name, None), Origin(source, "as in the run so far")
-        if value is None or not usable(value):
-            value, reason = choose()
-            if previous is not None:
-                reason += f"; the run so far used {getattr(previous, name)}, so results agree to rounding only"
-            origin = Origin(From.MACHINE, reason)
-        config = decided(config, name, value, origin)
+        before = getattr(previous, name, None)
+        if previous is not None and before is not None and kept:
+            source = previous.origins.get(name, Origin(From.RUN)).source
+            source = From.RUN if source == From.TYPED else source
+            config = decided(config, name, before, Origin(source, "as in the run so far"))
+            return
+        value, reason = choose()
+        if previous is not None:
+            reason += f"; the run so far used {before}, so results agree to rounding only"
+        config = decided(config, name, value, Origin(From.MACHINE, reason))
 
-    decide("device", choose_device, lambda device: device_problem(device, config.processes) is None)
+    def same(*names: str) -> bool:
+        return all(getattr(config, name) == getattr(previous, name, None) for name in names)
+
+    before = "" if previous is None else previous.device
+    decide("device", choose_device, device_problem(before, config.processes) is None)
     if problem := device_problem(config.device, config.processes):
         raise ValueError(problem)
     make_current(config.device)
-
-    def same(*names: str) -> bool:
-        return all(getattr(config, name) == getattr(previous, name) for name in names)
-
-    decide("amp", lambda: choose_amp(config.device), lambda _: same("device"))
-    decide("compile", lambda: choose_compile(config), lambda _: same("device"))
-    decide("threads", lambda: choose_threads(config), lambda _: same("device", "processes"))
+    decide("amp", lambda: choose_amp(config.device), same("device"))
+    decide("compile", lambda: choose_compile(config), same("device"))
+    decide("threads", lambda: choose_threads(config), same("device", "processes"))
     shape = ("device", "processes", "batch_size", "grad_accum", "seq_len")
-    decide("micro_batch", lambda: choose_micro_batch(config), lambda _: same(*shape))
+    decide("micro_batch", lambda: choose_micro_batch(config), same(*shape))
     return config
 
 
@@ -185,8 +185,8 @@ def autocast(config: Config) -> torch.autocast:
 
 
 def for_sampling(config: Config, one_at_a_time: bool) -> Config:
-    """With the precision for text: a CPU reads the weights for a single token faster in fp16 than in bf16, and they are
-    no less exact. A whole context, as beyond the trained one, takes it ten times as long."""
+    """The config with the precision for text. For a single token a CPU reads weights faster in fp16
+    than in bf16; a whole context, as beyond the trained one, takes it ten times as long."""
     suits = one_at_a_time and (config.device, config.amp) == ("cpu", "bf16")
     return replace(config, amp="fp16") if suits else config
 
@@ -203,23 +203,16 @@ def configure_torch(config: Config) -> None:
             torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
     same_bits = config.device == "cpu" or config.deterministic
     if same_bits:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # asked for by PyTorch's reproducibility notes
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # added at run time
-    torch.use_deterministic_algorithms(
-        same_bits
-    )  # or compiled code adds up gradients in varying order
-
-
-BESIDES = (
-    2**29
-)  # bytes of a card for what PyTorch's allocator does not hand out: kernels, loaded as they are needed
+        # PyTorch's reproducibility notes ask for it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # Without, compiled code adds up gradients in varying order.
+    torch.use_deterministic_algorithms(same_bits)
 
 
 def driver_spills() -> bool:
-    """Whether the NVIDIA driver hands out the computer's memory, at a crawl, when the card's is gone, instead of
-    refusing: under Windows, and in WSL on top of it. A cap on what PyTorch may take then has it refuse in time."""
+    """Whether the NVIDIA driver, when a card's memory is gone, hands out the computer's instead of
+    refusing, at a crawl: under Windows and WSL. A cap on what PyTorch may take makes it refuse."""
     return os.name == "nt" or "microsoft" in platform.release().lower()
 
 
@@ -232,21 +225,19 @@ def release_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: str) -> int | None:
-    """Bytes that this process has taken at most, of the card's memory if it uses one; None where that is not told."""
+    """The most bytes that this process has taken, of its card's memory if it uses one."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     try:
         import resource
     except ModuleNotFoundError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory: each step allocates the same blocks again, and the system takes longer to hand
-    out fresh pages than the CPU to compute on them. Elsewhere nothing happens."""
+    """Make glibc keep freed memory: handing out fresh pages takes longer than computing on them."""
     with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own, to be unmapped when freed
@@ -254,7 +245,7 @@ def keep_freed_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch has an exception for it, which not all of its parts raise."""
+    """Whether memory ran out. PyTorch has an exception for it, which not all of its parts raise."""
     words = "out of memory|allocate memory|ALLOC_FAILED"  # MPS, the CPU's allocator, cuBLAS
     words += "|bad_alloc|could not (create|execute) a primitive|can't start new thread"
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -262,7 +253,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def complaints(error: Exception) -> list[str]:
-    """What a script says of bad input or too little memory, line by line. Raises other errors."""
+    """The lines for bad input or too little memory. Raises other errors."""
     if is_out_of_memory(error):
         return [f"out of memory: close other programs, or use a smaller model ({in_short(error)})"]
     if isinstance(error, ValueError | OSError):
@@ -270,11 +261,11 @@ def complaints(error: Exception) -> list[str]:
     raise error
 
 
-def first_words(error: BaseException) -> str:
+def excerpt(error: BaseException) -> str:
     """One line of a long message: its first two lines, and a compiler's first complaint."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    complaints = [line for line in lines[2:] if "error:" in line]
-    return shorten(" ".join([*lines[:2], *complaints[:1]]), width=300, placeholder=" ...")
+    complaint = [line for line in lines[2:] if "error:" in line][:1]
+    return shorten(" ".join(lines[:2] + complaint), width=300, placeholder=" ...")
 
 
 def in_short(error: Exception) -> str:

@@ -1,8 +1,8 @@
-"""The model's products, each as its device computes it fastest: linear layers, attention, the loss of the head.
+"""The model's products, each as its device computes it fastest: linear layers, attention, the loss.
 
 References:
 - Vaswani et al. 2017, "Attention Is All You Need", arXiv 1706.03762 (scaled dot-product attention)
-- Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989 (loss and gradient of the head in chunks, in one function)
+- Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989 (loss and gradient of the head in chunks)
 """
 
 import math
@@ -14,11 +14,10 @@ import torch.nn.functional as F
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear; for a few rows in fp32 on a CPU oneDNN's, which reads the weight twice as fast as the usual BLAS."""
-    few_rows = (
-        x.device.type == "cpu" and x.numel() <= 16 * x.shape[-1] and not torch.is_grad_enabled()
-    )
-    if few_rows and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+    """F.linear; for a few rows in fp32 on a CPU oneDNN's, which reads the weight twice as fast."""
+    few_rows = x.device.type == "cpu" and x.numel() <= 16 * x.shape[-1]
+    plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if few_rows and plain and not torch.is_grad_enabled():
         with suppress(AttributeError):  # a PyTorch built without oneDNN
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -27,11 +26,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def causal_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float
 ) -> torch.Tensor:
-    """softmax(q k' / sqrt(head_dim)) v, each position seeing itself and those before it; all (B, n_head, T, head_dim).
+    """softmax(q k' / sqrt(head_dim)) v, where each position sees itself and those before it; all
+    (B, n_head, T, head_dim).
 
-    PyTorch's fused kernel, but on a CPU, where its backward pass takes four times as long as the formula, the
-    formula, while its (T, T) scores take no more memory than the MLP's hidden layer; and on an Apple GPU, where the
-    kernel has silently been wrong (PyTorch issues 181133 and 195910).
+    By PyTorch's fused kernel, with two exceptions. On a CPU its backward pass takes four times as
+    long as the formula, which is used while its (T, T) scores take no more memory than the MLP's
+    hidden layer. On an Apple GPU it has been wrong (PyTorch issues 181133 and 195910).
     """
     T, head_dim = q.shape[-2:]
     if q.device.type == "mps" or (q.device.type == "cpu" and 4 * head_dim >= T):
@@ -75,10 +75,11 @@ class KVCache:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of the head's logits, whose gradient is formed at once, so that they need not be kept.
+    """Mean cross-entropy of the head's logits, a scalar in nats, for features (N, C), weight (V, C)
+    and targets (N,), N = B * T.
 
-    Features (N, C), weight (V, C) and targets (N,) to a scalar in nats, N = B * T. The logits live `ROWS` rows at a
-    time and in the precision of the products; softmax and sums are in fp32.
+    The gradient is formed at once, so that logits need not be kept: they live `ROWS` rows at a time
+    and in the precision of the products; softmax and sums are in fp32.
     """
 
     ROWS = 1024  # as many as keep the products fast; 100 MB in bf16
@@ -88,7 +89,8 @@ class HeadLoss(torch.autograd.Function):
     def forward(
         ctx, features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        kind, N = features.device.type, len(features)
+        kind = features.device.type
+        N = len(features)
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             features, weight = features.to(dtype), weight.to(dtype)
@@ -105,14 +107,10 @@ class HeadLoss(torch.autograd.Function):
                 for block, target in zip(*blocks, strict=True):
                     log_p = F.log_softmax(block, -1, dtype=torch.float32)
                     loss -= log_p.gather(1, target).sum()
-                    block.copy_(
-                        log_p.exp_().scatter_add_(
-                            1, target, -torch.ones_like(target, dtype=torch.float32)
-                        )
-                    )
-                d_features[rows] = (
-                    logits @ weight
-                )  # the gradient by now; that of the padding is zero
+                    minus_one = -torch.ones_like(target, dtype=torch.float32)
+                    block.copy_(log_p.exp_().scatter_add_(1, target, minus_one))
+                # The logits are their gradient by now; that of the padding is zero.
+                d_features[rows] = logits @ weight
                 part = (logits.T @ features[rows])[:V]
                 d_weight = part.float() if d_weight is None else d_weight.add_(part)
         ctx.save_for_backward(d_features, d_weight)

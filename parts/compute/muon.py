@@ -1,18 +1,18 @@
 """Muon, the optimizer of the matrices: momentum, made orthogonal, its rows brought to one scale.
 
-Matrices of one shape are worked on together: a step is some dozens of large operations, however many layers there are.
+Matrices of one shape are worked on together, so that a step is a few dozen large operations.
 
 References:
 - Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"
 - Amsel et al. 2025, "The Polar Express", arXiv 2505.16932 (the coefficients)
 - Li et al. 2025, "NorMuon", arXiv 2510.05491 (the mean square of each row)
-- Liu et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982 (updates as large as AdamW's)
+- Liu et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982 (the size of updates)
 """
 
 import torch
 
-# Step by step, p(x) = a x + b x^3 + c x^5 brings singular values between 0.001 and 1 to about 1 (Amsel et al.). Above
-# the largest value that a step is made for it grows fast: values are taken as 2 % smaller, which leaves room to round.
+# Step by step, p(x) = a x + b x^3 + c x^5 brings singular values between 0.001 and 1 to about 1
+# (Amsel et al.). Above 1 it would grow fast: values are taken as 2 % smaller, as room to round.
 MARGIN = 1.02
 POLAR_EXPRESS = tuple(
     (a / MARGIN, b / MARGIN**3, c / MARGIN**5)
@@ -23,20 +23,20 @@ POLAR_EXPRESS = tuple(
         (3.3184196736706015, -2.488488024314874, 0.51004894012372),
     )
 )
-UPDATE_RMS = (
-    0.2  # of an update, in learning rates: about AdamW's, so that one rate suits both (Liu et al.)
-)
+# Of an update, in learning rates: about AdamW's, so that one rate suits both (Liu et al.).
+UPDATE_RMS = 0.2
 BATCH_ELEMENTS = 2**26  # of the matrices worked on at once; bounds the memory of a step
 TINY = 1e-20
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, then divided by the root mean square that each row has had.
+    """Nesterov momentum, orthogonalised, then divided by the root mean square of each row so far.
 
-    `params`: matrices (m, n). An update's root mean square is 0.2 `lr`; `weight_decay` is decoupled, times `lr`;
-    `momentum` and `beta2` are the decays of the mean gradient and of the rows' mean squares; `dtype` is the precision
-    of the orthogonalisation. State of a matrix: `momentum_buffer` (m, n) and `row_mean_square` (m, 1). A state of
-    `torch.optim.Muon`, which has the first alone, can be continued.
+    `params` are matrices (m, n). An update's root mean square is 0.2 `lr`; `weight_decay` is
+    decoupled, times `lr`; `momentum` and `beta2` are the decays of the mean gradient and of the
+    rows' mean squares; `dtype` is the precision of the orthogonalisation. State of a matrix:
+    `momentum_buffer` (m, n) and `row_mean_square` (m, 1). A state of `torch.optim.Muon`, which has
+    the first alone, can be continued.
     """
 
     def __init__(
@@ -48,9 +48,8 @@ class Muon(torch.optim.Optimizer):
         beta2: float = 0.95,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        super().__init__(
-            params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2)
-        )
+        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2)
+        super().__init__(params, defaults)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -78,32 +77,29 @@ class Muon(torch.optim.Optimizer):
             buffers.append(state["momentum_buffer"])
             row_mean_squares.append(state["row_mean_square"])
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        looking_ahead = torch.stack(
-            torch._foreach_lerp(gradients, buffers, group["momentum"])
-        )  # (matrices, m, n)
-        update = polar_factor(looking_ahead, self.dtype).float()
-        squares = (
-            torch.linalg.vector_norm(update, dim=-1, keepdim=True).square() / update.shape[-1]
-        )  # (matrices, m, 1)
+        looking_ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        update = polar_factor(torch.stack(looking_ahead), self.dtype).float()  # (matrices, m, n)
+        norms = torch.linalg.vector_norm(update, dim=-1, keepdim=True)
+        squares = norms.square() / update.shape[-1]  # (matrices, m, 1)
         torch._foreach_lerp_(row_mean_squares, list(squares), 1 - group["beta2"])
-        # The mean squares begin at zero, too small by a factor that all rows share and the next two lines take out.
+        # The mean squares begin at zero, too small by one factor for all rows; `mean` has it too.
         scale = torch.stack(row_mean_squares).clamp(min=TINY).rsqrt()
-        scale *= (
-            UPDATE_RMS * (squares * scale.square()).mean(-2, keepdim=True).clamp(min=TINY).rsqrt()
-        )
+        mean = (squares * scale.square()).mean(-2, keepdim=True)
+        scale *= UPDATE_RMS * mean.clamp(min=TINY).rsqrt()
         update *= scale
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(matrices, list(update), alpha=-group["lr"])
 
 
 def polar_factor(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """About U V' of the singular value decompositions U S V' of matrices (k, m, n), in four steps of the Polar Express.
+    """About U V' of the singular value decompositions U S V' of matrices (k, m, n): four steps of
+    the Polar Express.
 
-    A step is X <- (a I + b G + c G^2) X with G = X X', or for tall X the same from the right with G = X' X. Where one
-    side is much longer, two steps at a time are taken on the small G, and X is multiplied once, by the product of both
-    factors. Not all four: what bf16 rounds off the
-    smallest eigenvalues of G grows a^2-fold in each step, and would pass 1 in the third. For the same reason the
-    multiple of I is kept apart: on the diagonal it would be rounded to 1/16.
+    A step is X <- (a I + b G + c G^2) X with G = X X', or for tall X the same from the right with
+    G = X' X. Where one side is much longer, two steps at a time are taken on the small G, and X is
+    multiplied once, by the product of both factors. Not all four: what bf16 rounds off the smallest
+    eigenvalues of G grows a^2-fold in each step, and would pass 1 in the third. For the same reason
+    the multiple of I is kept apart: on the diagonal it would be rounded to 1/16.
     """
     m, n = matrices.shape[-2:]
     tall = m > n
@@ -112,13 +108,10 @@ def polar_factor(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     for first in range(0, len(POLAR_EXPRESS), at_once):
         gram = x.mT @ x if tall else x @ x.mT  # square, as high as the shorter side
         (scale, b, c), *more = POLAR_EXPRESS[first : first + at_once]
-        rest = torch.baddbmm(
-            gram, gram, gram, beta=b, alpha=c
-        )  # the steps so far multiply X by scale I + rest
+        # The steps so far multiply X by scale I + rest.
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         for a, b, c in more:
-            square = torch.baddbmm(
-                rest, rest, rest, beta=2 * scale
-            )  # of the factor, less scale^2 I
+            square = torch.baddbmm(rest, rest, rest, beta=2 * scale)  # of that, less scale^2 I
             gram = torch.baddbmm(gram, square, gram, beta=scale**2)
             step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             rest = torch.baddbmm(a * rest + scale * step, step, rest)

@@ -19,22 +19,17 @@ TO_WAIT = timedelta(minutes=30)  # for the first, which evaluates, samples and s
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one run, as torchrun started them. Rank 0 leads: it alone writes, samples and evaluates."""
+    """The processes of one run. Rank 0 leads: it alone writes, samples and evaluates."""
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def join(cls) -> "Ranks":
-        """Meet the other processes; alone without torchrun. Tensors travel by gloo from CPUs, by NCCL from GPUs.
-
-        Raises ConnectionError.
-        """
-        named = all(
-            name in os.environ
-            for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
-        )
-        if not named or os.environ["WORLD_SIZE"] == "1":
+        """Meet the other processes that torchrun started; alone without it. Tensors travel by gloo
+        from CPUs, by NCCL from GPUs. Raises ConnectionError."""
+        needed = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"}
+        if not needed <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
             return cls()
         backends = "gloo"
         if torch.cuda.is_available():
@@ -43,20 +38,15 @@ class Ranks:
                 backends = "cpu:gloo,cuda:nccl"
         try:
             store, rank, count = next(dist.rendezvous("env://", timeout=TO_MEET))
-            if (
-                os.environ.get("GROUP_WORLD_SIZE") == "1"
-            ):  # several machines may count their restarts differently
-                store = dist.PrefixStore(
-                    f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store
-                )
-            dist.init_process_group(
-                backends, store=store, rank=rank, world_size=count, timeout=TO_MEET
-            )
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else machines may count differently
+                attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+                store = dist.PrefixStore(attempt, store)
+            meeting = dict(store=store, rank=rank, world_size=count, timeout=TO_MEET)
+            dist.init_process_group(backends, **meeting)
             dist.distributed_c10d._set_pg_timeout(TO_WAIT)
         except (RuntimeError, ValueError) as error:
-            raise ConnectionError(
-                f"the processes of this run do not reach each other ({in_short(error)})"
-            ) from error
+            problem = f"the processes of this run do not reach each other ({in_short(error)})"
+            raise ConnectionError(problem) from error
         return cls(dist.get_rank(), dist.get_world_size())
 
     def average(self, tensors: list[torch.Tensor]) -> None:
@@ -91,17 +81,16 @@ class Ranks:
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Say what it means when a process does not answer."""
+        """Tell that a process does not answer. Raises ConnectionError."""
         try:
             yield
         except RuntimeError as error:
-            raise ConnectionError(
-                f"another process of this run is gone ({in_short(error)})"
-            ) from error
+            problem = f"another process of this run is gone ({in_short(error)})"
+            raise ConnectionError(problem) from error
 
     def end(self, code: int) -> None:
-        """End this process here and now, if there are others: on its way out PyTorch may wait for them, and they for
-        it, or abort."""
+        """End this process at once, if there are others: on its way out PyTorch may wait for them,
+        and they for it, or abort."""
         if self.count > 1:
             logging.shutdown()
             for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""Ctrl-C and its kin: the step is finished, then saved; a second one breaks off."""
+"""Ctrl-C and other signals: the step is finished, then saved; a second one quits at once."""
 
 import math
 import os
@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-OF_BATCH_SYSTEMS = SIGNALS[-3:]  # warnings, perhaps repeated, of a SIGKILL
+KEYS = ("SIGINT", "SIGBREAK")
+WARNINGS = ("SIGUSR1", "SIGUSR2", "SIGXCPU")  # of a batch system, of a SIGKILL; may repeat
+ENDS = ("SIGTERM", "SIGHUP", *WARNINGS)
+SIGNALS = (*KEYS, *ENDS)
 
 
 class SignalCame(KeyboardInterrupt):
@@ -33,6 +35,16 @@ def name_of(error: KeyboardInterrupt) -> str:
     return error.signal_name if isinstance(error, SignalCame) else "SIGINT"
 
 
+def exit_code(signal_name: str) -> int:
+    """The exit code of a run that a signal interrupted."""
+    return 143 if signal_name in ENDS else 130
+
+
+def numbers(names: tuple[str, ...]) -> list[int]:
+    """The numbers of those of these signals that the system has."""
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
 def look_for_signals() -> None:
     """Raises Interrupted: between two tokens of a sample, and two parts of a measurement."""
     if Interruption.current is not None and Interruption.current.signal_name:
@@ -46,21 +58,15 @@ def terminating() -> Iterator[None]:
     def end(number: int, _frame) -> None:
         raise BrokenOff(signal.Signals(number).name)
 
-    ends = numbers("SIGTERM", *OF_BATCH_SYSTEMS)
-    before = {number: signal.signal(number, end) for number in ends}
+    before = {number: signal.signal(number, end) for number in numbers(("SIGTERM", *WARNINGS))}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)  # not after an error, which still has to be told
 
 
-def numbers(*names: str) -> list[int]:
-    """Of these signals, those that the system has."""
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
-
-
 class Interruption:
-    """Remembers a signal until the step is done: Ctrl-C, Ctrl-Break, SIGTERM, a closed terminal, a
-    batch system's warning. A second one breaks off, unless it is a warning."""
+    """Remembers the first signal until the step is done. A second one quits, but a batch system's
+    warning does not."""
 
     current: "Interruption | None" = None  # at which `look_for_signals` looks
 
@@ -72,34 +78,30 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         Interruption.current = self
-        for number in numbers(*SIGNALS):
+        for number in numbers(SIGNALS):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._handlers[number] = signal.signal(number, self._remember)
         return self
 
     def _remember(self, number: int, _frame) -> None:
+        name = signal.Signals(number).name
         again = time.monotonic() - self.time > 1  # or `timeout` or a terminal sent one signal twice
-        if again and number not in numbers(*OF_BATCH_SYSTEMS):
-            raise BrokenOff(signal.Signals(number).name)
-        if self.signal_name is None:
-            self.signal_name = signal.Signals(number).name
-            self.time = time.monotonic()
-            message = (
-                b"\nFinishing this step, then saving. Ctrl-C once more breaks off without saving.\n"
-            )
-            with suppress(
-                OSError, AttributeError
-            ):  # the terminal may be gone, and `print` may not be entered twice
-                os.write(sys.stderr.fileno(), b"" if self.silent else message)
+        if again and name not in WARNINGS:
+            raise BrokenOff(name)
+        if self.signal_name is not None:
+            return
+        self.signal_name = name
+        self.time = time.monotonic()
+        message = f"\n{name}: finishing this step, then saving.\n"
+        if name in KEYS:
+            message = "\nFinishing this step, then saving. Ctrl-C again quits without saving.\n"
+        # The terminal may be gone, and `print` may not be entered twice.
+        with suppress(OSError, AttributeError):
+            os.write(sys.stderr.fileno(), b"" if self.silent else message.encode())
 
     def __exit__(self, kind: type | None, *_exception) -> None:
         Interruption.current = None
-        if kind is ConnectionError:
-            return  # torchrun's SIGTERM comes next, and must not keep this process from saying what happened
+        if kind is ConnectionError:  # torchrun's SIGTERM comes next; first say what happened
+            return
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-
-
-def exit_code(signal_name: str) -> int:
-    """Of a run that a signal interrupted."""
-    return 143 if signal_name in ("SIGTERM", "SIGHUP", *OF_BATCH_SYSTEMS) else 130
