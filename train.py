@@ -817,7 +817,7 @@ class BestWeights:
         self._latest = self._written = self.snapshots[0]
 
     def keep(self, step: int, loss: float, weights: dict) -> bool:
-        """Copy the weights aside. False without the memory for it: write them before they change."""
+        """Copy the weights. False without memory for it: write them before they change."""
         self._latest = next(one for one in self.snapshots if one is not self._written)
         self.found = {"step": step, "loss": loss, "model": self._latest.take(weights)}
         return self._latest.is_copy
@@ -922,7 +922,7 @@ class Saver:
         return was_written
 
     def save_if_due(self) -> bool:
-        """Begin a checkpoint every save_every steps, or as soon after as nothing else is written."""
+        """Begin a checkpoint every save_every steps, as soon as nothing else is written."""
         p = self.trainer.progress
         every = self.trainer.config.save_every
         is_due = p.step // every > self.begun_step // every

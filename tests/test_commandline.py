@@ -1,4 +1,5 @@
-"""Flags as typed: found under their names, explained in groups, and each mistake answered in a line."""
+"""Flags as typed: found under their names, explained in groups, and each mistake answered in a
+line."""
 
 import re
 import subprocess
@@ -82,8 +83,10 @@ def test_a_name_that_the_disk_refuses_is_answered_in_one_line(text_file, capsys)
 def test_all_scripts_answer_in_the_same_style(program, capsys):
     name = Path(program.__file__).name
     assert program.main(["--no_such_flag"]) == 2
-    assert capsys.readouterr() == ("", f"{name}: error: there is no flag --no_such_flag: {name} --help lists every "
-                                       "flag\n")  # fmt: skip
+    assert capsys.readouterr() == (
+        "",
+        f"{name}: error: there is no flag --no_such_flag: {name} --help lists every flag\n",
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -117,7 +120,10 @@ def test_help_shows_the_groups_and_the_presets_defaults(preset, capsys):
 @pytest.mark.slow
 def test_a_reader_of_the_help_may_leave_early():
     """As `train.py --help | head` does."""
-    code = "import sys, train; sys.stdout.reconfigure(write_through=True); sys.exit(train.main(['--help']))"
+    code = (
+        "import sys, train; sys.stdout.reconfigure(write_through=True); "
+        "sys.exit(train.main(['--help']))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

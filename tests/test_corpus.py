@@ -105,10 +105,17 @@ def test_the_demo_text_needs_no_file(config, tokenizer):
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
-        (r"BIANCA:\n", "BIANCA:\n"), (r"a\tb", "a\tb"), (r"C:\\new", r"C:\new"), (r"\d", r"\d"), (r"\\n", r"\n"),
-        (r"\u202e\u000D\u00e9", "\u202e\ré"), (r"\\u202e", r"\u202e"), (r"\u20", r"\u20"), (r"\uD83D", r"\uD83D"),
+        (r"BIANCA:\n", "BIANCA:\n"),
+        (r"a\tb", "a\tb"),
+        (r"C:\\new", r"C:\new"),
+        (r"\d", r"\d"),
+        (r"\\n", r"\n"),
+        (r"\u202e\u000D\u00e9", "\u202e\ré"),
+        (r"\\u202e", r"\u202e"),
+        (r"\u20", r"\u20"),
+        (r"\uD83D", r"\uD83D"),
     ],
-)  # fmt: skip
+)
 def test_escapes_in_a_prompt(typed, meant):
     assert decode_escapes(typed) == meant
 

@@ -172,7 +172,8 @@ def test_what_the_folder_says_of_the_model(folder):
 
 @whatever_the_vocabulary
 def test_the_card_tells_of_these_weights_alone(folder, tmp_path):
-    """The last checkpoint has the losses measured at the end, the best of an earlier step its own."""
+    """The last checkpoint has the losses measured at the end, the best of an earlier step its
+    own."""
     results = read_json(folder / "run/results.json")
     cards = {}
     for name, step in (("last", results["final_step"]), ("prev", results["final_step"] - 20)):
@@ -247,9 +248,17 @@ def test_of_paths_the_names_are_told():
     assert export_hf.without_folders(*paths) == "tokenizer.json, a b.txt, demo, bpe:300, gpt2"
 
 
-@pytest.mark.parametrize("name", [
-    "p|q.txt", "a\nb\r.txt", r"back\slash.txt", r"a\|b\\.txt", "*_x_* `y` <b>&amp; [z](q) ~~w~~ $v$ #", "my_book.txt",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "p|q.txt",
+        "a\nb\r.txt",
+        r"back\slash.txt",
+        r"a\|b\\.txt",
+        "*_x_* `y` <b>&amp; [z](q) ~~w~~ $v$ #",
+        "my_book.txt",
+    ],
+)
 def test_the_card_shows_a_name_as_it_is(name):
     if os.name == "nt" and "\\" in name:
         pytest.skip("there a backslash stands between folders")
@@ -257,9 +266,11 @@ def test_the_card_shows_a_name_as_it_is(name):
     config = decide(
         dict(input_file=(Path("folder") / name,), init_from=Path(name), tokenizer="bpe:300")
     )
-    found = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(
-        export_hf.model_card(checkpoint, config, {}, "mit").partition("\n---\n")[2]
-    )  # fmt: skip
+    found = (
+        MarkdownIt("commonmark")
+        .enable(["table", "strikethrough"])
+        .parse(export_hf.model_card(checkpoint, config, {}, "mit").partition("\n---\n")[2])
+    )
     shown = [
         "".join(part.content for part in token.children)
         for token in found
@@ -509,9 +520,9 @@ def test_training_goes_on_from_what_came_back(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("folder", ["gpt2"], indirect=True)
 def test_a_published_model_is_fine_tuned(folder, tmp_path, monkeypatch):
-    """The two commands of the README, on a model in the layout of openai-community/gpt2: names without a prefix, the
-    masks among the weights, no word about a trained context. It knows all its 32 positions, and still does when it was
-    trained on with slices of 16."""
+    """The two commands of the README, on a model in the layout of openai-community/gpt2: names
+    without a prefix, the masks among the weights, no word about a trained context. It knows all its
+    32 positions, and still does when it was trained on with slices of 16."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder / "hf", "gpt2")
     published = {

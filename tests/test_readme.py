@@ -1,4 +1,5 @@
-"""What the README and docs/ say is so: commands work, links lead somewhere, figures come from the run that is shown."""
+"""What the README and docs/ say is so: commands work, links lead somewhere, figures come from the
+run that is shown."""
 
 import json
 import re
@@ -29,14 +30,18 @@ README = TEXT[ROOT / "README.md"]
 GENERATED = re.compile(r"<!--(AUTO|RECORD):([A-Z_]+):START-->.*?<!--\1:\2:END-->", re.DOTALL)
 FENCES = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SCRIPTS = {
-    "train.py": Config, "sample.py": sample.Options, "export_hf.py": export_hf.Options,
-    "update_readme.py": update_readme.Arguments, "benchmarks/accept_gpu.py": accept_gpu.Options,
+    "train.py": Config,
+    "sample.py": sample.Options,
+    "export_hf.py": export_hf.Options,
+    "update_readme.py": update_readme.Arguments,
+    "benchmarks/accept_gpu.py": accept_gpu.Options,
     "benchmarks/golden.py": golden.Options,
-}  # fmt: skip
+}
 
 
 def commands_in(text: str) -> list[tuple[str, str]]:
-    """Language and line of every command: in fenced blocks, and in a line of prose where a script is called."""
+    """Language and line of every command: in fenced blocks, and in a line of prose where a script
+    is called."""
     fenced = [
         (language, line) for language, block in FENCES.findall(text) for line in block.splitlines()
     ]

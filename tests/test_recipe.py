@@ -1,4 +1,5 @@
-"""Where a value comes from: a default that is typed changes nothing but its origin; the recipe follows the text."""
+"""Where a value comes from: a default that is typed changes nothing but its origin; the recipe
+follows the text."""
 
 import lzma
 import re
@@ -66,13 +67,18 @@ def test_so_it_is_on_the_command_line(preset):
     st.fixed_dictionaries(
         {},
         optional={
-            "steps": st.integers(1, 10**6), "lr": st.floats(1e-6, 1), "seq_len": st.integers(1, 128),
-            "batch_size": st.integers(1, 64), "optimizer": st.sampled_from(["muon", "adamw"]),
-            "warmup_steps": st.integers(0, 10**6), "mixed_steps": st.integers(0, 10**6), "dropout": st.floats(0, 0.9),
+            "steps": st.integers(1, 10**6),
+            "lr": st.floats(1e-6, 1),
+            "seq_len": st.integers(1, 128),
+            "batch_size": st.integers(1, 64),
+            "optimizer": st.sampled_from(["muon", "adamw"]),
+            "warmup_steps": st.integers(0, 10**6),
+            "mixed_steps": st.integers(0, 10**6),
+            "dropout": st.floats(0, 0.9),
         },
     ),
     st.sampled_from(TEXTS),
-)  # fmt: skip
+)
 def test_a_run_that_goes_on_without_flags_has_the_flags_it_had(typed, text):
     config = replace(decide(typed, text), out_dir=Path("run"))
     again = decide({}, text, previous=config)
@@ -190,8 +196,8 @@ def test_the_plan_names_what_was_decided_and_the_yardstick(launch, capsys):
     said = capsys.readouterr().out
     assert "makes" in said and "bits per byte of them" in said
     assert (
-        "From other flags: lr 0.0035 (with muon); beta2 0.99 (with muon); decay_steps 8 (the last step)"
-        in said
+        "From other flags: lr 0.0035 (with muon); beta2 0.99 (with muon); decay_steps 8 (the "
+        "last step)" in said
     )
     assert "mixed_steps 6 (80% of the steps)" in said
 

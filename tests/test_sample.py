@@ -1,4 +1,5 @@
-"""sample.py: the checkpoint's text and nothing else on stdout, the same for the same seed, streamed."""
+"""sample.py: the checkpoint's text and nothing else on stdout, the same for the same seed,
+streamed."""
 
 import io
 import os
@@ -52,7 +53,8 @@ def run(folder: Path, *flags: str, **options) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def say(folder, monkeypatch, capsys):
-    """What the program writes to stdout and stderr, in this process; `typed` comes through a pipe."""
+    """What the program writes to stdout and stderr, in this process; `typed` comes through a
+    pipe."""
 
     def run(*flags: str, typed: bytes = b"", code: int = 0) -> tuple[str, str]:
         monkeypatch.chdir(folder)
@@ -329,7 +331,10 @@ def test_the_vocabulary_is_that_of_the_checkpoint(folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
 def test_nobody_listens_to_stderr(folder):
-    command = f"{sys.executable} {ROOT / 'sample.py'} --checkpoint run/checkpoints/best.pt --prompt Line 2>&-"
+    command = (
+        f"{sys.executable} {ROOT / 'sample.py'} --checkpoint run/checkpoints/best.pt --prompt "
+        f"Line 2>&-"
+    )
     result = subprocess.run(
         f"{command} --max_new_tokens 3", cwd=folder, shell=True, capture_output=True, text=True
     )

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM finish the step, save, and say how to continue; a second one leaves at once."""
+"""Ctrl-C and SIGTERM finish the step, save, and say how to continue; a second one leaves at
+once."""
 
 import json
 import os
@@ -55,9 +56,15 @@ def start(tmp_path, text_file):
             "--log_every=1",
         ]
         process = subprocess.Popen(
-            [sys.executable, *program, *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in a shell's background ignore it
-        )  # fmt: skip
+            [sys.executable, *program, *flags],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # tests in a shell's background ignore it
+        )
         file, deadline = tmp_path / (sign or "run/logs/train_metrics.csv"), time.monotonic() + 60
         while time.monotonic() < deadline and not (
             file.exists() and file.read_bytes().count(b"\n") >= (rows and rows + 1)
@@ -102,7 +109,10 @@ def test_the_second_leaves_at_once(start, tmp_path, number, code):
             out, err = process.communicate(timeout=2.5)
             break
     assert process.returncode == code and err.strip() == ANNOUNCEMENTS[number]
-    told = "Broken off without saving. To continue from the last checkpoint: python train.py --out_dir run\n"
+    told = (
+        "Broken off without saving. To continue from the last checkpoint: python train.py "
+        "--out_dir run\n"
+    )
     assert told in out
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 4
 
@@ -156,8 +166,12 @@ def test_in_the_middle_of_a_save_the_old_checkpoint_stays(launch, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_terminal_that_is_gone_keeps_no_run_from_saving(start, tmp_path):
     """Its end is a SIGHUP, and nothing can be said any more."""
-    heard = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # also where the tests run under nohup
-    program = f"{heard}; import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 2); os.dup2(2, 1); {MAIN}"
+    # Also where the tests run under nohup.
+    heard = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    program = (
+        f"{heard}; import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 2); os.dup2(2, 1); "
+        f"{MAIN}"
+    )
     process = start("-c", program, steps=100_000, rows=5)
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 143

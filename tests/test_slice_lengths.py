@@ -1,4 +1,5 @@
-"""--mixed_steps: the first steps train on the same tokens, three of four slices cut into quarters."""
+"""--mixed_steps: the first steps train on the same tokens, three of four slices cut into
+quarters."""
 
 import json
 from dataclasses import replace
@@ -115,7 +116,8 @@ def on_ranks(monkeypatch):
 def test_the_loss_of_a_mixed_step_is_that_of_its_whole_slices(
     config, corpus, on_ranks, processes, batch_size, grad_accum, micro_batch
 ):
-    """However they are accumulated and shared: of eight ranks six have none, of two one has more."""
+    """However they are accumulated and shared: of eight ranks six have none, of two one has
+    more."""
     config = replace(config, batch_size=batch_size, grad_accum=grad_accum, micro_batch=micro_batch)
     config = replace(config, seq_len=16, block_size=16, mixed_steps=5)
     n_slices, n_starts = config.global_batch, len(corpus.tokens) - 16

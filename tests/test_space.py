@@ -1,6 +1,8 @@
-"""The Space, in a headless browser and beside it: visitors get streamed text and cannot ask for too much.
+"""The Space, in a headless browser and beside it: visitors get streamed text and cannot ask for too
+much.
 
-With SPACE_CHECKPOINT and SPACE_PROMPT another model is asked, and screenshots go to the folder SCREENSHOTS names.
+With SPACE_CHECKPOINT and SPACE_PROMPT another model is asked, and screenshots go to the folder
+SCREENSHOTS names.
 """
 
 import importlib.util
@@ -203,7 +205,8 @@ def test_nothing_at_all_is_a_prompt(visit):
 
 def test_too_long_a_prompt_is_refused(visit):
     page = visit()
-    """The box takes no more than the server does; a text that has grown beyond that stays as it is."""
+    """The box takes no more than the server does; a text that has grown beyond that stays as it
+    is."""
     page.fill("#text textarea", "x" * 8001)
     assert value(page) == "x" * 8000
     page.click("#go button, button#go")
@@ -383,7 +386,8 @@ def test_text_ends_in_whole_characters(bytes_model):
 
 
 def test_without_a_model_it_says_so(browser, model, tmp_path):
-    """No folder, weights that were cut short, a weight that is missing: a page for each, from one process."""
+    """No folder, weights that were cut short, a weight that is missing: a page for each, from one
+    process."""
     folders = [tmp_path / name for name in ("none", "cut", "missing")]
     for folder in folders[1:]:
         shutil.copytree(model, folder)

@@ -122,7 +122,8 @@ def test_an_older_python_is_told_which_one_is_needed(script, monkeypatch, capsys
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
 def test_nobody_listens_to_stderr(tmp_path, text_file):
-    """As under pythonw.exe: learning a vocabulary and encoding a text go on, and errors are told."""
+    """As under pythonw.exe: learning a vocabulary and encoding a text go on, and errors are
+    told."""
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train\n"
         "print(train.main(['--input_file=nowhere.txt']))\n"

@@ -1,4 +1,5 @@
-"""The rooms of the text: any cut of the text leaves its ids as they are, and the file of ids is whole or not there."""
+"""The rooms of the text: any cut of the text leaves its ids as they are, and the file of ids is
+whole or not there."""
 
 import copy
 import hashlib
@@ -40,10 +41,43 @@ from parts.text.vocabulary import (
 )
 
 NASTY = [
-    " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x1c", "\x85", "\x0b", "'", "'s", "'ll",
-    "\u2019s", "a", "Zoë", "e\u0301", "1", "٣", "½", "!", "...", "—", "\U0001f469\u200d\U0001f467", "\U0001fae8",
-    "漢字", "\uff0c", "ไทย", "ß", "ǅ", "\x01", "<|endoftext|>", "don't", "x'S",
-]  # fmt: skip
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "\u00a0",
+    "\u3000",
+    "\u2028",
+    "\x1c",
+    "\x85",
+    "\x0b",
+    "'",
+    "'s",
+    "'ll",
+    "\u2019s",
+    "a",
+    "Zoë",
+    "e\u0301",
+    "1",
+    "٣",
+    "½",
+    "!",
+    "...",
+    "—",
+    "\U0001f469\u200d\U0001f467",
+    "\U0001fae8",
+    "漢字",
+    "\uff0c",
+    "ไทย",
+    "ß",
+    "ǅ",
+    "\x01",
+    "<|endoftext|>",
+    "don't",
+    "x'S",
+]
 
 
 def in_pieces(text: str, path: Path, size: int, tokenizer) -> np.ndarray:
@@ -294,7 +328,8 @@ def test_text_ends_in_a_whole_character(kind, tokenizer, own):
 
 @pytest.mark.parametrize("kind", ["gpt2", "own", "odd"])
 def test_tokens_in_any_order_have_the_text_that_the_library_gives_them(kind, tokenizer, own):
-    """Whatever a model that knows nothing writes: bytes that are no UTF-8, special tokens, tokens that no text has."""
+    """Whatever a model that knows nothing writes: bytes that are no UTF-8, special tokens, tokens
+    that no text has."""
     vocabulary = tokenizer if kind == "gpt2" else own
     if kind == "odd":
         parts = json.loads(own.content)
@@ -420,16 +455,26 @@ def mixed(texts):
 @pytest.mark.parametrize(
     ("inputs", "expected", "left_out"),
     [
-        (["m"], "OLD.TXT a.txt link/a/one.txt link/two.txt sub/c.txt",
-         {"hidden": "._a.txt .x", "broken links": "lost.txt", "not .txt": "link/other.md sub/d.md"}),
-        (["m/**/*.txt"], "a.txt link/a/one.txt link/two.txt sub/c.txt",
-         {"hidden": "._a.txt .x", "broken links": "lost.txt"}),
+        (
+            ["m"],
+            "OLD.TXT a.txt link/a/one.txt link/two.txt sub/c.txt",
+            {
+                "hidden": "._a.txt .x",
+                "broken links": "lost.txt",
+                "not .txt": "link/other.md sub/d.md",
+            },
+        ),
+        (
+            ["m/**/*.txt"],
+            "a.txt link/a/one.txt link/two.txt sub/c.txt",
+            {"hidden": "._a.txt .x", "broken links": "lost.txt"},
+        ),
         (["m/*/?.*"], "sub/c.txt sub/d.md", {"hidden": ".x"}),
         (["m/*.txt"], "a.txt", {"hidden": "._a.txt", "broken links": "lost.txt"}),
         (["m/**/.*.txt", "m/.x"], "._a.txt .x/b.txt", {}),
         (["m/._a.txt", "m/sub/**"], "._a.txt sub/c.txt sub/d.md", {}),
     ],
-)  # fmt: skip
+)
 def test_folders_and_globs_follow_one_rule(mixed, inputs, expected, left_out):
     found: dict[str, set[Path]] = {}
     files = find_files(list(map(Path, inputs)), left_out=found)
@@ -451,7 +496,8 @@ def test_what_is_left_out_or_equal_is_said(mixed, tokenizer):
         for line in plan(config, load_corpus(config, tokenizer), 0.0, Progress())
     ]
     assert (
-        "Corpus: m (4 files; left out: hidden 2 (m/._a.txt, m/.x), broken links 1 (m/lost.txt), not .txt 1 "
+        "Corpus: m (4 files; left out: hidden 2 (m/._a.txt, m/.x), broken links 1 (m/lost.txt), "
+        "not .txt 1 "
         "(m/sub/d.md); the same text twice: m/a.txt = m/sub/again.txt), "
     ) in "\n".join(lines)
     assert any(

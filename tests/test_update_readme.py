@@ -125,13 +125,24 @@ def test_a_run_whose_rate_was_changed_is_repeated_by_no_one_command(run):
 
 
 PROMPTS = [
-    "-x", "--foo bar", "a\nb\n", "\n", "a\rb\x07c\u202ed", "C:\\new\\dir\r", "\\\n", r"typed\n\u0041\\",
-    "it's $x `y` \"z\"\t", "\u200b\u2028\x85\xad", "<b>&amp;</b>\n", "é 漢字 \U0001f469\u200d\U0001f467 \U000e0041",
-]  # fmt: skip
+    "-x",
+    "--foo bar",
+    "a\nb\n",
+    "\n",
+    "a\rb\x07c\u202ed",
+    "C:\\new\\dir\r",
+    "\\\n",
+    r"typed\n\u0041\\",
+    'it\'s $x `y` "z"\t',
+    "\u200b\u2028\x85\xad",
+    "<b>&amp;</b>\n",
+    "é 漢字 \U0001f469\u200d\U0001f467 \U000e0041",
+]
 
 
 def shown_commands(run: Path) -> list[list[str]]:
-    """The words of the commands in REPRO, as a reader copies them: of each launch, and the one with every flag."""
+    """The words of the commands in REPRO, as a reader copies them: of each launch, and the one with
+    every flag."""
     lines = html.unescape(update_readme.repro_section(read_run(run), run)).splitlines()
     return [
         shlex.split(line.partition("python train.py ")[2])
@@ -168,7 +179,8 @@ def test_names_of_any_characters_are_repeated(run):
 def test_a_run_that_went_on_from_a_checkpoint_starts_there_again(
     finished_run, tmp_path, monkeypatch
 ):
-    """Also when it was then continued without that flag; and a step back within a run is no start."""
+    """Also when it was then continued without that flag; and a step back within a run is no
+    start."""
     monkeypatch.chdir(tmp_path)
     source = finished_run / "checkpoints/last.pt"
     flags = [*TINY_FLAGS, f"--input_file={finished_run.parents[1] / 'input.txt'}", "--out_dir=run"]
@@ -249,7 +261,10 @@ def test_markers_in_code_are_text(run, tmp_path):
 
 def test_code_spans_lists_and_foreign_comments_are_text(run, tmp_path):
     readme = tmp_path / "README.md"
-    before = "```x``` is code\n\n- ```sh\n  <!--AUTO:LOGS:START-->\n  ```\n\n<!-- auto-generated -->\n<!-- AUTO-TOC -->\n"
+    before = (
+        "```x``` is code\n\n- ```sh\n  <!--AUTO:LOGS:START-->\n  ```\n\n<!-- auto-generated "
+        "-->\n<!-- AUTO-TOC -->\n"
+    )
     readme.write_text(
         "\ufeff" + before + "<!--AUTO:LOGS:START-->\n<!--AUTO:LOGS:END-->\n", encoding="utf-8"
     )
@@ -258,13 +273,19 @@ def test_code_spans_lists_and_foreign_comments_are_text(run, tmp_path):
     assert text.startswith("\ufeff" + before) and "Training complete." in text
 
 
-@pytest.mark.parametrize("values", [
-    {"best_loss": 10**400, "elapsed_sec": 1e300, "tokens": True, "stop_reason": ["x"]},
-    {"best_loss": "<b>", "final_step": None, "ln_vocab": float("inf"), "target_loss": -1},
-    {"launches": 5, "config": [], "corpus": "x", "versions": 3, "seed": {"a": "</pre>"}},
-    {"launches": [1, {"command": "x"}] * 40,
-     "config": {"preset": "|`<!--AUTO:PLOT:END"}, "corpus": {"file": "[](y)\n"}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"best_loss": 10**400, "elapsed_sec": 1e300, "tokens": True, "stop_reason": ["x"]},
+        {"best_loss": "<b>", "final_step": None, "ln_vocab": float("inf"), "target_loss": -1},
+        {"launches": 5, "config": [], "corpus": "x", "versions": 3, "seed": {"a": "</pre>"}},
+        {
+            "launches": [1, {"command": "x"}] * 40,
+            "config": {"preset": "|`<!--AUTO:PLOT:END"},
+            "corpus": {"file": "[](y)\n"},
+        },
+    ],
+)
 def test_json_of_any_type_is_shown_or_left_out(run, tmp_path, values, plots):
     for name in ("results.json", "config.json"):
         (run / name).write_text(json.dumps(values), encoding="utf-8")
@@ -300,15 +321,18 @@ def test_an_old_csv_alone(partial_run, tmp_path, plots):
     assert update(partial_run, readme, "--check") == 0
 
 
-@pytest.mark.parametrize(("body", "steps"), [
-    ("", []),
-    ("1,10.9,3e-4,100,1\n", [1]),
-    ("1,10.9,3e-4,100,1\n2,10.1,3e-4,1", [1]),
-    ("1,10.9,3e-4,100,1\n2,10.1,3e-4", [1]),
-    ("1,10.9,3e-4,100,1\n2,nan,3e-4,100,2\n", [1, 2]),
-    ("2,9,3e-4,100,2\n1,10.9,3e-4,100,1\n2,8,3e-4,100,2\n", [1, 2]),
-    ("x,y,z,a,b\n1,10.9,3e-4,100,1\n", [1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "steps"),
+    [
+        ("", []),
+        ("1,10.9,3e-4,100,1\n", [1]),
+        ("1,10.9,3e-4,100,1\n2,10.1,3e-4,1", [1]),
+        ("1,10.9,3e-4,100,1\n2,10.1,3e-4", [1]),
+        ("1,10.9,3e-4,100,1\n2,nan,3e-4,100,2\n", [1, 2]),
+        ("2,9,3e-4,100,2\n1,10.9,3e-4,100,1\n2,8,3e-4,100,2\n", [1, 2]),
+        ("x,y,z,a,b\n1,10.9,3e-4,100,1\n", [1]),
+    ],
+)
 def test_partial_csvs(partial_run, tmp_path, body, steps, plots):
     csv = partial_run / "logs/train_metrics.csv"
     csv.write_text(HEADER + body, encoding="utf-8")
@@ -520,8 +544,11 @@ def test_no_csv_crashes_the_reader(partial_run, data):
     table = read_metrics(path)
     assert table["step"].is_monotonic_increasing and table["step"].is_unique
     readme = partial_run / "README.md"
-    readme.write_text("<!--AUTO:METRICS:START-->\n<!--AUTO:METRICS:END-->\n<!--AUTO:SUMMARY:START-->\n"
-                      "<!--AUTO:SUMMARY:END-->\n", encoding="utf-8")  # fmt: skip
+    readme.write_text(
+        "<!--AUTO:METRICS:START-->\n<!--AUTO:METRICS:END-->\n<!--AUTO:SUMMARY:START-->\n"
+        "<!--AUTO:SUMMARY:END-->\n",
+        encoding="utf-8",
+    )
     assert update(partial_run, readme, "--check") in (0, 1)
 
 
@@ -532,9 +559,25 @@ DAMAGED = [
     "config.json",
     "logs/train_metrics.csv",
 ]
-WORDS = ["=" * 80, "STEP 4", "PROMPT:", "OUTPUT:", "</pre>", "2025-12-14 03:38:36,559 | INFO | ", "```",
-         "<!--AUTO:LOGS:END-->", "step,loss", "1,2", '{"best_loss": 1', "}", "\x00", "\u2028", "\x1b[31m",
-         "|", "é"]  # fmt: skip
+WORDS = [
+    "=" * 80,
+    "STEP 4",
+    "PROMPT:",
+    "OUTPUT:",
+    "</pre>",
+    "2025-12-14 03:38:36,559 | INFO | ",
+    "```",
+    "<!--AUTO:LOGS:END-->",
+    "step,loss",
+    "1,2",
+    '{"best_loss": 1',
+    "}",
+    "\x00",
+    "\u2028",
+    "\x1b[31m",
+    "|",
+    "é",
+]
 
 
 @fuzz

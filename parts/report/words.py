@@ -48,8 +48,8 @@ def plan(config: Config, corpus: Corpus, floor: float, progress: Progress) -> li
         f"Run directory: {c.out_dir}",
         f"Model: GPT-2, {c.n_params:,} parameters ({c.n_layer} layers, {c.n_head} heads, width "
         f"{c.n_embd}, {c.block_size} positions, vocabulary {c.vocab_size})",
-        f"Corpus: {text_names(c.input_file)}{files}, {part} tokens ({corpus.bytes_per_token:.3f} bytes "
-        f"each), sha256 {corpus.sha256[:16]}",
+        f"Corpus: {text_names(c.input_file)}{files}, {part} tokens "
+        f"({corpus.bytes_per_token:.3f} bytes each), sha256 {corpus.sha256[:16]}",
     ]
     if corpus.val_tokens is not None:
         files = f" ({corpus.val_remark})" if corpus.val_remark else ""

@@ -17,11 +17,11 @@ FOLDER = 0x10  # among the attributes of a zip archive's member
 
 
 def write_checkpoint(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
-    """Write a checkpoint as a whole. Raises OSError, which torch.save may hide behind an error of its own."""
+    """Write a checkpoint as a whole. Raises OSError."""
     try:
         with replacing(path, previous) as file:
             torch.save(checkpoint, file)
-    except RuntimeError as error:
+    except RuntimeError as error:  # of torch.save, which hides the disk's
         cause = error.__context__
         raise (cause if isinstance(cause, OSError | KeyboardInterrupt) else error) from None
 
