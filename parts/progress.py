@@ -46,7 +46,7 @@ class Progress:
     val_loss: float = math.inf  # of the latest measurement
     val_step: int = 0  # of the latest measurement; 0: none yet
     val_error: float = 0.0  # its standard error over the slices
-    measured_in_vain: int = 0  # validations in a row since the lowest
+    validations_since_best: int = 0
     corpus_loss: float = math.inf  # on random slices, of the latest measurement
     corpus_loss_error: float = 0.0  # its standard error
     corpus_loss_slices: int = 0
@@ -66,7 +66,7 @@ class Progress:
         """One of `COMPLETE` when the run is over, else None."""
         if self.corpus_reached(config) or self.step_reached(config):
             return StopReason.TARGET
-        if 0 < config.patience <= self.measured_in_vain:
+        if 0 < config.patience <= self.validations_since_best:
             return StopReason.PATIENCE
         return StopReason.STEPS if self.step >= config.steps else None
 
@@ -144,7 +144,7 @@ class Progress:
         self.val_step = self.step
         self.val_loss = loss
         self.val_error = error
-        self.measured_in_vain += 1
+        self.validations_since_best += 1
 
     def measured_corpus(self, loss: float, error: float, n_slices: int) -> None:
         """Note the loss on random slices at this step, and its standard error."""
@@ -165,14 +165,14 @@ class Progress:
         self.best_step = self.step
         self.best_loss = loss
         self.best_error = self.val_error if self.val_step == self.step else 0.0
-        self.measured_in_vain = 0
+        self.validations_since_best = 0
 
     def forget_best(self) -> None:
         """Note that what the best was does not compare with what comes."""
         self.best_step = 0
         self.best_loss = math.inf
         self.best_error = 0.0
-        self.measured_in_vain = 0
+        self.validations_since_best = 0
 
     def resumed(self, before: Config, config: Config) -> None:
         """Note a start from a checkpoint: losses of slices of another length do not compare, nor

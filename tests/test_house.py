@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -76,6 +77,37 @@ def test_what_reports_runs_imports_no_torch():
     program = f"import sys, update_readme, {', '.join(names)}; sys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
     assert result.returncode == 0 and {"parts.report.words", "parts.run.layout"} <= set(names)
+
+
+def test_only_the_trainer_changes_the_progress():
+    """Through methods of Progress that say what happened; nothing else assigns to its fields."""
+    progress = ast.parse((ROOT / "parts" / "progress.py").read_text(encoding="utf-8"))
+    (its_class,) = (one for one in progress.body if getattr(one, "name", "") == "Progress")
+    changing = {
+        method.name
+        for method in its_class.body
+        if isinstance(method, ast.FunctionDef) and any(assigned(method, "self"))
+    }
+    assert {"made_step", "validated", "found_best", "told"} <= changing
+    fields = {one.target.id for one in its_class.body if isinstance(one, ast.AnnAssign)}
+    for path in (*FILES, *(ROOT / f"{name}.py" for name in SCRIPTS)):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.stem != "progress":
+            found = [one for owner in ("p", "progress") for one in assigned(tree, owner)]
+            assert not fields & set(found), path
+        elsewhere = [one for one in tree.body if getattr(one, "name", "") != "Trainer"]
+        for node in ast.walk(ast.Module(elsewhere, [])):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = ast.unparse(node.func.value).split(".")[-1]
+                assert owner not in ("p", "progress") or node.func.attr not in changing, path
+
+
+def assigned(tree: ast.AST, owner: str) -> Iterator[str]:
+    """The attributes of a name, or of an attribute of this name, that are assigned to."""
+    for node in ast.walk(tree):
+        is_set = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if is_set and ast.unparse(node.value).split(".")[-1] == owner:
+            yield node.attr
 
 
 def test_report_takes_plain_values():

@@ -219,6 +219,18 @@ def test_resuming_needs_no_second_copy_of_the_state(launch, config, text_file):
         saved.take_tensors()
 
 
+def test_a_checkpoint_with_the_earlier_name_of_a_count_goes_on(launch):
+    flags = ["--val_fraction=0.2", "--eval_every=2", "--patience=100"]
+    assert launch("run", "--steps=4", *flags) == 0
+    path = Path("run/checkpoints/last.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    count = checkpoint["progress"].pop("validations_since_best")
+    checkpoint["progress"]["measured_in_vain"] = count
+    torch.save(checkpoint, path)
+    assert load_checkpoint(path)["progress"]["validations_since_best"] == count
+    assert launch("run", "--steps=6", *flags) == 0
+
+
 def leaves(tree) -> list:
     if isinstance(tree, dict):
         tree = list(tree.values())

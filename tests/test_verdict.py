@@ -60,7 +60,7 @@ def test_a_validation_loss_that_was_still_falling(ended):
     )
     once = replace(config, eval_every=40)
     assert "still falling" not in verdict(once, progress, 0.05, "steps"), "of a single measurement"
-    patient = verdict(config, replace(lowest, measured_in_vain=1), 0.05, "patience")
+    patient = verdict(config, replace(lowest, validations_since_best=1), 0.05, "patience")
     assert patient == "Verdict: the validation loss fell no further after step 30"
 
 

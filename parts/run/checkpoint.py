@@ -56,6 +56,9 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
         if found != CHECKPOINT_FORMAT:
             reads = f"this train.py reads {CHECKPOINT_FORMAT}"
             raise ValueError(f"{path} has format {found!r}, {reads}")
+        progress = checkpoint.get("progress")
+        if isinstance(progress, dict) and "measured_in_vain" in progress:  # its name until now
+            progress["validations_since_best"] = progress.pop("measured_in_vain")
     if not is_sound(checkpoint):
         raise ValueError(f"{path} is no checkpoint of train.py")
     return checkpoint
