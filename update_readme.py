@@ -384,7 +384,15 @@ def repro_section(run: Run, _readme: Path) -> str:
         words = words_of(command)
         add(f"from step {launch.get('first_step', 1)}", shell_line(words) if words else command)
         add("started", launch.get("date"))
-    for label in ("seed", "git_commit", "versions", "hardware", "corpus"):
+    for label in (
+        "seed",
+        "version",
+        "git_commit",
+        "sources_sha256",
+        "versions",
+        "hardware",
+        "corpus",
+    ):
         add(label.replace("_", " "), config.get(label))
     if not run.flags:
         return preformatted("\n".join(shortened(lines, 40)))

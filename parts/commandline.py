@@ -14,6 +14,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any, NoReturn, TypeVar
 
+from parts import VERSION
 from parts.flags import PRESETS, Config, Flags, brief, out_of_range
 from parts.recipe import TINY_SHAKESPEARE, Text, decide
 
@@ -99,6 +100,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, kind: type, script: str, about: str, defaults: object):
         super().__init__(script, "%(prog)s [options]", about, allow_abbrev=False)
         self.argument_default = argparse.SUPPRESS  # what is not typed is left out
+        self.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
         types = typing.get_type_hints(kind, include_extras=True)
         explained = help_of(kind)
         for group in [base for base in reversed(kind.__mro__[1:]) if is_dataclass(base)] or [kind]:

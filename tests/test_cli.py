@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ import export_hf
 import sample
 import train
 import update_readme
+from parts import VERSION
 from parts.flags import Config
 from parts.progress import Progress
 from parts.recipe import decide
+from parts.report.provenance import sources_sha256
 from parts.report.reader import read_run
 from parts.run.checkpoint import load_checkpoint
 
@@ -376,6 +379,34 @@ def test_a_prompt_from_the_text_ends_in_a_whole_character(launch):
     samples = Path("run/samples/samples.txt").read_text(encoding="utf-8")
     prompt = samples.partition("PROMPT:\n")[2].partition("\nOUTPUT")[0]
     assert len(prompt) > 3 and "\ufffd" not in prompt
+
+
+@pytest.mark.parametrize("program", [train, sample, export_hf, update_readme])
+def test_each_script_tells_the_version(program, capsys):
+    with suppress(SystemExit):
+        assert program.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{program.__name__}.py {VERSION}\n"
+
+
+def test_a_run_tells_version_and_sources(launch, monkeypatch, tmp_path):
+    """An archive has no commit: there the hash of the sources tells what ran."""
+    assert launch("run", "--steps=2") == 0
+    monkeypatch.setattr("parts.report.provenance.git_commit", lambda: None)
+    assert launch("archive", "--steps=2") == 0
+    run, archive = (
+        json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
+        for name in ("run", "archive")
+    )
+    results = json.loads(Path("archive/results.json").read_text(encoding="utf-8"))
+    assert run["version"] == archive["version"] == results["version"] == VERSION
+    assert archive["git_commit"] is None and archive["sources_sha256"] == sources_sha256()
+    (tmp_path / "copy" / "parts").mkdir(parents=True)
+    for name in ("train.py", "parts/flags.py"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        (tmp_path / "copy" / name).write_text(text, encoding="utf-8", newline="\r\n")
+    hashed = sources_sha256(tmp_path / "copy")
+    (tmp_path / "copy" / "train.py").write_text(text + "#", encoding="utf-8")
+    assert hashed != sources_sha256(tmp_path / "copy") != sources_sha256()
 
 
 @pytest.mark.parametrize("program", [train, sample, export_hf, update_readme])

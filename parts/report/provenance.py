@@ -1,27 +1,45 @@
 """What a run was made with, for its records: command and launches, commit, text."""
 
+import hashlib
 import os
 import shlex
 import subprocess
 from datetime import datetime
 from pathlib import Path
 
+from parts import VERSION
 from parts.flags import Config, text_names
 from parts.text.corpus import Corpus
 
+ROOT = Path(__file__).resolve().parents[2]
 # Flags whose change is no news: where the run lies, and what holds for one start.
 UNIMPORTANT = ("resume", "out_dir", "preset", "processes", "dry_run", "tensorboard")
 
 
 def git_commit() -> str | None:
     """The commit of this checkout, with -dirty when tracked files differ; None outside git."""
-    here = str(Path(__file__).resolve().parent)
     form = ["--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        command = ["git", "-C", here, "describe", *form]
+        command = ["git", "-C", str(ROOT), "describe", *form]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def sources_sha256(root: Path = ROOT) -> str:
+    """The hash of the scripts and parts, whatever their line ends: what an archive has of them."""
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("parts/**/*.py")]):
+        text = path.read_text(encoding="utf-8")  # with \n for each line end
+        digest.update(f"{path.relative_to(root).as_posix()}\n{text}".encode())
+    return digest.hexdigest()
+
+
+def source() -> dict[str, str | None]:
+    """The version, and the commit or, outside git, the hash of the sources."""
+    commit = git_commit()
+    found = {"version": VERSION, "git_commit": commit}
+    return found if commit else found | {"sources_sha256": sources_sha256()}
 
 
 def launch_words(argv: list[str], config: Config) -> list[str]:
@@ -70,7 +88,7 @@ def launch_record(
     return {
         "command": command,
         "seed": config.seed,
-        "git_commit": git_commit(),
+        **source(),
         **machine,
         "corpus": text,
         "parameters": config.n_params,

@@ -6,6 +6,7 @@ import statistics
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from parts import VERSION
 from parts.commandline import flag_words, shell_line, value_of
 from parts.flags import Config, From, text_names
 from parts.progress import COMPLETE, Progress
@@ -427,4 +428,5 @@ def results(
         "loss_floor_is_an_estimate": corpus.floor_is_an_estimate,
         "ln_vocab": math.log(c.vocab_size),
         "parameters": c.n_params,
+        "version": VERSION,
     }
