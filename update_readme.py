@@ -384,15 +384,8 @@ def repro_section(run: Run, _readme: Path) -> str:
         words = words_of(command)
         add(f"from step {launch.get('first_step', 1)}", shell_line(words) if words else command)
         add("started", launch.get("date"))
-    for label in (
-        "seed",
-        "version",
-        "git_commit",
-        "sources_sha256",
-        "versions",
-        "hardware",
-        "corpus",
-    ):
+    made_with = ("version", "git_commit", "sources_sha256", "versions", "hardware")
+    for label in ("seed", *made_with, "corpus"):
         add(label.replace("_", " "), config.get(label))
     if not run.flags:
         return preformatted("\n".join(shortened(lines, 40)))
