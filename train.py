@@ -485,6 +485,7 @@ class Trainer:
         self.progress = saved.progress
         model, optimizer = saved.take_tensors()
         self.model.load_state_dict(model)
+        del model  # before the optimizers hold as much again
         untouched = self.progress.skipped_steps >= self.progress.step
         restore_optimizers(self.optimizers, optimizer, untouched)
         if self.scaler.is_enabled() and saved.facts["scaler"]:

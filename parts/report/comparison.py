@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from parts.commandline import encode_escapes
 from parts.flags import ReportingFlags
+from parts.progress import StopReason
 from parts.report import reader
 from parts.report.reader import Run, last_value, number, state, validation
 from parts.report.sections import escaped, markdown_table
@@ -123,7 +124,7 @@ def corpus_loss(run: Run, bits: bool) -> Loss | None:
     """Mean over random slices; None until the run is over, and again when it goes on."""
     nats = number(run.results, "corpus_loss")
     value = number(run.results, "bits_per_byte") if bits else nats
-    if value is None or not nats or state(run) == "running":
+    if value is None or not nats or state(run) == StopReason.RUNNING:
         return None
     error = number(run.results, "corpus_loss_standard_error")
     return Loss(value, with_error(value, error, nats))
@@ -207,9 +208,13 @@ class Comparison:
     def row(self, name: str, flags: list[str]) -> list[str]:
         """What came of a run, and the values of these flags."""
         run, loss, how = self.runs[name], self.losses[name], state(self.runs[name])
-        none = f"none: {how}" if how in ("running", "interrupted", "failed") else "none"
+        none = (
+            f"none: {how}"
+            if how in (StopReason.RUNNING, StopReason.INTERRUPTED, StopReason.FAILED)
+            else "none"
+        )
         tokens, elapsed = last_value(run, "tokens"), last_value(run, "elapsed_sec")
-        window_loss = number(run.results, "window_loss") if how == "target" else None
+        window_loss = number(run.results, "window_loss") if how == StopReason.TARGET else None
         window = "" if window_loss is None else f" (window_loss {window_loss:.4f})"
         return [
             name,

@@ -10,15 +10,16 @@ from pathlib import Path
 import pandas as pd
 
 from parts.flags import From
+from parts.progress import StopReason
 from parts.run.layout import RunPaths, SampleBlock, sample_blocks
 
 MEASURE = {"val_fraction", "val_sha256", "seq_len"}  # what changes how validation is measured
 OUTCOMES = {  # reasons to stop, of results.json
-    "target": "target reached",
-    "patience": "stopped, since the validation loss fell no further",
-    "steps": "all steps done",
-    "interrupted": "interrupted, to be continued",
-    "failed": "failed; the last good checkpoint is intact",
+    StopReason.TARGET: "target reached",
+    StopReason.PATIENCE: "stopped, since the validation loss fell no further",
+    StopReason.STEPS: "all steps done",
+    StopReason.INTERRUPTED: "interrupted, to be continued",
+    StopReason.FAILED: "failed; the last good checkpoint is intact",
 }
 
 
@@ -209,19 +210,19 @@ def state(run: Run) -> str:
     saved = number(run.results, "final_step")
     steps = run.metrics["step"]
     went_on = saved is not None and len(steps) and steps.iloc[-1] > saved
-    if reason == "running" or went_on or (run.config and not run.results):
-        return "running"
+    if reason == StopReason.RUNNING or went_on or (run.config and not run.results):
+        return StopReason.RUNNING
     return reason if isinstance(reason, str) and reason in OUTCOMES else "unknown"
 
 
 def outcome(run: Run) -> str:
     """What came of the run, in words."""
     how, step = state(run), last_value(run, "step")
-    if how == "running":
+    if how == StopReason.RUNNING:
         return f"running, as of step {step:,.0f}" if step else "running, before its first row"
     target = number(run.results, "target_loss") or 0
     corpus_loss = number(run.results, "corpus_loss")
-    if how == "target" and corpus_loss is not None and corpus_loss > target:
+    if how == StopReason.TARGET and corpus_loss is not None and corpus_loss > target:
         return "target reached by window_loss alone"  # the classic rule
-    missed = ", target not reached" if how == "steps" and target > 0 else ""
+    missed = ", target not reached" if how == StopReason.STEPS and target > 0 else ""
     return OUTCOMES.get(how, how) + missed

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from parts.flags import Config
+from parts.progress import StopReason
 from parts.run.directory import RunDir, append_whole, read_json
 from parts.run.layout import csv_rows, sample_blocks
 
@@ -123,13 +124,13 @@ class Board:
     def end(self) -> None:
         """Show the results of a run that ended, was interrupted or failed."""
         results = read_json(self.run.results_json)
-        reason = results.get("stop_reason", "running")
-        if reason == "running":
+        reason = results.get("stop_reason", StopReason.RUNNING)
+        if reason == StopReason.RUNNING:
             return
         found = {f"results/{name}": results.get(name) for name in RESULTS.split()}
         values = {tag: value for tag, value in found.items() if value is not None}
         self.record(results.get("final_step", 0), time.time(), summary=self.scalars(values))
-        if reason not in ("interrupted", "failed"):
+        if reason not in (StopReason.INTERRUPTED, StopReason.FAILED):
             self.record(0, time.time(), summary=self.session_end)
         self.flush()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from parts import VERSION
 from parts.commandline import flag_words, shell_line, value_of
 from parts.flags import Config, From, text_names
-from parts.progress import COMPLETE, Progress
+from parts.progress import COMPLETE, Progress, StopReason
 from parts.recipe import LAW_TARGET, Text, usual_steps
 from parts.report.provenance import changed, launch_words
 from parts.run.directory import gigabytes
@@ -161,9 +161,9 @@ def changes(saved: dict, config: Config) -> str:
 def finished(step: int, stop_reason: str) -> str:
     """That a run is over, and the way to go on."""
     how = {
-        "target": f"the target was reached at step {step}. Lower --target_loss",
-        "patience": f"no lower validation loss up to step {step}. Raise --patience",
-        "steps": f"all steps up to {step} are done. Raise --steps (and --decay_steps, if it was "
+        StopReason.TARGET: f"the target was reached at step {step}. Lower --target_loss",
+        StopReason.PATIENCE: f"no lower validation loss up to step {step}. Raise --patience",
+        StopReason.STEPS: f"all steps up to {step} are done. Raise --steps (and --decay_steps, if it was "
         "typed)",
     }[stop_reason]
     return (
@@ -300,12 +300,12 @@ def failed_check_line(progress: Progress, config: Config) -> str:
 def ending(progress: Progress, config: Config, corpus: Corpus, stop_reason: str) -> list[str]:
     """What there is to say about a run that came to its end."""
     p, c = progress, config
-    if stop_reason == "target":
+    if stop_reason == StopReason.TARGET:
         is_classic = p.step_reached(c)
         loss = p.window_loss(c) if is_classic else p.corpus_loss
         rule = "the classic rule: one step alone" if is_classic else "the mean of random slices"
         lines = [f"Target reached: loss {loss:.6f} <= {c.target_loss}. Stopping. ({rule})"]
-    elif stop_reason == "patience":
+    elif stop_reason == StopReason.PATIENCE:
         lines = [f"No lower validation loss in {c.patience} measurements. Stopping."]
     else:
         lines = [f"All {p.step} steps done."]
@@ -330,7 +330,7 @@ def verdict(config: Config, progress: Progress, floor: float, stop_reason: str) 
     """What came of a run that is over; where more steps may help, with the command."""
     c, p, said = config, progress, []
     is_still_falling = c.validates and p.best_step == p.val_step > c.eval_every
-    if c.target_loss and stop_reason == "target":
+    if c.target_loss and stop_reason == StopReason.TARGET:
         said.append(f"the target was reached at step {p.step:,}")
     elif c.target_loss and not p.corpus_measured:
         unknown = "the loss on random slices could not be measured"
@@ -345,14 +345,14 @@ def verdict(config: Config, progress: Progress, floor: float, stop_reason: str) 
     elif c.validates and overfits(c, p):
         kept = "whose weights are in best.pt"
         said.append(f"the model overfits since step {p.best_step:,}, {kept}")
-    elif c.validates and stop_reason == "patience":
+    elif c.validates and stop_reason == StopReason.PATIENCE:
         said.append(f"the validation loss fell no further after step {p.best_step:,}")
     elif is_still_falling:
         said.append("the validation loss was still falling at the end")
     elif c.validates:
         said.append(f"the validation loss was lowest at step {p.best_step:,}")
     is_missed = 0 < c.target_loss >= floor
-    if stop_reason == "steps" and (is_missed or is_still_falling):
+    if stop_reason == StopReason.STEPS and (is_missed or is_still_falling):
         steps = p.step + max(1, p.step // 2)
         words = [*flags_to_continue(c), "--steps", str(steps)]
         decay = c.origins.get("decay_steps")
