@@ -1,12 +1,14 @@
 """Turn a checkpoint of train.py into a folder that Hugging Face's transformers loads, and back.
 
     python export_hf.py --checkpoint out/gpt2 --out hf/gpt2
+    python export_hf.py --checkpoint out/gpt2 --out gpt2.gguf
     python export_hf.py --from_hf hf/gpt2 --out imported.pt
 
 The folder holds weights (safetensors, the tied head once), configuration, vocabulary and a model
 card written from the run's own files; `AutoModelForCausalLM` and `AutoTokenizer` load it without a
-network. The way back makes a checkpoint of weights alone, for sample.py and `train.py --init_from`.
-Neither needs transformers.
+network. The GGUF file is for llama.cpp and what stands on it (Ollama, LM Studio, GPT4All). Both
+have the trained context alone: positions that no step has trained are left out. The way back makes
+a checkpoint of weights alone, for sample.py and `train.py --init_from`. transformers is not needed.
 """
 
 import json
@@ -15,13 +17,15 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 from parts.start import packages_of
 
 with packages_of("export_hf.py", __name__):
+    import numpy as np
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load, save_file
@@ -33,7 +37,13 @@ with packages_of("export_hf.py", __name__):
     from parts.recipe import decide
     from parts.report.sections import in_markdown
     from parts.run import checkpoint as checkpoints
-    from parts.run.directory import make_folder, new_folder, read_if_there, read_json
+    from parts.run.directory import (
+        make_folder,
+        new_folder,
+        read_if_there,
+        read_json,
+        replacing,
+    )
     from parts.run.layout import RunPaths, sample_blocks
     from parts.run.screen import log, speaking
     from parts.text import vocabulary as vocabularies
@@ -46,10 +56,16 @@ SAME = {  # what transformers may vary and train.py does not
     **dict(tie_word_embeddings=True, add_cross_attention=False),
 }
 IMPORTED = ("config.json", "model.safetensors", "tokenizer.json")
+SHORT = 400  # characters of the sample in the card
 WINDOW, CORPUS = "training loss (window)", "corpus loss, nats per token"
 RECITES = 0.5  # nats per token: below it most of what a model writes stands in its text
 NO_LICENSE = "unknown"  # the Hub's word for it
 HUB_LICENSES = "https://huggingface.co/docs/hub/repositories-licenses"
+GGUF_NAMES = {  # ours: llama.cpp's, with weight or bias behind both
+    **dict(wte="token_embd", wpe="position_embd", ln_f="output_norm", ln_1="attn_norm"),
+    **{"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm"},
+    **{"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in transformers' Conv1D
 
 CARD = """---
@@ -69,17 +85,29 @@ tags:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer, model = (kind.from_pretrained("PATH") for kind in (AutoTokenizer, AutoModelForCausalLM))
+name = "USER/NAME"  # or the path of this folder
+tokenizer, model = (kind.from_pretrained(name) for kind in (AutoTokenizer, AutoModelForCausalLM))
 ids = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_length={context})[0], skip_special_tokens=True))
 ```
 
-{rights}**Use.** For looking at how a language model learns. {origin} is no source of facts.
+Versions tried: transformers {versions}.
+
+{sample}{rights}**Use.** For looking at how a language model learns. {origin} is no source of facts.
 
 **Memorisation.** {memory}
 
-**Length.** Prompt and continuation together may have {context} tokens, the trained context.
+**Length.** The model was trained on {context} tokens at a time, and this is its context: prompt and
+continuation together may have {context} tokens.
 """
+SAMPLE = """**What it writes**, after step {step:,} of its run, to the prompt in the first line:
+
+{fence}text
+{text}
+{fence}
+
+"""
+TRIED = "4.30.2, 4.44.2, 4.46.3, 4.57.6, 5.0.0 and 5.23.0"
 RIGHTS = f"""**Licence.** None is set yet. What others may do with this model depends on the rights
 in what it was trained on. Before you publish it, set `license:` in the first lines of this file to
 one of the [Hub's identifiers]({HUB_LICENSES}),
@@ -97,13 +125,15 @@ class Options:
     """Flags of the command line."""
 
     out: Path
-    """folder to make; with --from_hf the checkpoint to write"""
+    """folder to make, or a file NAME.gguf; with --from_hf the checkpoint to write"""
     checkpoint: Path | None = None
     """what to export: a run directory, for its best.pt, or a checkpoint"""
     from_hf: Path | None = None
     """folder to import instead: a GPT-2 with a byte-level vocabulary"""
     license: str = NO_LICENSE
     """for the model card, as the Hub spells it: mit, cc0-1.0; the rights in the text decide"""
+    gguf_type: Literal["f32", "f16"] = "f32"
+    """numbers in a .gguf: f32 as trained, f16 for matrices in half the size"""
     replace: bool = False
     """write over an earlier export, also over an edited card; with --from_hf an earlier import"""
 
@@ -118,9 +148,6 @@ def export(path: Path, out: Path, license: str) -> None:
 
     Raises OSError or ValueError.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9.-]*", license):
-        known = f"the Hub's, such as mit, cc0-1.0, other: see {HUB_LICENSES}"
-        raise ValueError(f"--license {license!r} is none of {known}")
     checkpoint = checkpoints.load_checkpoint(path, "--checkpoint")
     config = Config.from_dict(checkpoint["config"])
     end = vocabularies.saved_tokenizer(checkpoint).eot_token
@@ -135,27 +162,47 @@ def export(path: Path, out: Path, license: str) -> None:
     generation |= dict(do_sample=True, temperature=0.9, top_k=50, max_length=context)
     encoding: dict[str, Any] = dict(tokenizer_class="PreTrainedTokenizerFast")
     encoding |= dict(model_max_length=context, add_prefix_space=False)
-    encoding |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), vocabularies.DOCUMENT_END)
+    special = ("bos_token", "eos_token", "unk_token", "pad_token")
+    encoding |= dict.fromkeys(special, vocabularies.DOCUMENT_END)
     encoding |= dict(clean_up_tokenization_spaces=False)
+    # Or transformers 4.46 and 4.57 give token_type_ids, and GPT-2 then adds wte[0] everywhere.
+    encoding |= dict(model_input_names=["input_ids", "attention_mask"])
+    ids, merges = ids_and_merges(own_vocabulary)
     texts = {
-        "config.json": json.dumps(hf_config(config, end), indent=2) + "\n",
+        "config.json": json.dumps(hf_config(config, end, context), indent=2) + "\n",
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
         "tokenizer_config.json": json.dumps(encoding, indent=2) + "\n",
         "tokenizer.json": own_vocabulary.content,
+        "vocab.json": json.dumps(ids, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
         "prompts.json": json.dumps(beginnings(run), ensure_ascii=False) + "\n",
-        "README.md": model_card(checkpoint, config, measured, license),
+        "README.md": model_card(checkpoint, config, measured, license, sample_of(run)),
     }
     present = {file.name for file in ([out] if out.is_file() else out.glob("*"))}
     if foreign := present - {"model.safetensors", *texts}:
         problem = f"{min(foreign)} is of no export: move it away, or choose another folder"
         raise FileExistsError(f"--out {out}: {problem}")
-    weights = hf_weights(checkpoint.pop("model"))
+    weights = hf_weights(trained_positions(checkpoint))
     with writing(out), new_folder(out) as folder:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8", newline="\n")
         # Safetensors makes a file that only its owner may read.
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
+
+def trained_positions(checkpoint: dict) -> dict[str, torch.Tensor]:
+    """The weights, taken out of a checkpoint, with the positions that were trained: the others are
+    noise, and many tools offer whatever is there."""
+    model = checkpoint.pop("model")
+    model["wpe.weight"] = model["wpe.weight"][: checkpoint["trained_context"]]
+    return model
+
+
+def ids_and_merges(vocabulary: vocabularies.OwnVocabulary) -> tuple[dict[str, int], list[str]]:
+    """All tokens, by their ids, and the merges, oldest first."""
+    ids = sorted(vocabulary.inner.get_vocab().items(), key=lambda token: token[1])
+    return dict(ids), json.loads(vocabulary.content)["model"]["merges"]
 
 
 @contextmanager
@@ -177,19 +224,33 @@ def own_run(path: Path, checkpoint: dict) -> Path | None:
     return run if own else None
 
 
+def last_samples(run: Path | None) -> tuple[int, str]:
+    """The step and the texts of a run's last samples; 0 and nothing without any."""
+    blocks = [] if run is None else sample_blocks(read_if_there(RunPaths(run).samples_txt))
+    return (blocks[-1].step, blocks[-1].texts) if blocks else (0, "")
+
+
 def beginnings(run: Path | None) -> list[str]:
     """Prompts in the manner of the text, for space/app.py.
 
     They are that of the run's last samples, and their lines that end with a colon.
     """
-    if run is None:
-        return [FIRST_WORDS]
-    blocks = sample_blocks(read_if_there(RunPaths(run).samples_txt))
-    samples = blocks[-1].texts if blocks else ""
+    _, samples = last_samples(run)
     prompt = samples.partition("PROMPT:\n")[2].partition("\nOUTPUT:")[0]
     speakers = [line for line in samples.splitlines() if line.endswith(":") and not line.isupper()]
     found = dict.fromkeys([prompt, *(f"{line}\n" for line in speakers)])
     return [text for text in found if text][:5] or [FIRST_WORDS]
+
+
+def sample_of(run: Path | None) -> str:
+    """The first of a run's last samples for the card, cut short; nothing without any."""
+    step, samples = last_samples(run)
+    text = samples.partition("\nOUTPUT:\n")[2].partition("\n\nPROMPT:\n")[0].strip()
+    if not text:
+        return ""
+    text = text if len(text) <= SHORT else text[:SHORT].rpartition(" ")[0] + " ..."
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return SAMPLE.format(step=step, text=text, fence="`" * max(3, longest + 1))
 
 
 def hf_weights(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -202,11 +263,11 @@ def transposed(name: str, value: torch.Tensor) -> torch.Tensor:
     return (value.T if name.endswith(TRANSPOSED) else value).contiguous()
 
 
-def hf_config(config: Config, end: int) -> dict:
-    """The model's shape in transformers' words."""
+def hf_config(config: Config, end: int, context: int) -> dict:
+    """The model's shape in transformers' words, with so many positions."""
     c = config
     words: dict[str, Any] = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2")
-    words |= dict(vocab_size=c.vocab_size, n_positions=c.block_size)
+    words |= dict(vocab_size=c.vocab_size, n_positions=context, n_ctx=context)
     words |= dict(n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)
     words |= dict(activation_function="gelu_new", layer_norm_epsilon=1e-5)
     words |= dict(initializer_range=c.init_std)
@@ -248,13 +309,16 @@ def without_folders(*paths: Path | str) -> str:
     return in_markdown(", ".join(names))
 
 
-def model_card(checkpoint: dict, config: Config, measured: dict[str, float], license: str) -> str:
+def model_card(
+    checkpoint: dict, config: Config, measured: dict[str, float], license: str, sample: str = ""
+) -> str:
     """What the model is, as far as its checkpoint and its losses tell."""
-    c, context, text = config, checkpoint["trained_context"], without_folders(*config.input_file)
+    context, text = checkpoint["trained_context"], without_folders(*config.input_file)
+    c = replace(config, block_size=context)
     rows = {
         "parameters": f"{c.n_params:,}",
         "layers, heads, width": f"{c.n_layer}, {c.n_head}, {c.n_embd}",
-        "trained context": f"{context} tokens (of {c.block_size} positions)",
+        "trained context": f"{context} tokens",
         "vocabulary": f"{c.vocab_size:,} ({without_folders(c.tokenizer)})",
     }
     if checkpoint["corpus_sha256"]:
@@ -280,9 +344,100 @@ def model_card(checkpoint: dict, config: Config, measured: dict[str, float], lic
     loss = measured.get(CORPUS, measured.get(WINDOW, RECITES))
     memory = RECITED.format(loss) if loss < RECITES else NOT_MEASURED
     rights = RIGHTS if license == NO_LICENSE else ""
+    if context < config.block_size:
+        rows["left out"] = f"positions {context + 1} to {config.block_size}, never trained"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     told = dict(title=title, table=table, origin=origin, memory=memory, rights=rights)
-    return CARD.format(license=license, context=context, **told)
+    return CARD.format(license=license, context=context, versions=TRIED, sample=sample, **told)
+
+
+# ---------------------------------------------------------------------------------------------
+# To llama.cpp
+# ---------------------------------------------------------------------------------------------
+
+
+def export_gguf(path: Path, out: Path, license: str, kind: str) -> int:
+    """Write one file for llama.cpp, also over an earlier one, and return its context.
+
+    Raises OSError or ValueError.
+    """
+    gguf = gguf_package()
+    if out.is_dir() or (out.is_file() and out.read_bytes()[:4] != b"GGUF"):
+        raise FileExistsError(f"--out {out} is no GGUF file: choose another name")
+    checkpoint = checkpoints.load_checkpoint(path, "--checkpoint")
+    config = Config.from_dict(checkpoint["config"])
+    end = vocabularies.saved_tokenizer(checkpoint).eot_token
+    tokenizer = hf_tokenizer(checkpoint["tokenizer"]["content"])
+    ids, merges = ids_and_merges(vocabularies.OwnVocabulary(tokenizer.to_str(), "tokenizer.json"))
+    with writing(out):
+        make_folder(out.parent, parents=True)
+        with replacing(out, shared=True) as file:
+            writer = gguf.GGUFWriter(file.name, "gpt2")
+            try:
+                writer.add_name(out.stem)
+                writer.add_license(license)
+                half = kind == "f16"
+                types = gguf.LlamaFileType
+                writer.add_file_type(types.MOSTLY_F16 if half else types.ALL_F32)
+                writer.add_block_count(config.n_layer)
+                writer.add_context_length(checkpoint["trained_context"])
+                writer.add_embedding_length(config.n_embd)
+                writer.add_feed_forward_length(4 * config.n_embd)
+                writer.add_head_count(config.n_head)
+                writer.add_layer_norm_eps(1e-5)
+                writer.add_tokenizer_model("gpt2")
+                writer.add_tokenizer_pre("gpt-2")
+                writer.add_token_list(list(ids))
+                special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+                kinds = gguf.TokenType
+                writer.add_token_types(
+                    [kinds.CONTROL if token in special else kinds.NORMAL for token in ids]
+                )
+                writer.add_token_merges(merges)
+                writer.add_bos_token_id(end)
+                writer.add_eos_token_id(end)
+                writer.add_add_bos_token(False)
+                for name, value in gguf_weights(trained_positions(checkpoint), half):
+                    writer.add_tensor(name, value)
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_tensors_to_file()
+            finally:
+                writer.close()
+    return checkpoint["trained_context"]
+
+
+def gguf_package() -> ModuleType:
+    """The package that writes the format. Raises ValueError without it."""
+    try:
+        import gguf
+    except ImportError as error:
+        needed = f"--out NAME.gguf needs the package gguf ({error})"
+        raise ValueError(f"{needed}: python -m pip install gguf") from error
+    return gguf
+
+
+def gguf_weights(
+    model: dict[str, torch.Tensor], half: bool
+) -> Iterator[tuple[str, "np.ndarray[Any, Any]"]]:
+    """The weights under llama.cpp's names, the tied head also under its own: older ones need it.
+
+    Vectors and positions stay f32, as llama.cpp's own converter has them.
+    """
+    for name in list(model):
+        value = model.pop(name).float()
+        layer, short = ("", name)
+        if name.startswith("h."):
+            _, number, short = name.split(".", 2)
+            layer = f"blk.{number}."
+        owner, _, part = short.rpartition(".")
+        if half and value.ndim == 2 and owner != "wpe":
+            value = value.half()
+            if not value.isfinite().all():
+                raise ValueError(f"--gguf_type f16 cannot hold {name}: give --gguf_type f32")
+        yield f"{layer}{GGUF_NAMES[owner]}.{part}", value.numpy()
+        if owner == "wte":
+            yield "output.weight", value.numpy()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -364,8 +519,21 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("give either --checkpoint, to export, or --from_hf, to import")
         if out.exists() and not options.replace:
             raise FileExistsError(f"--out {out} is there already: give --replace, or another --out")
+        if not re.fullmatch(r"[a-z][a-z0-9.-]*", options.license):
+            known = f"the Hub's, such as mit, cc0-1.0, other: see {HUB_LICENSES}"
+            raise ValueError(f"--license {options.license!r} is none of {known}")
+        is_gguf = out.suffix.lower() == ".gguf"
+        if options.gguf_type == "f16" and not is_gguf:
+            raise ValueError("--gguf_type f16 is for a GGUF file: give --out NAME.gguf")
         if options.checkpoint:
             source = checkpoints.checkpoint_in(source, "--checkpoint")
+        elif is_gguf:
+            raise ValueError(f"--out {out}: a GGUF file is made of a --checkpoint; import it first")
+        limit = ""
+        if is_gguf:
+            context = export_gguf(source, out, options.license, options.gguf_type)
+            limit = f"; it has a context of {context} tokens: llama-cli -m {out} -c {context}"
+        elif options.checkpoint:
             export(source, out, options.license)
         else:
             import_hf(source, out)
@@ -374,7 +542,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    print(f"Wrote {out} from {source}")
+    print(f"Wrote {out} from {source}{limit}")
     return 0
 
 

@@ -493,8 +493,10 @@ class Trainer:
         self.progress.resumed(saved.config, self.config)
 
     def start_from(self, start: InitialWeights) -> None:
-        """Begin with the weights of another run."""
-        self.model.load_state_dict(start.model)
+        """Begin with the weights of another run; positions that it did not have stay new."""
+        known = start.model["wpe.weight"].to(self.device)
+        new = self.model.wpe.weight.detach()[len(known) :]
+        self.model.load_state_dict(start.model | {"wpe.weight": torch.cat([known, new])})
         self.progress.began_from(start.trained_context)
 
     def state(self) -> dict:
@@ -1190,7 +1192,7 @@ def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
     if setup.saved is not None:
         announce_resume(setup.saved, setup.config)
     if setup.start is not None:
-        log.info("Starting from the weights of %s", setup.start.path)
+        log.info("Starting from the weights of %s%s", setup.start.path, setup.start.remark)
     if progress.best_step and not run.best.exists():
         log.warning("%s is missing: the best from here on will be written there", run.best)
         trainer.forget_best()

@@ -21,6 +21,7 @@ class InitialWeights:
     path: Path
     model: dict[str, torch.Tensor]
     trained_context: int  # positions that they know
+    remark: str = ""  # what of the new model they do not have
 
 
 def load_initial_weights(config: Config, vocabulary: str) -> InitialWeights | None:
@@ -31,7 +32,10 @@ def load_initial_weights(config: Config, vocabulary: str) -> InitialWeights | No
     checkpoint = load_checkpoint(path, "--init_from")
     saved = checkpoint["config"]
     weights = checkpoint["model"]
-    needed = [f"--{name} {saved.get(name)}" for name in different(saved, config, MODEL_FLAGS)]
+    positions = len(weights["wpe.weight"])
+    is_longer = config.block_size > positions  # its other positions begin new
+    fixed = tuple(name for name in MODEL_FLAGS if name != "block_size" or not is_longer)
+    needed = [f"--{name} {saved.get(name)}" for name in different(saved, config, fixed)]
     if normal_form(checkpoint["tokenizer"]["content"]) != vocabulary:
         needed.append(f"--tokenizer {vocabulary_of(path, checkpoint)}")
     if needed:
@@ -44,7 +48,9 @@ def load_initial_weights(config: Config, vocabulary: str) -> InitialWeights | No
     if rows != config.vocab_size:
         sizes = f"{rows:,} tokens, not {config.vocab_size:,}"
         raise ValueError(f"--init_from {config.init_from} has weights for {sizes}")
-    return InitialWeights(path, weights, checkpoint["trained_context"])
+    new = f" ({positions} positions; {positions + 1} to {config.block_size} begin new)"
+    remark = new if is_longer else ""
+    return InitialWeights(path, weights, checkpoint["trained_context"], remark)
 
 
 def vocabulary_of(path: Path, checkpoint: dict) -> str:

@@ -340,7 +340,7 @@ def test_a_text_that_has_grown_and_weights_of_another_model(refused, tmp_path, c
         in message
     )
     advice = message.strip().partition(" give ")[2]
-    assert advice == "--n_layer 2 --block_size 16 --tokenizer run/tokenizer.json"
+    assert advice == "--n_layer 2 --tokenizer run/tokenizer.json", "a longer one is fine"
     assert train.main([*flags, *other, *advice.split(), "--out_dir=third"]) == 0
     capsys.readouterr()
     Path("run/tokenizer.json").write_text("{}", encoding="utf-8")

@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_tokens import NASTY
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import export_hf
@@ -22,6 +23,7 @@ import sample
 import train
 from parts.commandline import parse_config
 from parts.flags import PRESETS, Config
+from parts.predecessor import InitialWeights
 from parts.recipe import decide
 from parts.run.checkpoint import load_checkpoint
 from parts.run.directory import read_json
@@ -76,7 +78,7 @@ def test_the_same_model(folder):
     sampler = sample.Sampler(folder / "run/checkpoints/best.pt", "cpu", "off")
     model = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
     tokens = torch.randint(
-        sampler.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0)
+        sampler.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
         torch.testing.assert_close(
@@ -92,7 +94,7 @@ def test_every_preset_has_the_shapes_of_transformers(preset):
     with torch.device("meta"):
         ours, theirs = (
             train.GPT(config),
-            GPT2LMHeadModel(GPT2Config(**export_hf.hf_config(config, 50_256))),
+            GPT2LMHeadModel(GPT2Config(**export_hf.hf_config(config, 50_256, config.block_size))),
         )
     exported = {
         name: value.shape for name, value in export_hf.hf_weights(ours.state_dict()).items()
@@ -116,6 +118,13 @@ def test_the_same_ids(folder):
         assert tokenizer(text)["input_ids"] == own.encode_ordinary(text), ascii(text)
         assert tokenizer.decode(own.encode_ordinary(text)) == text
     assert tokenizer("<|endoftext|>")["input_ids"] == [own.eot_token] == [tokenizer.eos_token_id]
+    assert tokenizer(["a", "Line 1"], padding=True)["attention_mask"][0][-1] == 0
+    assert list(tokenizer("a")) == ["input_ids", "attention_mask"], "or GPT-2 takes a third"
+    vocab, merges = (str(folder / "hf" / name) for name in ("vocab.json", "merges.txt"))
+    text = "".join(NASTY[:-3])
+    plain = Tokenizer(models.BPE.from_file(vocab, merges))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert plain.encode(text).ids == own.encode_ordinary(text)
     merges = json.loads((folder / "hf/tokenizer.json").read_text(encoding="utf-8"))["model"][
         "merges"
     ]
@@ -149,7 +158,7 @@ def test_transformers_alone_writes_the_same_text_without_a_warning(folder):
 
 def test_what_the_folder_says_of_the_model(folder):
     config = json.loads((folder / "hf/config.json").read_text(encoding="utf-8"))
-    assert config["n_positions"] == 32
+    assert config["n_positions"] == config["n_ctx"] == 16
     assert (
         json.loads((folder / "hf/generation_config.json").read_text(encoding="utf-8"))["max_length"]
         == 16
@@ -158,7 +167,10 @@ def test_what_the_folder_says_of_the_model(folder):
     card = (folder / "hf/README.md").read_text(encoding="utf-8")
     best = load_checkpoint(folder / "run/checkpoints/best.pt")
     for text in (
-        "16 tokens (of 32 positions)",
+        "| trained context | 16 tokens |",
+        "| left out | positions 17 to 32, never trained |",
+        "USER/NAME",
+        "```text\nLine",
         f"(window) | {best['loss']:.6f}",
         "trained from scratch on text.txt",
     ):
@@ -325,6 +337,7 @@ def test_and_back(folder, tmp_path):
     before = load_checkpoint(folder / "run/checkpoints/best.pt")
     after = load_checkpoint(tmp_path / "back.pt")
     assert before["model"].keys() == after["model"].keys() and after["trained_context"] == 16
+    before["model"]["wpe.weight"] = before["model"]["wpe.weight"][:16]  # what was trained
     assert all(torch.equal(value, after["model"][name]) for name, value in before["model"].items())
     assert after["tokenizer"]["n_vocab"] == before["tokenizer"]["n_vocab"]
     texts = [
@@ -461,7 +474,7 @@ def test_padding_behind_the_vocabulary_is_left_out(folder, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "x.pt")
     assert (
         torch.equal(checkpoint["model"]["wte.weight"], before)
-        and checkpoint["trained_context"] == 32
+        and checkpoint["trained_context"] == 16
     )
 
 
@@ -505,13 +518,17 @@ def test_training_goes_on_from_what_came_back(folder, tmp_path, monkeypatch):
     flags += [GPT2 if name == "gpt2" else "--tokenizer=run/tokenizer.json"]
     assert train.main(flags) == 0
     log = (tmp_path / "more/logs/train.log").read_text(encoding="utf-8")
-    assert f"Starting from the weights of {back}" in log
+    assert f"Starting from the weights of {back} (16 positions; 17 to 32 begin new)" in log
     loss = float(log.split("step 1/3 | loss ")[1].split(" ")[0])
     checkpoint = load_checkpoint(back)
     saved = load_checkpoint(tmp_path / "more/checkpoints/last.pt")
     config = Config.from_dict(saved["config"])
     trainer = train.Trainer(config, load_corpus(config, choose_tokenizer(config, saved)), None)
-    trainer.model.load_state_dict(checkpoint["model"])
+    new = trainer.model.wpe.weight.detach()[16:].clone()
+    trainer.start_from(InitialWeights(back, checkpoint["model"], 16))
+    positions = trainer.model.wpe.weight
+    assert torch.equal(positions[:16], checkpoint["model"]["wpe.weight"])
+    assert torch.equal(positions[16:], new) and new.std() > 0
     (slices,) = trainer.slices(1)
     assert loss == pytest.approx(trainer.model(slices[:, :-1], slices[:, 1:]).item(), rel=1e-5)
     assert train.main([*flags, "--steps=5"]) == 0, "and the run continues from its own checkpoint"
@@ -529,6 +546,10 @@ def test_a_published_model_is_fine_tuned(folder, tmp_path, monkeypatch):
         name.removeprefix("transformer."): w
         for name, w in load_file("gpt2/model.safetensors").items()
     }
+    more = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)) / 50
+    published["wpe.weight"] = torch.cat([published["wpe.weight"], more])
+    config = read_json(Path("gpt2/config.json")) | {"n_positions": 32, "n_ctx": 32}
+    Path("gpt2/config.json").write_text(json.dumps(config), encoding="utf-8")
     masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 32, 32).tril() for layer in range(2)}
     save_file(published | masks, "gpt2/model.safetensors")
     for name in ("tokenizer_config.json", "prompts.json", "README.md"):
@@ -634,6 +655,10 @@ def test_weights_of_another_shape_are_no_start(folder, tmp_path, monkeypatch, ca
     assert train.main([*flags, "--init_from=run/checkpoints/best.pt", "--n_layer=3"]) == 2
     message = capsys.readouterr().err.replace("\\", "/")
     assert message.endswith(": give --n_layer 2 --block_size 32 --tokenizer run/tokenizer.json\n")
+    longer = ["--init_from=run/checkpoints/best.pt", "--n_layer=3", "--block_size=64"]
+    assert train.main([*flags, *longer]) == 2
+    message = capsys.readouterr().err.replace("\\", "/")
+    assert message.endswith(": give --n_layer 2 --tokenizer run/tokenizer.json\n")
     assert train.main([*flags, "--init_from=none.pt"]) == 2
     assert (
         "--init_from none.pt: no such file" in capsys.readouterr().err

@@ -208,11 +208,8 @@ class Comparison:
     def row(self, name: str, flags: list[str]) -> list[str]:
         """What came of a run, and the values of these flags."""
         run, loss, how = self.runs[name], self.losses[name], state(self.runs[name])
-        none = (
-            f"none: {how}"
-            if how in (StopReason.RUNNING, StopReason.INTERRUPTED, StopReason.FAILED)
-            else "none"
-        )
+        unfinished = (StopReason.RUNNING, StopReason.INTERRUPTED, StopReason.FAILED)
+        none = f"none: {how}" if how in unfinished else "none"
         tokens, elapsed = last_value(run, "tokens"), last_value(run, "elapsed_sec")
         window_loss = number(run.results, "window_loss") if how == StopReason.TARGET else None
         window = "" if window_loss is None else f" (window_loss {window_loss:.4f})"

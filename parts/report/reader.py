@@ -14,7 +14,7 @@ from parts.progress import StopReason
 from parts.run.layout import RunPaths, SampleBlock, sample_blocks
 
 MEASURE = {"val_fraction", "val_sha256", "seq_len"}  # what changes how validation is measured
-OUTCOMES = {  # reasons to stop, of results.json
+OUTCOMES: dict[str, str] = {  # reasons to stop, of results.json
     StopReason.TARGET: "target reached",
     StopReason.PATIENCE: "stopped, since the validation loss fell no further",
     StopReason.STEPS: "all steps done",

@@ -163,9 +163,9 @@ def finished(step: int, stop_reason: str) -> str:
     how = {
         StopReason.TARGET: f"the target was reached at step {step}. Lower --target_loss",
         StopReason.PATIENCE: f"no lower validation loss up to step {step}. Raise --patience",
-        StopReason.STEPS: f"all steps up to {step} are done. Raise --steps (and --decay_steps, if it was "
-        "typed)",
-    }[stop_reason]
+        StopReason.STEPS: f"all steps up to {step} are done. Raise --steps (and --decay_steps, "
+        "if it was typed)",
+    }[StopReason(stop_reason)]
     return (
         f"Already finished: {how} to go on, or choose another --out_dir (or --resume never) for a "
         "new run."
