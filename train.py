@@ -1168,7 +1168,8 @@ def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
     except (RuntimeError, MemoryError, ValueError, TypeError, KeyError, AttributeError) as error:
         if is_out_of_memory(error) or setup.saved is None:
             raise
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        first_line = str(error).partition("\n")[0]
+        reason = f"{type(error).__name__}: {first_line}"
         raise ValueError(f"{setup.saved.path} does not fit this model ({reason})") from error
     if setup.start is not None:
         trainer.start_from(setup.start)
