@@ -224,7 +224,7 @@ def test_an_export_is_there_whole_or_not_at_all(launch, traced, capsys):
     traced.traced = True
     assert export_hf.main(["--checkpoint=run", "--out=disk/above/hf"]) == 0
     whole = {f"above/hf/{path.name}": path.read_bytes() for path in Path("disk/above/hf").iterdir()}
-    assert traced.worst() == whole and len(whole) == 7
+    assert traced.worst() == whole and len(whole) == 9
     for _, state in traced.states:
         assert {name: data for name, data in state.items() if name.startswith("above/hf/")} in (
             {},
