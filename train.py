@@ -798,7 +798,7 @@ class Trainer:
         p.measured_corpus(mean, error, n_slices)
 
     def told(self, elapsed_sec: float) -> None:
-        """All about the latest step is measured, so long after the run's beginning."""
+        """The latest step is measured and told; the run has taken so many seconds."""
         self.progress.told(elapsed_sec)
 
 
@@ -1032,16 +1032,18 @@ class Saver:
 # ---------------------------------------------------------------------------------------------
 
 
+STOPS = (None, *SIGNALS, *COMPLETE)  # where processes differ, the last of their reasons counts
+
+
 def agreed_stop(trainer: Trainer, interruption: Interruption) -> str | None:
     """Why all processes stop now: a StopReason, or the name of a signal; None while they go on.
 
     The first process knows when the run is over; a signal may come to any.
     """
-    reasons = [None, *SIGNALS, *COMPLETE]  # the last has precedence
     own = interruption.signal_name
     if trainer.ranks.rank == 0:
         own = trainer.progress.stop_reason(trainer.config) or own
-    return reasons[trainer.ranks.largest(reasons.index(own))]
+    return STOPS[trainer.ranks.largest(STOPS.index(own))]
 
 
 def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:

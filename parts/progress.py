@@ -131,7 +131,7 @@ class Progress:
             self.skipped_in_a_row += 1
 
     def told(self, elapsed_sec: float) -> None:
-        """Note that all about this step is measured, after so long, all starts together."""
+        """Note that this step is measured, and the seconds of all starts together."""
         self.untold = False
         self.elapsed_sec = elapsed_sec
 

@@ -91,7 +91,12 @@ def test_the_command_that_goes_on_can_be_pasted(config):
         == "To continue: python train.py --out_dir 'out/my run'"
     )
     again = how_to_continue(typed, config, False, " from step 3")
-    assert again == "To start again: python train.py --preset demo --prompt 'one\\ntwo'"
+    assert again.startswith("To start again: python train.py --preset demo ")
+    for prompt in ("one\ntwo", "never"):
+        words = ["--preset", "demo", "--resume", "never", "--prompt", prompt]
+        again = how_to_continue(words, config, False).removeprefix("To start again: ")
+        found = read_typed(shlex.split(again)[2:])
+        assert found["resume"] == "auto" and found["prompt"].replace("\\n", "\n") == prompt
     dashed = replace(config, out_dir=Path("-x"), tensorboard=True)
     command = how_to_continue(typed, dashed, True).removeprefix("To continue: python train.py ")
     assert read_typed(shlex.split(command)) == {"out_dir": Path("-x"), "tensorboard": True}

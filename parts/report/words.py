@@ -375,8 +375,8 @@ def how_to_continue(argv: list[str], config: Config, saved: bool, since: str = "
     if saved:
         words = launch_words(flags_to_continue(config), config)
         return f"To continue{since}: {shell_line(words)}"
-    if value_of("resume", argv) == "never":  # which would begin anew once more
-        argv = [word for word in argv if word not in ("--resume=never", "--resume", "never")]
+    if value_of("resume", argv) == "never":  # which would begin anew once more; the last counts
+        argv = [*argv, "--resume", "auto"]
     return f"To start again: {shell_line(launch_words(argv, config))}"
 
 
