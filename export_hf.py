@@ -12,6 +12,7 @@ a checkpoint of weights alone, for sample.py and `train.py --init_from`. transfo
 """
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -100,7 +101,7 @@ Versions tried: transformers {versions}.
 **Length.** The model was trained on {context} tokens at a time, and this is its context: prompt and
 continuation together may have {context} tokens.
 """
-SAMPLE = """**What it writes**, after step {step:,} of its run, to the prompt in the first line:
+SAMPLE = """**What the run wrote** at step {step:,}, the prompt first:
 
 {fence}text
 {text}
@@ -168,6 +169,7 @@ def export(path: Path, out: Path, license: str) -> None:
     # Or transformers 4.46 and 4.57 give token_type_ids, and GPT-2 then adds wte[0] everywhere.
     encoding |= dict(model_input_names=["input_ids", "attention_mask"])
     ids, merges = ids_and_merges(own_vocabulary)
+    sample = sample_of(run, checkpoint["step"])
     texts = {
         "config.json": json.dumps(hf_config(config, end, context), indent=2) + "\n",
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
@@ -176,7 +178,7 @@ def export(path: Path, out: Path, license: str) -> None:
         "vocab.json": json.dumps(ids, ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
         "prompts.json": json.dumps(beginnings(run), ensure_ascii=False) + "\n",
-        "README.md": model_card(checkpoint, config, measured, license, sample_of(run)),
+        "README.md": model_card(checkpoint, config, measured, license, sample),
     }
     present = {file.name for file in ([out] if out.is_file() else out.glob("*"))}
     if foreign := present - {"model.safetensors", *texts}:
@@ -224,9 +226,10 @@ def own_run(path: Path, checkpoint: dict) -> Path | None:
     return run if own else None
 
 
-def last_samples(run: Path | None) -> tuple[int, str]:
-    """The step and the texts of a run's last samples; 0 and nothing without any."""
-    blocks = [] if run is None else sample_blocks(read_if_there(RunPaths(run).samples_txt))
+def last_samples(run: Path | None, step: float = math.inf) -> tuple[int, str]:
+    """The step and the texts of a run's last samples up to a step; 0 and nothing without any."""
+    found = [] if run is None else sample_blocks(read_if_there(RunPaths(run).samples_txt))
+    blocks = [block for block in found if block.step <= step]
     return (blocks[-1].step, blocks[-1].texts) if blocks else (0, "")
 
 
@@ -242,9 +245,9 @@ def beginnings(run: Path | None) -> list[str]:
     return [text for text in found if text][:5] or [FIRST_WORDS]
 
 
-def sample_of(run: Path | None) -> str:
-    """The first of a run's last samples for the card, cut short; nothing without any."""
-    step, samples = last_samples(run)
+def sample_of(run: Path | None, step: int) -> str:
+    """A sample for the card, cut short, of these weights or the nearest before; perhaps none."""
+    step, samples = last_samples(run, step)
     text = samples.partition("\nOUTPUT:\n")[2].partition("\n\nPROMPT:\n")[0].strip()
     if not text:
         return ""

@@ -27,6 +27,7 @@ from parts.predecessor import InitialWeights
 from parts.recipe import decide
 from parts.run.checkpoint import load_checkpoint
 from parts.run.directory import read_json
+from parts.run.layout import sample_blocks
 from parts.text.corpus import load_corpus
 from parts.text.vocabulary import OwnVocabulary, choose_tokenizer
 
@@ -664,3 +665,17 @@ def test_weights_of_another_shape_are_no_start(folder, tmp_path, monkeypatch, ca
         "--init_from none.pt: no such file" in capsys.readouterr().err
         and not (tmp_path / "x").exists()
     )
+
+
+def test_the_sample_of_a_card_is_of_its_weights_or_before(launch, prompt_disk):
+    flags = ["--steps=6", "--sample_every=2", "--save_every=2", "--num_prompts=1"]
+    assert launch("run", *flags) == 0
+    steps = [
+        block.step for block in sample_blocks(Path("run/samples/samples.txt").read_text("utf-8"))
+    ]
+    assert steps[-1] == 6 and len(steps) > 2
+    assert [export_hf.last_samples(Path("run"), step)[0] for step in (6, 5, 2)] == [6, 4, 2]
+    assert export_hf.main(["--checkpoint=run/checkpoints/prev.pt", "--out=hf"]) == 0
+    step = load_checkpoint(Path("run/checkpoints/prev.pt"))["step"]
+    card = Path("hf/README.md").read_text(encoding="utf-8")
+    assert step < 6 and f"**What the run wrote** at step {step}, the prompt first:" in card
