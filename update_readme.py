@@ -19,6 +19,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from urllib.parse import quote
 from parts.start import packages_of
 
 with packages_of("update_readme.py", __name__):
+    import numpy as np
     import pandas as pd
 
     from parts.commandline import encode_escapes, flag_words, read_flags, shell_line, value_of
@@ -81,18 +83,18 @@ COLUMNS: dict[str, Callable[[float], str]] = {  # of the METRICS table
 # ---------------------------------------------------------------------------------------------
 
 
-def draw_loss_curve(out_dir: Path) -> Path:
+def draw_loss_curve(out_dir: Path) -> Path | None:
     """Draw logs/loss_curve.png: losses, learning rate, and lines at ln V, floor, target and best.
 
-    What the run lacks is left out. Raises what `read_run` raises, and ValueError when no row has a
-    loss yet.
+    What the run lacks is left out. Draws nothing and returns None before the first loss. Raises
+    OSError, and what `read_run` raises.
     """
     from matplotlib.figure import Figure
 
     run = read_run(out_dir)
-    table = run.metrics[run.metrics["loss"] > 0]
+    table = run.losses
     if table.empty:
-        raise ValueError(f"{out_dir.as_posix()}: no step has a loss yet")
+        return None
     figure = Figure(figsize=(9, 5.2), dpi=110, layout="constrained")
     axis = figure.add_subplot()
     axis.plot("step", "loss", data=table, color="#9ecae1", linewidth=1, label="loss of one step")
@@ -105,20 +107,7 @@ def draw_loss_curve(out_dir: Path) -> Path:
     if start is not None:
         label = f"overfitting from step {start:.0f}"
         axis.axvline(start, color="#d94801", linewidth=1, linestyle=":", label=label)
-    shown = [table["loss"].min(), table["loss"].max()]
-    for key, name, colour in LEVELS:
-        value = number(run.results, key) or 0
-        if value <= 0:
-            continue
-        is_far = value < shown[0] / 5  # to show it would press the curves together
-        shown += [] if is_far else [value]
-        label = f"{name} {value:.5g}{', below' if is_far else ''}"
-        axis.axhline(value, color=colour, linewidth=1, linestyle="--", label=label)
-    best, step = number(run.results, "best_loss"), number(run.results, "best_step")
-    if best and step and best > 0:
-        label = f"best {best:.4f} at step {step:.0f}"
-        axis.plot([step], [best], "*", color="#6a51a3", markersize=11, label=label)
-        shown.append(best)
+    shown = [table["loss"].min(), table["loss"].max(), *draw_levels(axis, run)]
     show_losses(axis, min(shown) / 1.3, max(shown) * 1.3)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss, nats per token (log scale)")
@@ -135,14 +124,35 @@ def draw_loss_curve(out_dir: Path) -> Path:
     return write_plot(figure, RunPaths(out_dir).loss_curve)
 
 
+def draw_levels(axis: "Axes", run: Run) -> list[float]:
+    """Draw lines at ln V, target and floor, and the best loss. Returns what y must reach to."""
+    shown = []
+    for key, name, colour in LEVELS:
+        value = run.numbers.get(key, 0)
+        if value <= 0:
+            continue
+        is_far = value < run.losses["loss"].min() / 5  # it would press the curves together
+        if not is_far:
+            shown.append(value)
+        label = f"{name} {value:.5g}{', below' if is_far else ''}"
+        axis.axhline(value, color=colour, linewidth=1, linestyle="--", label=label)
+    best = run.numbers.get("best_loss", 0)
+    if best > 0:
+        step = run.numbers.get("best_step", 0)
+        label = f"best {best:.4f} at step {step:.0f}"
+        axis.plot([step], [best], "*", color="#6a51a3", markersize=11, label=label)
+        shown.append(best)
+    return shown
+
+
 def show_losses(axis: "Axes", low: float, high: float) -> None:
     """Make y a log scale from low to high with round numbers at it, four or more if there are."""
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    finer = ([number / count for number in range(count, 10 * count)] for count in (2, 5, 10, 100))
-    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), *finer):
-        ticks = (digit * 10.0**exponent for exponent in range(-5, 4) for digit in digits)
-        inside = [tick for tick in ticks if low <= tick <= high]
+    finer = [np.arange(count, 10 * count) / count for count in (2, 5, 10, 100)]
+    for digits in ([1, 2, 5], [1, 1.5, 2, 3, 4, 5, 7], *finer):
+        ticks = np.outer(10.0 ** np.arange(-5, 4), digits).ravel()
+        inside = ticks[(low <= ticks) & (ticks <= high)]
         if len(inside) >= 4:
             break
     axis.set_yscale("log")
@@ -175,19 +185,18 @@ def curves(comparison: Comparison, run: Run) -> dict[str, pd.DataFrame]:
     Training is solid, validation dashed, as far as it was measured on the present text.
     """
     table, in_bits = run.metrics, comparison.unit == "bits per byte"
-    if not has_values(table, "tokens"):
-        return {}
-    training = table.get("bits_per_byte") if in_bits else training_loss(table)
-    losses = {
-        "-": training if comparison.one_text else None,
-        "--": reader.validation(run).get("val_bits_per_byte" if in_bits else "val_loss"),
-    }
+    losses = {}
+    if comparison.one_text:
+        losses["-"] = table.get("bits_per_byte") if in_bits else training_loss(table)
+    losses["--"] = reader.validation(run).get("val_bits_per_byte" if in_bits else "val_loss")
     found = {}
     for dash, loss in losses.items():
-        if loss is not None:
-            drawn = pd.DataFrame({"tokens": table["tokens"], "loss": loss})
-            found[dash] = drawn[drawn["tokens"].notna() & (drawn["loss"] > 0)]
-    return {dash: drawn for dash, drawn in found.items() if len(drawn)}
+        values = {"tokens": table.get("tokens"), "loss": loss}
+        drawn = pd.DataFrame(values, index=table.index).dropna()
+        drawn = drawn[drawn["loss"] > 0]
+        if len(drawn):
+            found[dash] = drawn
+    return found
 
 
 def comparison_figure(comparison: Comparison) -> "Figure | None":
@@ -215,11 +224,10 @@ def comparison_figure(comparison: Comparison) -> "Figure | None":
             line = look | ({"marker": "o", "markevery": None} if len(table) == 1 else {})
             axis.plot(table["tokens"], table["loss"], linestyle=dash, linewidth=1.6, **line)
             is_late = (table["tokens"] >= end / 20) | (table.index == table.index[-1])
-            late.append(table.loc[is_late, "loss"])
+            late += table.loc[is_late, "loss"].tolist()
         names.append(name if len(name) <= 44 else f"{name[:20]} ... {name[-19:]}")
         handles.append(Line2D([], [], color=colour, marker=marker, linewidth=2))
-    low, high = min(losses.min() for losses in late), max(losses.max() for losses in late)
-    show_losses(axis, low / 1.05, high * 1.05)
+    show_losses(axis, min(late) / 1.05, max(late) * 1.05)
     axis.set_xlim(0, end * 1.01)
     axis.set_xlabel("tokens trained")
     axis.xaxis.set_major_formatter(EngFormatter())
@@ -247,7 +255,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> Path | None:
 
 def plot_section(run: Run, readme: Path) -> str:
     """The loss curve as an image, by a path relative to the README."""
-    if not (run.metrics["loss"] > 0).any():
+    if run.losses.empty:
         return "No loss has been logged yet."
     path = RunPaths(run.out_dir).loss_curve
     try:
@@ -259,71 +267,59 @@ def plot_section(run: Run, readme: Path) -> str:
 
 def summary_section(run: Run, _readme: Path) -> str:
     """What came of the run, one figure a row."""
-    rows: list[list[str]] = []
+    flags, corpus, known = run.flags, run.corpus, run.numbers
+    validates = run.results.get("best_metric") == "val_loss"
+    rows = []
 
-    def add(label: str, form: str, *keys: str) -> None:
-        values = [number(run.results, key) for key in keys]
-        if None not in values:
-            rows.append([label, form.format(*values)])
+    def add(label: str, form: str) -> None:
+        """Add a row, unless its form names a number that is not known."""
+        with suppress(KeyError):
+            rows.append([label, form.format_map(known)])
 
-    flags, corpus = run.flags, run.corpus
     if flags:
         shape = [f"{name} {flags.get(name)}" for name in ("n_layer", "n_head", "n_embd", "seq_len")]
         rows.append(["model", cell(f"{flags.get('preset')} ({', '.join(shape)})")])
         rows.append(["device", cell(f"{flags.get('device')}, {flags.get('amp')}")])
     if corpus:
-        tokens = number(corpus, "tokens")
-        known = "?" if tokens is None else f"{tokens:,.0f}"
-        rows.append(["corpus", cell(f"{corpus.get('file')}, {known} tokens")])
+        tokens = number(corpus, "tokens") or math.nan
+        rows.append(["corpus", cell(f"{corpus.get('file')}, {tokens:,.0f} tokens")])
     rows.append(["outcome", outcome(run)])
-    if number(run.results, "target_loss") == 0:
-        rows.append(["target", "none"])
-    else:
-        add("target", "{:g}", "target_loss")
-    add("window_loss", "{:.6f} (mean of the last {:.0f} steps)", "window_loss", "target_window")
-    validates = run.results.get("best_metric") == "val_loss"
-    measured = "{:.6f} ± {:.6f} (mean ± standard error, n = {:,.0f} random slices)"
-    part = " of the training part" if validates else ""
-    about = ["corpus_loss", "corpus_loss_standard_error", "corpus_loss_slices"]
-    add(f"corpus loss{part}", measured, *about)
-    add("perplexity", "{:.4f}", "perplexity")
-    add("bits per byte", "{:.4f}", "bits_per_byte")
-    add_best(run, add)
-    add("last step", "loss {:.6f} at step {:,.0f}", "final_loss", "final_step")
-    add("last val_loss", "{:.6f}, perplexity {:,.2f}", "val_loss", "val_perplexity")
-    add("last validation bits per byte", "{:.4f}", "val_bits_per_byte")
+    add("target", "none" if known.get("target_loss") == 0 else "{target_loss:g}")
+    add("window_loss", "{window_loss:.6f} (mean of the last {target_window:.0f} steps)")
+    add(
+        "corpus loss of the training part" if validates else "corpus loss",
+        "{corpus_loss:.6f} ± {corpus_loss_standard_error:.6f} (mean ± standard error, n = "
+        "{corpus_loss_slices:,.0f} random slices)",
+    )
+    add("perplexity", "{perplexity:.4f}")
+    add("bits per byte", "{bits_per_byte:.4f}")
+    add(*best_row(known, validates))
+    add("last step", "loss {final_loss:.6f} at step {final_step:,.0f}")
+    add("last val_loss", "{val_loss:.6f}, perplexity {val_perplexity:,.2f}")
+    add("last validation bits per byte", "{val_bits_per_byte:.4f}")
     start = reader.overfitting(run)
     if start is not None:
         rows.append(["overfitting", f"from step {start:,.0f} on the validation loss rose"])
-    add("loss floor of this corpus and seq_len", "{:.4f}", "loss_floor")
-    add("ln V (a model that knows nothing)", "{:.3f}", "ln_vocab")
-    add("tokens trained", "{:,.0f} ({:,.1f} pseudo-epochs)", "tokens", "pseudo_epochs")
-    add("parameters", "{:,.0f}", "parameters")
-    elapsed, tokens = number(run.results, "elapsed_sec"), number(run.results, "tokens")
+    add("loss floor of this corpus and seq_len", "{loss_floor:.4f}")
+    add("ln V (a model that knows nothing)", "{ln_vocab:.3f}")
+    add("tokens trained", "{tokens:,.0f} ({pseudo_epochs:,.1f} pseudo-epochs)")
+    add("parameters", "{parameters:,.0f}")
+    elapsed = known.get("elapsed_sec")
     if elapsed:
         rows.append(["time", reader.duration(elapsed)])
-    if elapsed and tokens:
-        rate = f"{tokens / elapsed:,.0f}"
-        rows.append(["tokens per second, saves and samples included", rate])
+        rate = known.get("tokens", math.nan) / elapsed
+        rows.append(["tokens per second, saves and samples included", f"{rate:,.0f}"])
     return markdown_table(["", "result"], rows, align="---")
 
 
-def add_best(run: Run, add: Callable[..., None]) -> None:
-    """Add the row of the best loss, as far as it was measured."""
-    metric = run.results.get("best_metric")
-    best_step = number(run.results, "best_step") or math.inf
-    label = "best val_loss" if metric == "val_loss" else "best window_loss"
-    if metric != "val_loss" and best_step < (number(run.results, "target_window") or 0):
+def best_row(known: dict[str, float], validates: bool) -> tuple[str, str]:
+    """Label and form of the best loss, as far as it was measured."""
+    label = "best val_loss" if validates else "best window_loss"
+    if not validates and known.get("best_step", math.inf) < known.get("target_window", 0):
         label = "mean loss of all steps"  # there was no full window
-    forms = {
-        "best_loss": "**{:.6f}**",
-        "best_loss_standard_error": " ± {:.6f}",
-        "best_step": " at step {:,.0f}",
-        "best_bits_per_byte": ", {:.4f} bits per byte",
-    }
-    needed = ("best_loss", "best_step")
-    keys = [key for key in forms if key in needed or number(run.results, key) is not None]
-    add(label, "".join(forms[key] for key in keys), *keys)
+    error = " ± {best_loss_standard_error:.6f}" if "best_loss_standard_error" in known else ""
+    bits = ", {best_bits_per_byte:.4f} bits per byte" if "best_bits_per_byte" in known else ""
+    return label, "**{best_loss:.6f}**" + error + " at step {best_step:,.0f}" + bits
 
 
 def logs_section(run: Run, _readme: Path) -> str:
@@ -342,11 +338,10 @@ def metrics_section(run: Run, _readme: Path) -> str:
         return "No rows yet."
     if has_values(table, "val_loss") and table["val_loss"].notna().sum() >= TABLE_ROWS:
         table = table.dropna(subset=["val_loss"])
-    count = min(TABLE_ROWS, len(table))
-    picked = [round(i * (len(table) - 1) / max(1, count - 1)) for i in range(count)]
+    picked = np.linspace(0, len(table) - 1, min(TABLE_ROWS, len(table)))
     columns = [name for name in COLUMNS if has_values(table, name)]
     rows = []
-    for _, row in table[columns].iloc[picked].iterrows():
+    for _, row in table[columns].iloc[picked.round().astype(int)].iterrows():
         rows.append(["" if math.isnan(row[name]) else COLUMNS[name](row[name]) for name in columns])
     return markdown_table(columns, rows)
 
@@ -381,8 +376,7 @@ def repro_section(run: Run, _readme: Path) -> str:
         add("launches", f"{len(launches)}, of which the last {LAUNCHES}")
     for launch in launches[-LAUNCHES:]:
         command = launch.get("command")
-        words = words_of(command)
-        add(f"from step {launch.get('first_step', 1)}", shell_line(words) if words else command)
+        add(f"from step {launch.get('first_step', 1)}", shell_line(words_of(command)) or command)
         add("started", launch.get("date"))
     made_with = ("version", "git_commit", "sources_sha256", "versions", "hardware")
     for label in ("seed", *made_with, "corpus"):
@@ -415,7 +409,7 @@ def full_command(flags: Mapping[str, object]) -> str:
     words = ["python", "train.py"]
     for name in (field.name for field in fields(Flags)):
         value = flags.get(name)
-        is_default = name == "dry_run" or (name == "resume" and value in ("auto", "never"))
+        is_default = name == "resume" and value in ("auto", "never")
         if is_default or value is False or value in (None, "", []):
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
@@ -488,49 +482,43 @@ def fill(
 
     With `check` only compare. Returns the exit code; raises ValueError or OSError for bad input.
     """
-    is_there = readme.exists()
-    before = sections.read_readme(readme) if is_there else ""
-    after = sections.filled(
-        before if is_there else sections.new_readme(source, contents), contents, readme
-    )
-    if check and before == after:
-        print(f"{readme}: up to date with {source}")
-        return 0
+    if readme.exists():
+        before = sections.read_readme(readme)
+        after = sections.filled(before, contents, readme)
+    else:
+        before = ""
+        after = sections.filled(sections.new_readme(source, contents), contents, readme)
+    is_stale = before != after
     if check:
-        names = (str(readme), f"{readme} from {source}")
-        lines = before.splitlines(), after.splitlines()
-        print(*difflib.unified_diff(*lines, *names, lineterm=""), sep="\n")
-        return 1
-    if before != after:
+        if is_stale:
+            names = (str(readme), f"{readme} from {source}")
+            lines = before.splitlines(), after.splitlines()
+            print(*difflib.unified_diff(*lines, *names, lineterm=""), sep="\n")
+        else:
+            print(f"{readme}: up to date with {source}")
+        return int(is_stale)
+    if is_stale:
         sections.check_writable(readme)
     plot = draw()
     if plot is not None and git_ignored(plot):
         name = plot.as_posix()
         log.warning(f"git ignores {name}: git add -f {name}, or it will not show on GitHub")
-    if before != after:
+    if is_stale:
         sections.write_text(readme, after)
     remove_leftovers(readme.resolve())
-    done = "made" if not before else "updated" if before != after else "already up to date"
+    done = "made" if not before else "updated" if is_stale else "already up to date"
     print(f"{readme}: {done} from {source}")
     return 0
 
 
 def report_run(run: Run, readme: Path, check: bool) -> int:
     """Fill the README from one run, and draw its loss curve. Returns and raises as `fill`."""
-    drawable = (run.metrics["loss"] > 0).any()
     contents = {name: partial(section, run, readme) for name, section in SECTIONS.items()}
-
-    def draw() -> Path | None:
-        return draw_loss_curve(run.out_dir) if drawable else None
-
-    return fill(readme, contents, str(run.out_dir), check, draw)
+    return fill(readme, contents, str(run.out_dir), check, partial(draw_loss_curve, run.out_dir))
 
 
 def report_comparison(comparison: Comparison, readme: Path | None, check: bool) -> int:
-    """Fill the README from several runs, or print the table; draw the plot.
-
-    Returns the exit code. Raises ValueError or OSError for bad input.
-    """
+    """Fill the README from several runs, or print the table; draw. Returns and raises as `fill`."""
     runs = list(comparison.runs.values())
     if readme is not None:
         contents = {"COMPARE": partial(comparison_section, comparison, readme)}
@@ -539,9 +527,9 @@ def report_comparison(comparison: Comparison, readme: Path | None, check: bool) 
     if check:
         raise ValueError("--check compares a README with the runs: name it with --readme")
     print(comparison.text())
-    here, folder = Path.cwd(), common_parent(runs)
-    is_below = folder is not None and folder.is_relative_to(here)
-    path = (folder if folder and is_below else here) / COMPARISON_PLOT
+    here = Path.cwd()
+    folder = common_parent(runs) or here
+    path = (folder if folder.is_relative_to(here) else here) / COMPARISON_PLOT
     try:
         plot = draw_comparison(comparison, path)
     except OSError as error:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from parts import VERSION
 from parts.flags import PRESETS, Config, Flags, brief, out_of_range
-from parts.recipe import TINY_SHAKESPEARE, Text, decide
+from parts.recipe import decide
 
 T = TypeVar("T")
 OTHER_NAMES = {  # the flag here: its names in other programs
@@ -208,9 +208,9 @@ def read_typed(argv: list[str], about: str | None = None) -> dict[str, Any]:
     return typed
 
 
-def parse_config(argv: list[str], text: Text = TINY_SHAKESPEARE, processes: int = 1) -> Config:
+def parse_config(argv: list[str], processes: int = 1) -> Config:
     """The flags of a new run, without what the machine chooses. Raises as `read_typed` does."""
-    config = decide(read_typed(argv), text, processes=processes)
+    config = decide(read_typed(argv), processes=processes)
     if problems := config.contradictions():
         raise ValueError("\n".join(problems))
     return config

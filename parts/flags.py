@@ -220,6 +220,9 @@ class From(StrEnum):
     DEFAULT = "default"
 
 
+BY_USER = (From.TYPED, From.RUN)  # typed at this start, or at an earlier one
+
+
 class Origin(NamedTuple):
     """Where a value comes from, and why it is what it is."""
 

@@ -22,6 +22,12 @@ class StopReason(StrEnum):
 COMPLETE = (StopReason.TARGET, StopReason.PATIENCE, StopReason.STEPS)  # these end a run
 
 
+def overfits(latest: float, lowest: float, training: float) -> bool:
+    """Whether the validation loss rose since its lowest by more than a hundredth, while the
+    training loss went on falling."""
+    return latest > 1.01 * lowest and training < lowest
+
+
 @dataclass
 class Progress:
     """How far a run has come: all of its state beside weights, optimizer and gradient scale.

@@ -168,25 +168,17 @@ def write_rate(v: Any, text: Text) -> tuple[object, Origin]:
     return by_size(text, 3e-3, 4e-3, 4e-3) if v.optimizer == "muon" else RULES["lr"](v, text)
 
 
-def write_split(v: Any, text: Text) -> tuple[object, Origin]:
-    """A tenth of the text is held out, unless there is a val_file."""
-    part = 0.0 if v.val_file else 0.1
-    return follows(part, "the end of the text, unless there is a val_file")
-
-
-def write_patience(v: Any, text: Text) -> tuple[object, Origin]:
-    """Stop when the validation loss falls no further."""
-    return follows(5 if v.val_fraction or v.val_file else 0, "with a validation split")
-
-
+SPLIT = "the end of the text, unless there is a val_file"
 WRITE: dict[str, Rule] = {
     "tokenizer": write_tokenizer,
     "n_embd": lambda v, text: by_size(text, 128, 192, 256),
     "n_head": write_heads,
     "block_size": lambda v, _: follows(v.seq_len, "seq_len"),
     "batch_size": lambda v, text: by_size(text, 4, 8, 16),
-    "val_fraction": write_split,
-    "patience": write_patience,
+    "val_fraction": lambda v, _: follows(0.0 if v.val_file else 0.1, SPLIT),
+    "patience": lambda v, _: follows(
+        5 if v.val_fraction or v.val_file else 0, "with a validation split"
+    ),
     **RULES,
     "lr": write_rate,
     "steps": write_steps,
@@ -220,10 +212,8 @@ def decide(
     v = SimpleNamespace(preset=preset, processes=processes, vocab_size=vocab_size)
     source = From.TYPED if "preset" in typed else From.RUN if kept else From.DEFAULT
     origins = {"preset": Origin(source)}
-    constant = [flag.name for flag in fields(Flags) if flag.name not in rules]
+    constant = [flag.name for flag in fields(Flags) if flag.name not in {*rules, "preset"}]
     for name in [*constant, *rules]:
-        if name == "preset":
-            continue
         value, origin = typed.get(name), Origin(From.TYPED)
         if value in (None, LEFT_OPEN.get(name)):
             value, origin = untyped(name, v, text, rules, None if name in typed else kept)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from parts.commandline import encode_escapes
 from parts.flags import ReportingFlags
-from parts.progress import StopReason
+from parts.progress import COMPLETE, StopReason
 from parts.report import reader
 from parts.report.reader import Run, last_value, number, state, validation
 from parts.report.sections import escaped, markdown_table
@@ -32,13 +32,14 @@ def find_runs(paths: tuple[Path, ...]) -> list[Path]:
     """The folders among the paths, and the runs that match the globs. Raises FileNotFoundError."""
     found: dict[Path, Path] = {}
     for path in paths:
-        matches = [path] if path.is_dir() else []
         if is_glob(path):
             matched = map(Path, sorted(glob.glob(str(path), recursive=True)))
             matches = [match for match in matched if RunPaths(match).metrics_csv.is_file()]
             if not matches:
                 raise FileNotFoundError(f"--out_dir {path}: no run directory matches")
-        elif not path.exists():
+        elif path.exists():
+            matches = [path] if path.is_dir() else []  # a shell's out/* has files, too
+        else:
             raise FileNotFoundError(f"--out_dir {path}: there is no such directory")
         for match in matches:
             found.setdefault(match.resolve(), match)
@@ -115,18 +116,18 @@ def lowest_validation_loss(run: Run, bits: bool) -> Loss | None:
     value = row.get("val_bits_per_byte" if bits else "val_loss", math.nan)
     if math.isnan(value):
         return None
-    is_published = row["step"] == number(run.results, "best_step")
-    error = number(run.results, "best_loss_standard_error") if is_published else None
+    is_published = row["step"] == run.numbers.get("best_step")
+    error = run.numbers.get("best_loss_standard_error") if is_published else None
     return Loss(value, f"{with_error(value, error, row['val_loss'])} at step {row['step']:,.0f}")
 
 
 def corpus_loss(run: Run, bits: bool) -> Loss | None:
     """Mean over random slices; None until the run is over, and again when it goes on."""
-    nats = number(run.results, "corpus_loss")
-    value = number(run.results, "bits_per_byte") if bits else nats
+    nats = run.numbers.get("corpus_loss")
+    value = run.numbers.get("bits_per_byte") if bits else nats
     if value is None or not nats or state(run) == StopReason.RUNNING:
         return None
-    error = number(run.results, "corpus_loss_standard_error")
+    error = run.numbers.get("corpus_loss_standard_error")
     return Loss(value, with_error(value, error, nats))
 
 
@@ -208,11 +209,11 @@ class Comparison:
     def row(self, name: str, flags: list[str]) -> list[str]:
         """What came of a run, and the values of these flags."""
         run, loss, how = self.runs[name], self.losses[name], state(self.runs[name])
-        unfinished = (StopReason.RUNNING, StopReason.INTERRUPTED, StopReason.FAILED)
-        none = f"none: {how}" if how in unfinished else "none"
+        none = "none" if how in (*COMPLETE, "unknown") else f"none: {how}"
         tokens, elapsed = last_value(run, "tokens"), last_value(run, "elapsed_sec")
-        window_loss = number(run.results, "window_loss") if how == StopReason.TARGET else None
-        window = "" if window_loss is None else f" (window_loss {window_loss:.4f})"
+        window = ""
+        if how == StopReason.TARGET and "window_loss" in run.numbers:
+            window = f" (window_loss {run.numbers['window_loss']:.4f})"
         return [
             name,
             none if loss is None else loss.words,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from parts import VERSION
 from parts.flags import Config, text_names
+from parts.recipe import OF_ONE_START
 from parts.text.corpus import Corpus
 
 ROOT = Path(__file__).resolve().parents[2]
-# Flags whose change is no news: where the run lies, and what holds for one start.
-UNIMPORTANT = ("resume", "out_dir", "preset", "processes", "dry_run", "tensorboard")
+NO_NEWS = OF_ONE_START | {"preset", "processes"}  # flags whose change need not be told
 
 
 def git_commit() -> str | None:
@@ -72,8 +72,9 @@ def launch_record(
         "first_step": 1 if checkpoint is None else checkpoint["step"] + 1,
         "command": command,
     }
-    launches = before.get("launches") if launch["first_step"] > 1 else None
+    launches = None
     if checkpoint is not None:
+        launches = before.get("launches")
         launch["changed"] = changed(checkpoint["config"], config)
         if checkpoint["val_sha256"] != corpus.val_sha256:
             launch["changed"]["val_sha256"] = checkpoint["val_sha256"]
@@ -98,9 +99,6 @@ def launch_record(
 
 def changed(saved: dict, config: Config) -> dict:
     """The flags that differ from those of a checkpoint's config, with their values there."""
-    before = {name: saved.get(name, "unknown") for name in config.as_dict()}
-    return {
-        name: before[name]
-        for name, value in config.as_dict().items()
-        if before[name] != value and name not in UNIMPORTANT
-    }
+    now = {name: value for name, value in config.as_dict().items() if name not in NO_NEWS}
+    before = {name: saved.get(name, "unknown") for name in now}
+    return {name: before[name] for name in now if before[name] != now[name]}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from parts.flags import From
-from parts.progress import StopReason
+from parts.flags import BY_USER
+from parts.progress import StopReason, overfits
 from parts.run.layout import RunPaths, SampleBlock, sample_blocks
 
 MEASURE = {"val_fraction", "val_sha256", "seq_len"}  # what changes how validation is measured
@@ -41,6 +41,17 @@ class Run:
         return dict_in(self.config, "config")
 
     @property
+    def losses(self) -> pd.DataFrame:
+        """The rows with a loss that can be drawn."""
+        return self.metrics[self.metrics["loss"] > 0]
+
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        """The finite numbers of results.json."""
+        found = {key: number(self.results, key) for key in self.results}
+        return {key: value for key, value in found.items() if value is not None}
+
+    @property
     def corpus(self) -> dict:
         """What config.json says of the text."""
         return dict_in(self.config, "corpus")
@@ -49,8 +60,7 @@ class Run:
     def typed(self) -> set[str]:
         """The flags that were typed, at this start or an earlier one."""
         origins = dict_in(self.config, "origins")
-        sources = {name: dict_in(origins, name).get("from") for name in origins}
-        return {name for name, source in sources.items() if source in (From.TYPED, From.RUN)}
+        return {name for name in origins if dict_in(origins, name).get("from") in BY_USER}
 
     @property
     def launches(self) -> list[dict]:
@@ -184,14 +194,13 @@ def lowest_validation(run: Run) -> pd.Series | None:
 
 
 def overfitting(run: Run) -> float | None:
-    """The step of the lowest validation loss, if the model overfits since: that loss rose by more
-    than a hundredth while the training loss went on falling."""
+    """The step of the lowest validation loss, if the model overfits since; else None."""
     lowest = lowest_validation(run)
     if lowest is None:
         return None
-    risen = validation(run).iloc[-1]["val_loss"] > 1.01 * lowest["val_loss"]
-    learned = training_loss(run.metrics).iloc[-1] < lowest["val_loss"]
-    return lowest["step"] if risen and learned else None
+    latest = validation(run).iloc[-1]["val_loss"]
+    training = training_loss(run.metrics).iloc[-1]
+    return lowest["step"] if overfits(latest, lowest["val_loss"], training) else None
 
 
 def training_loss(table: pd.DataFrame) -> pd.Series:
@@ -207,9 +216,7 @@ def last_value(run: Run, column: str) -> float | None:
 def state(run: Run) -> str:
     """How the run stands: a key of `OUTCOMES`, running, or unknown. A killed run looks running."""
     reason = run.results.get("stop_reason")
-    saved = number(run.results, "final_step")
-    steps = run.metrics["step"]
-    went_on = saved is not None and len(steps) and steps.iloc[-1] > saved
+    went_on = run.metrics["step"].max() > run.numbers.get("final_step", math.inf)
     if reason == StopReason.RUNNING or went_on or (run.config and not run.results):
         return StopReason.RUNNING
     return reason if isinstance(reason, str) and reason in OUTCOMES else "unknown"
@@ -220,9 +227,8 @@ def outcome(run: Run) -> str:
     how, step = state(run), last_value(run, "step")
     if how == StopReason.RUNNING:
         return f"running, as of step {step:,.0f}" if step else "running, before its first row"
-    target = number(run.results, "target_loss") or 0
-    corpus_loss = number(run.results, "corpus_loss")
-    if how == StopReason.TARGET and corpus_loss is not None and corpus_loss > target:
+    target = run.numbers.get("target_loss", 0)
+    if how == StopReason.TARGET and run.numbers.get("corpus_loss", 0) > target:
         return "target reached by window_loss alone"  # the classic rule
     missed = ", target not reached" if how == StopReason.STEPS and target > 0 else ""
     return OUTCOMES.get(how, how) + missed

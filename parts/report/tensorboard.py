@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from parts.flags import Config
+from parts.flags import Config, text_names
 from parts.progress import StopReason
 from parts.run.directory import RunDir, append_whole, read_json
 from parts.run.layout import csv_rows, sample_blocks
@@ -75,8 +75,8 @@ class Board:
         elapsed = 0.0
         began = time.time() - max(times.values(), default=0.0)  # had it run without a break
         flags = config.as_dict()
-        for name, value in flags.items():
-            flags[name] = ", ".join(value) if isinstance(value, list) else value
+        for name in ("input_file", "val_file"):
+            flags[name] = text_names(getattr(config, name))
         compared = ["results/best_loss", "results/corpus_loss", "loss/window_loss"]
         compared += ["loss/val_loss"] if config.validates else []
         experiment, session, self.session_end = hparams(flags, dict.fromkeys(compared, 0))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from parts import VERSION
 from parts.commandline import flag_words, shell_line, value_of
-from parts.flags import Config, From, text_names
-from parts.progress import COMPLETE, Progress, StopReason
+from parts.flags import BY_USER, Config, From, text_names
+from parts.progress import COMPLETE, Progress, StopReason, overfits
 from parts.recipe import LAW_TARGET, Text, usual_steps
 from parts.report.provenance import changed, launch_words
 from parts.run.directory import gigabytes
@@ -28,8 +28,10 @@ HEADINGS = {  # of the plan's lines about values that were neither typed nor con
 }
 
 
-def perplexity(loss: float) -> float:
+def perplexity(loss: float | None) -> float | None:
     """exp(loss), infinite where that is beyond a float."""
+    if loss is None:
+        return None
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -104,9 +106,7 @@ def origin_lines(config: Config) -> list[str]:
         why = f" ({reason})" if reason and source != From.RUN else ""
         told[source].append(f"{name} {value}{why}")
     lines = [f"{HEADINGS[source]}: {'; '.join(words)}" for source, words in told.items() if words]
-    chosen = config.origins.get("device")
-    reason = chosen.reason if chosen else ""
-    return [*lines, f"Device: {config.device} ({reason or '--device'})"]
+    return [*lines, f"Device: {config.device} ({config.origins['device'].reason or '--device'})"]
 
 
 def plan_warnings(
@@ -124,8 +124,7 @@ def plan_warnings(
             f"it at --seq_len {c.seq_len}; {way}"
         )
     usual = usual_steps(c, Text(0, len(corpus.tokens)))
-    steps = c.origins.get("steps")
-    is_typed = steps is not None and steps.source in (From.TYPED, From.RUN)
+    is_typed = c.origins["steps"].source in BY_USER
     holds = max(floor, LAW_TARGET / 2) < c.target_loss <= 2 * LAW_TARGET
     if is_typed and holds and not usual / 2 <= c.steps <= 2 * usual:
         per_pass = len(corpus.tokens) / c.tokens_per_step
@@ -219,14 +218,18 @@ def step_row(
     config: Config, progress: Progress, corpus: Corpus, *, val_loss: float | None, **measured: float
 ) -> Row:
     """The step's row of the CSV; `measured` are loss, grad_norm, lr and tokens_per_sec."""
-    p, window_loss = progress, progress.window_loss(config)
-    row: dict[str, float | None] = {"step": p.step, **measured, "elapsed_sec": p.elapsed_sec}
-    row |= {"tokens": p.tokens, "window_loss": window_loss}
-    row["bits_per_byte"] = bits_per_byte(window_loss, corpus.bytes_per_token)
-    if val_loss is not None:
-        row |= {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)}
-        row["val_bits_per_byte"] = bits_per_byte(val_loss, corpus.val_bytes_per_token)
-    return row
+    window_loss = progress.window_loss(config)
+    return {
+        "step": progress.step,
+        **measured,
+        "elapsed_sec": progress.elapsed_sec,
+        "tokens": progress.tokens,
+        "window_loss": window_loss,
+        "bits_per_byte": bits_per_byte(window_loss, corpus.bytes_per_token),
+        "val_loss": val_loss,
+        "val_perplexity": perplexity(val_loss),
+        "val_bits_per_byte": bits_per_byte(val_loss, corpus.val_bytes_per_token),
+    }
 
 
 def bar_text(loss: float, tokens_per_sec: float, seconds_left: float | None) -> str:
@@ -336,15 +339,13 @@ def verdict(config: Config, progress: Progress, floor: float, stop_reason: str) 
         unknown = "the loss on random slices could not be measured"
         said.append(f"whether the target was reached is unknown: {unknown}")
     elif 0 < c.target_loss < floor:
-        impossible = f"no model can reach it: the floor is {floor:.4f}"
-        said.append(f"the target was missed, and {impossible}")
+        said.append(f"the target was missed, and no model can reach it: the floor is {floor:.4f}")
     elif c.target_loss:
         said.append(f"the target was missed by {p.corpus_loss - c.target_loss:.4f}")
     if c.validates and not p.best_step:
         said.append("the validation loss could not be measured")
-    elif c.validates and overfits(c, p):
-        kept = "whose weights are in best.pt"
-        said.append(f"the model overfits since step {p.best_step:,}, {kept}")
+    elif c.validates and overfits(p.val_loss, p.best_loss, p.window_loss(c) or math.inf):
+        said.append(f"the model overfits since step {p.best_step:,}, whose weights are in best.pt")
     elif c.validates and stop_reason == StopReason.PATIENCE:
         said.append(f"the validation loss fell no further after step {p.best_step:,}")
     elif is_still_falling:
@@ -355,19 +356,12 @@ def verdict(config: Config, progress: Progress, floor: float, stop_reason: str) 
     if stop_reason == StopReason.STEPS and (is_missed or is_still_falling):
         steps = p.step + max(1, p.step // 2)
         words = [*flags_to_continue(c), "--steps", str(steps)]
-        decay = c.origins.get("decay_steps")
-        if decay is None or decay.source in (From.TYPED, From.RUN):  # else it follows the steps
+        if c.origins["decay_steps"].source in BY_USER:  # else it follows the steps
             words += ["--decay_steps", str(steps)]
         command = shell_line(launch_words(words, c))
         said.append(f"half as many steps more may help: {command}")
     nothing = f"all {p.step:,} steps are done, with neither a target nor a validation split"
     return f"Verdict: {'; '.join(said) or nothing}"
-
-
-def overfits(config: Config, progress: Progress) -> bool:
-    """Whether the validation loss rose since its lowest while the training loss went on falling."""
-    p = progress
-    return p.val_loss > 1.01 * p.best_loss and (p.window_loss(config) or math.inf) < p.best_loss
 
 
 def how_to_continue(argv: list[str], config: Config, saved: bool, since: str = "") -> str:
@@ -415,10 +409,10 @@ def results(
         "corpus_loss": mean,
         "corpus_loss_standard_error": p.corpus_loss_error if is_over else None,
         "corpus_loss_slices": p.corpus_loss_slices if is_over else None,
-        "perplexity": None if mean is None else perplexity(mean),
+        "perplexity": perplexity(mean),
         "bits_per_byte": bits_per_byte(mean, corpus.bytes_per_token),
         "val_loss": val_loss,
-        "val_perplexity": None if val_loss is None else perplexity(val_loss),
+        "val_perplexity": perplexity(val_loss),
         "val_bits_per_byte": bits_per_byte(val_loss, corpus.val_bytes_per_token),
         "tokens": p.tokens,
         "pseudo_epochs": p.tokens / len(corpus.tokens),
