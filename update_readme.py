@@ -36,7 +36,7 @@ with packages_of("update_readme.py", __name__):
     from parts.flags import Flags
     from parts.report import reader, sections
     from parts.report.comparison import REPORTING, Comparison, common_parent, find_runs, is_glob
-    from parts.report.reader import Run, has_values, number, outcome, read_run, training_loss
+    from parts.report.reader import Run, has_values, numbers_in, outcome, read_run, training_loss
     from parts.report.sections import cell, markdown_table, preformatted, shortened
     from parts.run.directory import remove_leftovers, replacing
     from parts.run.layout import RunPaths
@@ -125,13 +125,14 @@ def draw_loss_curve(out_dir: Path) -> Path | None:
 
 
 def draw_levels(axis: "Axes", run: Run) -> list[float]:
-    """Draw lines at ln V, target and floor, and the best loss. Returns what y must reach to."""
+    """Draw ln V, target, floor and the best loss. Returns those losses that y has to show."""
     shown = []
+    lowest = run.losses["loss"].min()
     for key, name, colour in LEVELS:
         value = run.numbers.get(key, 0)
         if value <= 0:
             continue
-        is_far = value < run.losses["loss"].min() / 5  # it would press the curves together
+        is_far = value < lowest / 5  # to show it would press the curves together
         if not is_far:
             shown.append(value)
         label = f"{name} {value:.5g}{', below' if is_far else ''}"
@@ -281,7 +282,7 @@ def summary_section(run: Run, _readme: Path) -> str:
         rows.append(["model", cell(f"{flags.get('preset')} ({', '.join(shape)})")])
         rows.append(["device", cell(f"{flags.get('device')}, {flags.get('amp')}")])
     if corpus:
-        tokens = number(corpus, "tokens") or math.nan
+        tokens = numbers_in(corpus).get("tokens", math.nan)
         rows.append(["corpus", cell(f"{corpus.get('file')}, {tokens:,.0f} tokens")])
     rows.append(["outcome", outcome(run)])
     add("target", "none" if known.get("target_loss") == 0 else "{target_loss:g}")
@@ -556,8 +557,6 @@ def main(argv: list[str] | None = None) -> int:
             return report_run(read_run(paths[0]), readme, asked.check)
         comparison = Comparison.of([read_run(path) for path in find_runs(paths)])
         return report_comparison(comparison, asked.readme, asked.check)
-    except SystemExit as answered:  # after --help
-        return int(answered.code or 0)
     except (ValueError, OSError) as error:
         log.error(error)
         return 2

@@ -341,6 +341,7 @@ def test_partial_csvs(partial_run, tmp_path, body, steps, plots):
     assert read_metrics(csv)["step"].tolist() == steps
     assert update(partial_run, readme) == 0
     assert ("No loss has been logged yet." in readme.read_text(encoding="utf-8")) is (not steps)
+    assert (partial_run / "logs/loss_curve.png").exists() is bool(steps)
 
 
 def test_a_validation_loss_is_drawn_and_tabled(run, tmp_path, plots):

@@ -13,14 +13,15 @@ from typing import NamedTuple
 from parts.commandline import encode_escapes
 from parts.flags import ReportingFlags
 from parts.progress import COMPLETE, StopReason
+from parts.recipe import OF_ONE_START
 from parts.report import reader
-from parts.report.reader import Run, last_value, number, state, validation
+from parts.report.reader import Run, last_value, numbers_in, state, validation
 from parts.report.sections import escaped, markdown_table
 from parts.run.layout import RunPaths
 
 # Flags that change no step of a run. Texts are compared by what is in them.
-REPORTING = {field.name for field in fields(ReportingFlags)}
-REPORTING |= {"input_file", "val_file", "out_dir", "resume", "cache_dir", "eval_every", "dry_run"}
+REPORTING = {field.name for field in fields(ReportingFlags)} | OF_ONE_START
+REPORTING |= {"input_file", "val_file", "cache_dir", "eval_every"}
 
 
 def is_glob(path: Path) -> bool:
@@ -75,8 +76,8 @@ Identity = tuple[object, ...]
 
 def training_text(run: Run) -> Identity:
     """What tells training texts apart: the whole text, and which part of it, which is in tokens."""
-    first = number(run.flags, "max_tokens") or 0
-    held_out = number(run.flags, "val_fraction") or 0
+    first = numbers_in(run.flags).get("max_tokens", 0)
+    held_out = numbers_in(run.flags).get("val_fraction", 0)
     return str(run.corpus.get("sha256")), first, held_out, run.vocabulary if first else ""
 
 

@@ -48,8 +48,7 @@ class Run:
     @cached_property
     def numbers(self) -> dict[str, float]:
         """The finite numbers of results.json."""
-        found = {key: number(self.results, key) for key in self.results}
-        return {key: value for key, value in found.items() if value is not None}
+        return numbers_in(self.results)
 
     @property
     def corpus(self) -> dict:
@@ -78,7 +77,7 @@ class Run:
         """
         found: list[tuple[float, dict]] = []
         for launch in self.launches:
-            first = number(launch, "first_step")
+            first = numbers_in(launch).get("first_step")
             if first is not None:
                 changed = dict_in(launch, "changed")
                 found = [earlier for earlier in found if earlier[0] < first]
@@ -100,12 +99,10 @@ def dict_in(values: dict, key: str) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def number(values: dict, key: str) -> float | None:
-    """A finite number, or None when the key is missing or something else."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
-        return None
-    return float(value)
+def numbers_in(values: dict) -> dict[str, float]:
+    """The finite numbers of an object; whatever else it holds is left out."""
+    numbers = {key: value for key, value in values.items() if type(value) in (int, float)}
+    return {key: float(value) for key, value in numbers.items() if -1e300 < value < 1e300}
 
 
 def read_run(out_dir: Path) -> Run:

@@ -67,18 +67,13 @@ def plan(config: Config, corpus: Corpus, floor: float, progress: Progress) -> li
         f"{n_tokens / c.tokens_per_step:,.1f} steps"
     )
     if c.mixed_steps:
-        mixed, later = c.slice_lengths(1), c.slice_lengths(c.steps)
-        line = f"Slices: {' and '.join(map(str, mixed))} tokens long"
-        if c.mixed_steps < c.steps:
-            line += f" up to step {c.mixed_steps:,}, then {' and '.join(map(str, later))}"
-        lines.append(line)
-    target = "no target"
-    if c.target_loss:
-        target = f"target {c.target_loss:g}, "
-        if c.one_low_step_is_enough:
-            target += "by the classic rule: the first step at or below it, one alone"
-        else:
-            target += f"for the mean of {c.target_window} steps, and then for random slices"
+        short, whole = c.slice_lengths(1)
+        later = f" up to step {c.mixed_steps:,}, then {whole}" if c.mixed_steps < c.steps else ""
+        lines.append(f"Slices: {short} and {whole} tokens long{later}")
+    rule = f"for the mean of {c.target_window} steps, and then for random slices"
+    if c.one_low_step_is_enough:
+        rule = "by the classic rule: the first step at or below it, one alone"
+    target = f"target {c.target_loss:g}, {rule}" if c.target_loss else "no target"
     estimate = " (an estimate)" if corpus.floor_is_an_estimate else ""
     return [
         *lines,
