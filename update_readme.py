@@ -35,12 +35,13 @@ with packages_of("update_readme.py", __name__):
     from parts.commandline import encode_escapes, flag_words, read_flags, shell_line, value_of
     from parts.flags import Flags
     from parts.report import reader, sections
-    from parts.report.comparison import REPORTING, Comparison, common_parent, find_runs, is_glob
+    from parts.report.comparison import REPORTING, Comparison, common_parent, find_runs
     from parts.report.reader import Run, has_values, numbers_in, outcome, read_run, training_loss
     from parts.report.sections import cell, markdown_table, preformatted, shortened
     from parts.run.directory import remove_leftovers, replacing
     from parts.run.layout import RunPaths
     from parts.run.screen import log, speaking
+    from parts.text.files import is_glob
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,10 +151,10 @@ def show_losses(axis: "Axes", low: float, high: float) -> None:
     """Make y a log scale from low to high with round numbers at it, four or more if there are."""
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    finer = [np.arange(count, 10 * count) / count for count in (2, 5, 10, 100)]
-    for digits in ([1, 2, 5], [1, 1.5, 2, 3, 4, 5, 7], *finer):
-        ticks = np.outer(10.0 ** np.arange(-5, 4), digits).ravel()
-        inside = ticks[(low <= ticks) & (ticks <= high)]
+    finer = ([number / count for number in range(count, 10 * count)] for count in (2, 5, 10, 100))
+    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), *finer):
+        ticks = (digit * 10.0**exponent for exponent in range(-5, 4) for digit in digits)
+        inside = [tick for tick in ticks if low <= tick <= high]
         if len(inside) >= 4:
             break
     axis.set_yscale("log")

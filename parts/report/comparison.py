@@ -18,15 +18,11 @@ from parts.report import reader
 from parts.report.reader import Run, last_value, numbers_in, state, validation
 from parts.report.sections import escaped, markdown_table
 from parts.run.layout import RunPaths
+from parts.text.files import is_glob
 
 # Flags that change no step of a run. Texts are compared by what is in them.
 REPORTING = {field.name for field in fields(ReportingFlags)} | OF_ONE_START
 REPORTING |= {"input_file", "val_file", "cache_dir", "eval_every"}
-
-
-def is_glob(path: Path) -> bool:
-    """Whether it is a pattern, which PowerShell and cmd leave to us, and no name of something."""
-    return glob.has_magic(str(path)) and not path.exists()
 
 
 def find_runs(paths: tuple[Path, ...]) -> list[Path]:

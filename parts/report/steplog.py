@@ -52,10 +52,7 @@ class StepLog:
         is_regular = p.step == 1 or p.step % config.log_every == 0
         if is_regular or p.stop_reason(config) or val_loss is not None:
             self.line_time, self.line_tokens = now, p.tokens
-            measured = dict(
-                loss=p.loss, grad_norm=p.grad_norm, lr=lr, tokens_per_sec=tokens_per_sec
-            )
-            row = words.step_row(config, p, self.corpus, val_loss=val_loss, **measured)
+            row = words.step_row(config, p, self.corpus, lr, tokens_per_sec, val_loss)
             self.run.append_metrics(row)
             log.info(step_line(row, config.steps))
             hint = None if self.hinted else words.stuck_hint(p, config)

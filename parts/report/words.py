@@ -210,15 +210,23 @@ def stuck_hint(progress: Progress, config: Config) -> str | None:
 
 
 def step_row(
-    config: Config, progress: Progress, corpus: Corpus, *, val_loss: float | None, **measured: float
+    config: Config,
+    progress: Progress,
+    corpus: Corpus,
+    lr: float,
+    tokens_per_sec: float,
+    val_loss: float | None,
 ) -> Row:
-    """The step's row of the CSV; `measured` are loss, grad_norm, lr and tokens_per_sec."""
+    """The step's row of the CSV."""
     window_loss = progress.window_loss(config)
     return {
         "step": progress.step,
-        **measured,
+        "loss": progress.loss,
+        "lr": lr,
+        "tokens_per_sec": tokens_per_sec,
         "elapsed_sec": progress.elapsed_sec,
         "tokens": progress.tokens,
+        "grad_norm": progress.grad_norm,
         "window_loss": window_loss,
         "bits_per_byte": bits_per_byte(window_loss, corpus.bytes_per_token),
         "val_loss": val_loss,

@@ -22,6 +22,11 @@ CACHED = re.compile(r".*-[0-9a-f]{12}\.(tokens|json|lock)")  # names in --cache_
 EMPTY = hashlib.sha256().hexdigest()
 
 
+def is_glob(path: Path) -> bool:
+    """Whether it is a pattern, which PowerShell and cmd leave to us, and no name of something."""
+    return glob.has_magic(str(path)) and not path.exists()
+
+
 def find_files(
     inputs: Sequence[Path], flag: str = "--input_file", left_out: LeftOut | None = None
 ) -> list[Path]:
@@ -35,7 +40,7 @@ def find_files(
             files = files_below(path, [], left_out)
             problem = "holds no .txt file, nor do the folders in it; name others with a glob, "
             problem += f"such as '{path.as_posix()}/**/*.md'"
-        elif glob.has_magic(str(path)) and not path.exists():
+        elif is_glob(path):
             root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
             files = files_below(root, path.relative_to(root).parts, left_out)
             problem = "matches no file"
