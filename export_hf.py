@@ -23,7 +23,7 @@ from pathlib import Path, PureWindowsPath
 from types import ModuleType
 from typing import Any, Literal
 
-from parts.start import packages_of
+from parts.startup import packages_of
 
 with packages_of("export_hf.py", __name__):
     import numpy as np

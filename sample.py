@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from parts.start import packages_of
+from parts.startup import packages_of
 
 with packages_of("sample.py", __name__):
-    from typing import Annotated, Any  # not in Python 3.8, of which parts/start.py tells
+    from typing import Annotated, Any  # not in Python 3.8, of which parts/startup.py tells
 
     import numpy as np
     import torch

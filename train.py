@@ -34,7 +34,7 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
-from parts.start import packages_of
+from parts.startup import packages_of
 
 with packages_of("train.py", __name__):
     import numpy as np
@@ -1173,8 +1173,8 @@ def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
         first_line = str(error).partition("\n")[0]
         reason = f"{type(error).__name__}: {first_line}"
         raise ValueError(f"{setup.saved.path} does not fit this model ({reason})") from error
-    if setup.start is not None:
-        trainer.start_from(setup.start)
+    if setup.initial is not None:
+        trainer.start_from(setup.initial)
     if not setup.best_compares:
         trainer.forget_best()
     return trainer
@@ -1194,8 +1194,8 @@ def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
     announce(setup, progress, saver.floor)
     if setup.saved is not None:
         announce_resume(setup.saved, setup.config)
-    if setup.start is not None:
-        log.info("Starting from the weights of %s%s", setup.start.path, setup.start.remark)
+    if setup.initial is not None:
+        log.info("Starting from the weights of %s%s", setup.initial.path, setup.initial.remark)
     if progress.best_step and not run.best.exists():
         log.warning("%s is missing: the best from here on will be written there", run.best)
         trainer.forget_best()

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from parts.start import packages_of
+from parts.startup import packages_of
 
 with packages_of("update_readme.py", __name__):
     import numpy as np

@@ -34,7 +34,7 @@ class Setup:
     tokenizer: Tokenizer
     run: RunDir
     saved: SavedRun | None  # from which it goes on
-    start: InitialWeights | None  # weights of another run, for a new one
+    initial: InitialWeights | None  # weights of another run, for a new one
 
     @property
     def continues(self) -> bool:
@@ -107,13 +107,13 @@ def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = 
                 "one: leave it out, or choose another --out_dir"
             )
     config, tokenizer, corpus = choose_text(typed, previous, saved, ranks.count)
-    start = None
+    initial = None
     if saved is None:
-        start = load_initial_weights(config, corpus.vocabulary)
+        initial = load_initial_weights(config, corpus.vocabulary)
     else:
         facts = (corpus.vocabulary, corpus.sha256, len(corpus.tokens))
         check_same_run(saved.path, saved.facts, config, *facts)
-    return Setup(argv, config, corpus, tokenizer, run, saved, start)
+    return Setup(argv, config, corpus, tokenizer, run, saved, initial)
 
 
 def choose_text(

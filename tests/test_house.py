@@ -13,7 +13,7 @@ from conftest import ROOT
 # From the top of the stairs; a name without .py is a room, in which files may import each other.
 FLOORS = [
     *("setup", "predecessor", "report", "text", "run", "compute"),
-    *("commandline", "progress", "recipe", "flags", "start"),
+    *("commandline", "progress", "recipe", "flags", "startup"),
 ]
 SCRIPTS = {
     "train": set(),

@@ -18,7 +18,7 @@ import tiktoken
 import torch
 
 from parts.flags import DEVICE, Amp, Config, From, Origin, decided
-from parts.start import WAITING, usable_cores
+from parts.startup import WAITING, usable_cores
 
 # Bytes of a card beside what PyTorch's allocator hands out, for kernels.
 BESIDES = 2**29

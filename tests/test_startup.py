@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, TINY_FLAGS
 
 from parts.compute.device import choose_threads
-from parts.start import SPINS, SPINS_BESIDE_OTHERS, choose_spins, usable_cores
+from parts.startup import SPINS, SPINS_BESIDE_OTHERS, choose_spins, usable_cores
 
 
 def spin_count(script: str, **environment: str) -> str:
@@ -106,11 +106,11 @@ def test_an_affinity_is_seen_and_told(config, monkeypatch):
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "export_hf.py", "update_readme.py"])
 def test_an_older_python_is_told_which_one_is_needed(script, monkeypatch, capsys):
     """It reads each file as a whole first: there must be no grammar that it does not know."""
-    for path in (ROOT / script, ROOT / "parts/start.py"):
+    for path in (ROOT / script, ROOT / "parts/startup.py"):
         ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
     monkeypatch.setattr(sys, "version_info", (3, 8, 18, "final", 0))
     monkeypatch.setattr(sys, "argv", [script])
-    monkeypatch.delitem(sys.modules, "parts.start")
+    monkeypatch.delitem(sys.modules, "parts.startup")
     monkeypatch.delattr("typing.Annotated")  # it came with Python 3.9
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / script), run_name="__main__")
