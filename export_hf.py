@@ -12,13 +12,13 @@ a checkpoint of weights alone, for sample.py and `train.py --init_from`. transfo
 """
 
 import json
-import math
 import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path, PureWindowsPath
 from types import ModuleType
 from typing import Any, Literal
@@ -30,7 +30,7 @@ with packages_of("export_hf.py", __name__):
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load, save_file
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models
 
     from parts.commandline import read_flags
     from parts.compute.device import complaints
@@ -38,14 +38,8 @@ with packages_of("export_hf.py", __name__):
     from parts.recipe import decide
     from parts.report.sections import in_markdown
     from parts.run import checkpoint as checkpoints
-    from parts.run.directory import (
-        make_folder,
-        new_folder,
-        read_if_there,
-        read_json,
-        replacing,
-    )
-    from parts.run.layout import RunPaths, sample_blocks
+    from parts.run.directory import make_folder, new_folder, read_if_there, read_json, replacing
+    from parts.run.layout import RunPaths, SampleBlock, sample_blocks
     from parts.run.screen import log, speaking
     from parts.text import vocabulary as vocabularies
     from parts.text.files import read_text
@@ -62,11 +56,6 @@ WINDOW, CORPUS = "training loss (window)", "corpus loss, nats per token"
 RECITES = 0.5  # nats per token: below it most of what a model writes stands in its text
 NO_LICENSE = "unknown"  # the Hub's word for it
 HUB_LICENSES = "https://huggingface.co/docs/hub/repositories-licenses"
-GGUF_NAMES = {  # ours: llama.cpp's, with weight or bias behind both
-    **dict(wte="token_embd", wpe="position_embd", ln_f="output_norm", ln_1="attn_norm"),
-    **{"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm"},
-    **{"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
-}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in transformers' Conv1D
 
 CARD = """---
@@ -139,26 +128,54 @@ class Options:
     """write over an earlier export, also over an edited card; with --from_hf an earlier import"""
 
 
+class Source:
+    """A checkpoint to export. Raises OSError or ValueError."""
+
+    def __init__(self, path: Path):
+        self.checkpoint = checkpoints.load_checkpoint(path, "--checkpoint")
+        self.config = Config.from_dict(self.checkpoint["config"])
+        self.context: int = self.checkpoint["trained_context"]
+        self.vocabulary = in_full(vocabularies.saved_tokenizer(self.checkpoint))
+        self.end = self.vocabulary.eot_token
+        self.ids = dict(sorted(self.vocabulary.inner.get_vocab().items(), key=itemgetter(1)))
+
+    def take_weights(self) -> dict[str, torch.Tensor]:
+        """The weights, given away once, with the positions that were trained: the others are noise,
+        and many tools offer whatever is there."""
+        model = self.checkpoint.pop("model")
+        model["wpe.weight"] = model["wpe.weight"][: self.context]
+        return model
+
+
+def in_full(tokenizer: vocabularies.Tokenizer) -> vocabularies.OwnVocabulary:
+    """A vocabulary in the form of a tokenizer.json, GPT-2's too."""
+    if isinstance(tokenizer, vocabularies.OwnVocabulary):
+        return tokenizer
+    folder = vocabularies.vocabulary_folder()
+    files = (folder / "encoder.json", folder / "vocab.bpe")
+    gpt2 = Tokenizer(models.BPE.from_file(*map(str, files)))
+    gpt2.pre_tokenizer = vocabularies.BYTE_LEVEL
+    gpt2.decoder = decoders.ByteLevel()
+    end = AddedToken(vocabularies.DOCUMENT_END, special=True, normalized=False)
+    gpt2.add_special_tokens([end])
+    return vocabularies.OwnVocabulary(gpt2.to_str(), "GPT-2's vocabulary")
+
+
 # ---------------------------------------------------------------------------------------------
 # To Hugging Face
 # ---------------------------------------------------------------------------------------------
 
 
 def export(path: Path, out: Path, license: str) -> None:
-    """Write the folder, which appears when it is whole, also over an earlier export.
-
-    Raises OSError or ValueError.
-    """
-    checkpoint = checkpoints.load_checkpoint(path, "--checkpoint")
-    config = Config.from_dict(checkpoint["config"])
-    end = vocabularies.saved_tokenizer(checkpoint).eot_token
-    run = own_run(path, checkpoint)
-    measured = losses(
-        checkpoint, config, {} if run is None else read_json(RunPaths(run).results_json)
-    )
-    tokenizer = hf_tokenizer(checkpoint["tokenizer"]["content"])
-    own_vocabulary = vocabularies.OwnVocabulary(tokenizer.to_str(), "tokenizer.json")
-    context = checkpoint["trained_context"]
+    """Write the folder, which appears when it is whole, also over an earlier export. Raises OSError
+    or ValueError."""
+    source = Source(path)
+    checkpoint = source.checkpoint
+    context = source.context
+    end = source.end
+    results, blocks = told_by_run(path, checkpoint["corpus_sha256"])
+    measured = losses(checkpoint, source.config, results)
+    sample = sample_of(blocks, checkpoint["step"])
     generation: dict[str, Any] = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
     generation |= dict(do_sample=True, temperature=0.9, top_k=50, max_length=context)
     encoding: dict[str, Any] = dict(tokenizer_class="PreTrainedTokenizerFast")
@@ -168,43 +185,27 @@ def export(path: Path, out: Path, license: str) -> None:
     encoding |= dict(clean_up_tokenization_spaces=False)
     # Or transformers 4.46 and 4.57 give token_type_ids, and GPT-2 then adds wte[0] everywhere.
     encoding |= dict(model_input_names=["input_ids", "attention_mask"])
-    ids, merges = ids_and_merges(own_vocabulary)
-    sample = sample_of(run, checkpoint["step"])
     texts = {
-        "config.json": json.dumps(hf_config(config, end, context), indent=2) + "\n",
+        "config.json": json.dumps(hf_config(source.config, end, context), indent=2) + "\n",
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
         "tokenizer_config.json": json.dumps(encoding, indent=2) + "\n",
-        "tokenizer.json": own_vocabulary.content,
-        "vocab.json": json.dumps(ids, ensure_ascii=False),
-        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-        "prompts.json": json.dumps(beginnings(run), ensure_ascii=False) + "\n",
-        "README.md": model_card(checkpoint, config, measured, license, sample),
+        "tokenizer.json": source.vocabulary.content,
+        "vocab.json": json.dumps(source.ids, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *source.vocabulary.merges, ""]),
+        "prompts.json": json.dumps(beginnings(blocks), ensure_ascii=False) + "\n",
+        "README.md": model_card(checkpoint, source.config, measured, license, sample),
     }
     present = {file.name for file in ([out] if out.is_file() else out.glob("*"))}
     if foreign := present - {"model.safetensors", *texts}:
         problem = f"{min(foreign)} is of no export: move it away, or choose another folder"
         raise FileExistsError(f"--out {out}: {problem}")
-    weights = hf_weights(trained_positions(checkpoint))
+    weights = hf_weights(source.take_weights())
     with writing(out), new_folder(out) as folder:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8", newline="\n")
         # Safetensors makes a file that only its owner may read.
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
-
-
-def trained_positions(checkpoint: dict) -> dict[str, torch.Tensor]:
-    """The weights, taken out of a checkpoint, with the positions that were trained: the others are
-    noise, and many tools offer whatever is there."""
-    model = checkpoint.pop("model")
-    model["wpe.weight"] = model["wpe.weight"][: checkpoint["trained_context"]]
-    return model
-
-
-def ids_and_merges(vocabulary: vocabularies.OwnVocabulary) -> tuple[dict[str, int], list[str]]:
-    """All tokens, by their ids, and the merges, oldest first."""
-    ids = sorted(vocabulary.inner.get_vocab().items(), key=lambda token: token[1])
-    return dict(ids), json.loads(vocabulary.content)["model"]["merges"]
 
 
 @contextmanager
@@ -218,42 +219,36 @@ def writing(out: Path) -> Iterator[None]:
         raise OSError(f"--out {out} cannot be written ({cause}): {remedy}") from error
 
 
-def own_run(path: Path, checkpoint: dict) -> Path | None:
-    """The run directory that the checkpoint lies in, if it is the one that it was made in."""
-    run = path.resolve().parent.parent
-    corpus = read_json(RunPaths(run).config_json).get("corpus")
-    own = isinstance(corpus, dict) and corpus.get("sha256") == checkpoint["corpus_sha256"] != ""
-    return run if own else None
+def told_by_run(checkpoint: Path, corpus_sha256: str) -> tuple[dict, list[SampleBlock]]:
+    """Results and samples of the run that a checkpoint lies in, if that trained on this text."""
+    run = RunPaths.around(checkpoint.resolve())
+    corpus = read_json(run.config_json).get("corpus")
+    if not isinstance(corpus, dict) or corpus.get("sha256") != corpus_sha256:
+        return {}, []
+    return read_json(run.results_json), sample_blocks(read_if_there(run.samples_txt))
 
 
-def last_samples(run: Path | None, step: float = math.inf) -> tuple[int, str]:
-    """The step and the texts of a run's last samples up to a step; 0 and nothing without any."""
-    found = [] if run is None else sample_blocks(read_if_there(RunPaths(run).samples_txt))
-    blocks = [block for block in found if block.step <= step]
-    return (blocks[-1].step, blocks[-1].texts) if blocks else (0, "")
-
-
-def beginnings(run: Path | None) -> list[str]:
-    """Prompts in the manner of the text, for space/app.py.
-
-    They are that of the run's last samples, and their lines that end with a colon.
-    """
-    _, samples = last_samples(run)
-    prompt = samples.partition("PROMPT:\n")[2].partition("\nOUTPUT:")[0]
-    speakers = [line for line in samples.splitlines() if line.endswith(":") and not line.isupper()]
-    found = dict.fromkeys([prompt, *(f"{line}\n" for line in speakers)])
+def beginnings(blocks: list[SampleBlock]) -> list[str]:
+    """Prompts in the manner of the text, for space/app.py: that of the last samples, and their
+    lines that end with a colon."""
+    if not blocks:
+        return [FIRST_WORDS]
+    prompt, _ = blocks[-1].first_pair()
+    lines = blocks[-1].texts.splitlines()
+    speakers = [f"{line}\n" for line in lines if line.endswith(":") and not line.isupper()]
+    found = dict.fromkeys([prompt, *speakers])
     return [text for text in found if text][:5] or [FIRST_WORDS]
 
 
-def sample_of(run: Path | None, step: int) -> str:
+def sample_of(blocks: list[SampleBlock], step: int) -> str:
     """A sample for the card, cut short, of these weights or the nearest before; perhaps none."""
-    step, samples = last_samples(run, step)
-    text = samples.partition("\nOUTPUT:\n")[2].partition("\n\nPROMPT:\n")[0].strip()
-    if not text:
+    blocks = [block for block in blocks if block.step <= step]
+    if not blocks:
         return ""
+    _, text = blocks[-1].first_pair()
     text = text if len(text) <= SHORT else text[:SHORT].rpartition(" ")[0] + " ..."
     longest = max(map(len, re.findall("`+", text)), default=0)
-    return SAMPLE.format(step=step, text=text, fence="`" * max(3, longest + 1))
+    return SAMPLE.format(step=blocks[-1].step, text=text, fence="`" * max(3, longest + 1))
 
 
 def hf_weights(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -279,20 +274,6 @@ def hf_config(config: Config, end: int, context: int) -> dict:
     return words
 
 
-def hf_tokenizer(content: str) -> Tokenizer:
-    """An own vocabulary, or GPT-2's where there is none, as transformers has it."""
-    if content:
-        return Tokenizer.from_str(content)
-    folder = vocabularies.vocabulary_folder()
-    files = (folder / "encoder.json", folder / "vocab.bpe")
-    tokenizer = Tokenizer(models.BPE.from_file(*map(str, files)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end = AddedToken(vocabularies.DOCUMENT_END, special=True, normalized=False)
-    tokenizer.add_special_tokens([end])
-    return tokenizer
-
-
 def losses(checkpoint: dict, config: Config, results: dict) -> dict[str, float]:
     """What was measured of these very weights; `results` speaks of the run's last step."""
     found: dict[str, float | None] = {}
@@ -316,7 +297,8 @@ def model_card(
     checkpoint: dict, config: Config, measured: dict[str, float], license: str, sample: str = ""
 ) -> str:
     """What the model is, as far as its checkpoint and its losses tell."""
-    context, text = checkpoint["trained_context"], without_folders(*config.input_file)
+    context = checkpoint["trained_context"]
+    text = without_folders(*config.input_file)
     c = replace(config, block_size=context)
     rows = {
         "parameters": f"{c.n_params:,}",
@@ -324,6 +306,8 @@ def model_card(
         "trained context": f"{context} tokens",
         "vocabulary": f"{c.vocab_size:,} ({without_folders(c.tokenizer)})",
     }
+    title = "GPT-2, imported"
+    origin = "What these weights were trained on is not recorded here. The model"
     if checkpoint["corpus_sha256"]:
         step = f"{c.global_batch} x {c.seq_len} tokens a step"
         rows |= {
@@ -333,17 +317,13 @@ def model_card(
             "step of these weights": f"{checkpoint['step']:,}",
             "training": f"{c.optimizer}, {step}, peak rate {c.lr:g}, seed {c.seed}",
         }
-    rows |= {name: f"{value:.6f}" for name, value in measured.items()}
-    if not checkpoint["corpus_sha256"]:
-        title = "GPT-2, imported"
-        origin = "What these weights were trained on is not recorded here. The model"
-    elif c.init_from is None:
         title = f"GPT-2 trained from scratch on {text}"
         origin = "The model was trained on this text alone, has had no safety training, and"
-    else:
+    if c.init_from is not None:
         start = without_folders(c.init_from)
         title = f"GPT-2 trained from the weights of {start} on {text}"
         origin = f"What {start} was trained on is not recorded here. The model"
+    rows |= {name: f"{value:.6f}" for name, value in measured.items()}
     loss = measured.get(CORPUS, measured.get(WINDOW, RECITES))
     memory = RECITED.format(loss) if loss < RECITES else NOT_MEASURED
     rights = RIGHTS if license == NO_LICENSE else ""
@@ -360,54 +340,45 @@ def model_card(
 
 
 def export_gguf(path: Path, out: Path, license: str, kind: str) -> int:
-    """Write one file for llama.cpp, also over an earlier one, and return its context.
-
-    Raises OSError or ValueError.
-    """
+    """Write one file for llama.cpp, also over an earlier one, and return its context. Raises
+    OSError or ValueError."""
     gguf = gguf_package()
     if out.is_dir() or (out.is_file() and out.read_bytes()[:4] != b"GGUF"):
         raise FileExistsError(f"--out {out} is no GGUF file: choose another name")
-    checkpoint = checkpoints.load_checkpoint(path, "--checkpoint")
-    config = Config.from_dict(checkpoint["config"])
-    end = vocabularies.saved_tokenizer(checkpoint).eot_token
-    tokenizer = hf_tokenizer(checkpoint["tokenizer"]["content"])
-    ids, merges = ids_and_merges(vocabularies.OwnVocabulary(tokenizer.to_str(), "tokenizer.json"))
+    source = Source(path)
+    config = source.config
+    Writer = gguf.GGUFWriter
+    half = kind == "f16"
+    file_type = gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32
+    types = [gguf.TokenType.NORMAL] * len(source.ids)
+    for special in source.vocabulary.inner.get_added_tokens_decoder():
+        types[special] = gguf.TokenType.CONTROL
     with writing(out):
         make_folder(out.parent, parents=True)
-        with replacing(out, shared=True) as file:
-            writer = gguf.GGUFWriter(file.name, "gpt2")
-            try:
-                writer.add_name(out.stem)
-                writer.add_license(license)
-                half = kind == "f16"
-                types = gguf.LlamaFileType
-                writer.add_file_type(types.MOSTLY_F16 if half else types.ALL_F32)
-                writer.add_block_count(config.n_layer)
-                writer.add_context_length(checkpoint["trained_context"])
-                writer.add_embedding_length(config.n_embd)
-                writer.add_feed_forward_length(4 * config.n_embd)
-                writer.add_head_count(config.n_head)
-                writer.add_layer_norm_eps(1e-5)
-                writer.add_tokenizer_model("gpt2")
-                writer.add_tokenizer_pre("gpt-2")
-                writer.add_token_list(list(ids))
-                special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-                kinds = gguf.TokenType
-                writer.add_token_types(
-                    [kinds.CONTROL if token in special else kinds.NORMAL for token in ids]
-                )
-                writer.add_token_merges(merges)
-                writer.add_bos_token_id(end)
-                writer.add_eos_token_id(end)
-                writer.add_add_bos_token(False)
-                for name, value in gguf_weights(trained_positions(checkpoint), half):
-                    writer.add_tensor(name, value)
-                writer.write_header_to_file()
-                writer.write_kv_data_to_file()
-                writer.write_tensors_to_file()
-            finally:
-                writer.close()
-    return checkpoint["trained_context"]
+        with replacing(out, shared=True) as file, closing(Writer(file.name, "gpt2")) as writer:
+            writer.add_name(out.stem)
+            writer.add_license(license)
+            writer.add_file_type(file_type)
+            writer.add_block_count(config.n_layer)
+            writer.add_context_length(source.context)
+            writer.add_embedding_length(config.n_embd)
+            writer.add_feed_forward_length(4 * config.n_embd)
+            writer.add_head_count(config.n_head)
+            writer.add_layer_norm_eps(1e-5)
+            writer.add_tokenizer_model("gpt2")
+            writer.add_tokenizer_pre("gpt-2")
+            writer.add_token_list(list(source.ids))
+            writer.add_token_types(types)
+            writer.add_token_merges(source.vocabulary.merges)
+            writer.add_bos_token_id(source.end)
+            writer.add_eos_token_id(source.end)
+            writer.add_add_bos_token(False)
+            for name, value in gguf_weights(gguf, source, half):
+                writer.add_tensor(name, value)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+    return source.context
 
 
 def gguf_package() -> ModuleType:
@@ -421,24 +392,22 @@ def gguf_package() -> ModuleType:
 
 
 def gguf_weights(
-    model: dict[str, torch.Tensor], half: bool
+    gguf: ModuleType, source: Source, half: bool
 ) -> Iterator[tuple[str, "np.ndarray[Any, Any]"]]:
     """The weights under llama.cpp's names, the tied head also under its own: older ones need it.
 
     Vectors and positions stay f32, as llama.cpp's own converter has them.
     """
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, source.config.n_layer)
+    model = source.take_weights()
     for name in list(model):
         value = model.pop(name).float()
-        layer, short = ("", name)
-        if name.startswith("h."):
-            _, number, short = name.split(".", 2)
-            layer = f"blk.{number}."
-        owner, _, part = short.rpartition(".")
+        owner, _, part = name.rpartition(".")
         if half and value.ndim == 2 and owner != "wpe":
             value = value.half()
             if not value.isfinite().all():
                 raise ValueError(f"--gguf_type f16 cannot hold {name}: give --gguf_type f32")
-        yield f"{layer}{GGUF_NAMES[owner]}.{part}", value.numpy()
+        yield f"{names[f'transformer.{owner}']}.{part}", value.numpy()
         if owner == "wte":
             yield "output.weight", value.numpy()
 
@@ -449,29 +418,18 @@ def gguf_weights(
 
 
 def import_hf(folder: Path, out: Path) -> None:
-    """Write a checkpoint of weights alone, also over an earlier one.
-
-    Raises OSError, or ValueError for what is no such GPT-2.
-    """
+    """Write a checkpoint of weights alone, also over an earlier one. Raises OSError, or ValueError
+    for what is no such GPT-2."""
     if out.exists() and checkpoints.load_checkpoint(out, "--out")["corpus_sha256"]:
         raise FileExistsError(f"--out {out} is the checkpoint of a run: choose another file")
     where = f"--from_hf {folder}"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{where}: no such folder; {how_to_download(folder)}")
-    for name in IMPORTED:
-        if not (folder / name).is_file():
-            needed = f"{', '.join(IMPORTED)}, as save_pretrained writes them"
-            raise FileNotFoundError(f"{where} has no {name}: needed are {needed}")
-    values = read_json(folder / "config.json")
-    for name, value in SAME.items():
-        if values.get(name, value) != value:
-            problem = f"config.json has {name} {values[name]!r}, and GPT-2 has {value!r}"
-            raise ValueError(f"{where}: {problem}; choose another model")
+    values = read_config(folder, where)
     text = read_text(folder / "tokenizer.json", "--from_hf")
     vocabulary = vocabularies.OwnVocabulary(text, "tokenizer.json")
-    ids = Tokenizer.from_str(vocabulary.content).get_vocab()
-    content = "" if ids == hf_tokenizer("").get_vocab() else vocabulary.content
-    tokenizer = (folder / "tokenizer.json").as_posix() if content else "gpt2"
+    gpt2 = in_full(vocabularies.load_tokenizer())
+    is_gpt2 = vocabulary.inner.get_vocab() == gpt2.inner.get_vocab()
+    content = "" if is_gpt2 else vocabulary.content
+    tokenizer = "gpt2" if is_gpt2 else (folder / "tokenizer.json").as_posix()
     try:
         positions = values["n_positions"]
         context = read_json(folder / "tokenizer_config.json").get("model_max_length")
@@ -492,10 +450,15 @@ def import_hf(folder: Path, out: Path) -> None:
     except (KeyError, TypeError, SafetensorError) as error:
         cause = f"{type(error).__name__}: {error}"
         raise ValueError(f"{where} is incomplete or damaged ({cause})") from error
-    checkpoint = dict(format=checkpoints.CHECKPOINT_FORMAT, config=config.as_dict(), step=0)
-    checkpoint |= dict(trained_context=context, model=model)
-    checkpoint["tokenizer"] = dict(name=tokenizer, n_vocab=config.vocab_size, content=content)
-    checkpoint |= dict(corpus_sha256="", corpus_tokens=0, val_sha256="")
+    checkpoint = {
+        "format": checkpoints.CHECKPOINT_FORMAT,
+        "config": config.as_dict(),
+        "step": 0,
+        "trained_context": context,
+        "model": model,
+        "tokenizer": dict(name=tokenizer, n_vocab=config.vocab_size, content=content),
+        **dict(corpus_sha256="", corpus_tokens=0, val_sha256=""),
+    }
     if not fits or not checkpoints.is_sound(checkpoint):
         described = "not those that config.json and tokenizer.json describe, or not finite"
         raise ValueError(f"{where}: the weights are {described}")
@@ -504,11 +467,25 @@ def import_hf(folder: Path, out: Path) -> None:
         checkpoints.write_checkpoint(out, checkpoint)
 
 
-def how_to_download(folder: Path) -> str:
-    """The command that brings a model here from the Hub, whose names look like folders."""
-    name = folder.name if folder.name.startswith("gpt2-") else "gpt2"
-    command = f"hf download openai-community/{name} {' '.join(IMPORTED)} --local-dir {name}"
-    return f"download it (pip install huggingface_hub) with: {command} ; then give --from_hf {name}"
+def read_config(folder: Path, where: str) -> dict:
+    """The config.json of a GPT-2. Raises FileNotFoundError or ValueError for another folder."""
+    if not folder.is_dir():  # perhaps meant is a name of the Hub, which looks like one
+        name = folder.name if folder.name.startswith("gpt2-") else "gpt2"
+        command = f"hf download openai-community/{name} {' '.join(IMPORTED)} --local-dir {name}"
+        raise FileNotFoundError(
+            f"{where}: no such folder; download it (pip install huggingface_hub) with: {command} ; "
+            f"then give --from_hf {name}"
+        )
+    for name in IMPORTED:
+        if not (folder / name).is_file():
+            needed = f"{', '.join(IMPORTED)}, as save_pretrained writes them"
+            raise FileNotFoundError(f"{where} has no {name}: needed are {needed}")
+    values = read_json(folder / "config.json")
+    for name, value in SAME.items():
+        if values.get(name, value) != value:
+            problem = f"config.json has {name} {values[name]!r}, and GPT-2 has {value!r}"
+            raise ValueError(f"{where}: {problem}; choose another model")
+    return values
 
 
 @speaking("export_hf.py")

@@ -20,7 +20,6 @@ from parts.startup import packages_of
 with packages_of("sample.py", __name__):
     from typing import Annotated, Any  # not in Python 3.8, of which parts/startup.py tells
 
-    import numpy as np
     import torch
 
     import train
@@ -75,23 +74,17 @@ class Sampler:
     def __init__(self, path: Path, where: str = "auto", amp: Amp = "auto"):
         checkpoint = load_checkpoint(path, "--checkpoint")
         self.tokenizer = vocabulary.saved_tokenizer(checkpoint)
-        where = device.choose_device()[0] if where == "auto" else where
-        if problem := device.device_problem(where):
-            raise ValueError(problem)
-        device.make_current(where)
-        amp = device.choose_amp(where)[0] if amp == "auto" else amp
         config = Config.from_dict(checkpoint["config"])
-        self.config = replace(config, device=where, amp=amp)
+        asked = replace(config, device=where, amp=amp, processes=1)
+        self.config = device.choose_runtime(asked, previous=None)
         self.context = checkpoint["trained_context"]
         self.model = train.GPT(self.config)
         self.model.load_state_dict(checkpoint["model"])
-        self.model.to(where)
+        self.model.to(self.config.device)
 
     def stream(self, prompt: str, options: Options, number: int = 0) -> Iterator[str]:
         """A piece of text for each token of one continuation; `number` chooses its random stream.
-
-        It ends where a document does, as the exported model's, unless --keep_going is given.
-        """
+        It ends where a document does, as the exported model's, unless --keep_going is given."""
         o = options
         start = vocabulary.encode_prompt(prompt or "\n", self.tokenizer)
         end = -1 if o.keep_going else self.tokenizer.eot_token
@@ -110,13 +103,14 @@ class Novelty:
     """A text to look for copied passages in."""
 
     def __init__(self, path: Path, tokenizer: vocabulary.Tokenizer):
-        self.path, self.tokenizer = path, tokenizer
+        self.path = path
+        self.tokenizer = tokenizer
         self.text = read_text(path, "--novelty")
         self.grams = self.grams_of(self.text)
 
     def grams_of(self, text: str) -> set[bytes]:
         """All runs of `GRAM` tokens."""
-        ids = np.array(self.tokenizer.encode_ordinary(text), dtype=np.uint32)
+        ids = vocabulary.encode(text, self.tokenizer)
         return {ids[i : i + GRAM].tobytes() for i in range(len(ids) - GRAM + 1)}
 
     def longest_copy(self, added: str) -> str:
@@ -141,10 +135,8 @@ class Novelty:
 
 
 def find_checkpoint(asked: Path | None) -> Path:
-    """The checkpoint that is asked for, or that of the newest run, which is then named.
-
-    Raises FileNotFoundError.
-    """
+    """The checkpoint that is asked for, or that of the newest run; named where it was chosen here.
+    Raises FileNotFoundError."""
     path = asked or newest_run(Path("out"))
     if path is None:
         remedy = "train one with python train.py --preset demo, or name one with --checkpoint"

@@ -84,10 +84,17 @@ with packages_of("train.py", __name__):
         restore_optimizers,
         write_checkpoint,
     )
-    from parts.run.directory import LogFile, RunDir, gigabytes, move, read_json, replacing
+    from parts.run.directory import (
+        LogFile,
+        RunDir,
+        first_free,
+        gigabytes,
+        move,
+        read_json,
+        write_whole,
+    )
     from parts.run.layout import AT_CTRL_C, STATE_BYTES, WEIGHT_BYTES
-    from parts.run.screen import logging_to, speaking
-    from parts.run.terminal import waiting
+    from parts.run.screen import logging_to, speaking, waiting
     from parts.setup import Setup, agree, prepare
     from parts.text.corpus import Corpus, loss_floor
     from parts.text.vocabulary import Tokenizer, encode_prompt, whole_characters
@@ -877,8 +884,7 @@ class Saver:
         self.run.check_owner()
         vocabulary = self.trainer.corpus.vocabulary
         if vocabulary:
-            with replacing(self.run.tokenizer_json) as file:
-                file.write(vocabulary.encode())
+            write_whole(self.run.tokenizer_json, vocabulary.encode())
         self.run.write_json(self.run.config_json, values)
 
     def sample(self, tokenizer: Tokenizer, remark: str = "") -> None:
@@ -1200,7 +1206,7 @@ def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
         log.warning("%s is missing: the best from here on will be written there", run.best)
         trainer.forget_best()
     elif not progress.best_step and run.best.exists():
-        kept = run.first_free("checkpoints/best-{}.pt")
+        kept = first_free(run.best)
         saver.best.set_aside = kept
         not_compared = "does not compare with the losses from here on"
         log.info("%s %s: kept as %s", run.best, not_compared, kept)

@@ -9,6 +9,7 @@ import torch
 from parts.flags import Config, text_names
 from parts.run.checkpoint import checkpoint_in, load_checkpoint
 from parts.run.directory import read_if_there
+from parts.run.layout import RunPaths
 from parts.text.vocabulary import normal_form
 
 MODEL_FLAGS = ("n_layer", "n_head", "n_embd", "block_size")  # flags that weights do not survive
@@ -48,9 +49,9 @@ def load_initial_weights(config: Config, vocabulary: str) -> InitialWeights | No
     if rows != config.vocab_size:
         sizes = f"{rows:,} tokens, not {config.vocab_size:,}"
         raise ValueError(f"--init_from {config.init_from} has weights for {sizes}")
-    new = f" ({positions} positions; {positions + 1} to {config.block_size} begin new)"
-    remark = new if is_longer else ""
-    return InitialWeights(path, weights, checkpoint["trained_context"], remark)
+    remark = f" ({positions} positions; {positions + 1} to {config.block_size} begin new)"
+    context = checkpoint["trained_context"]
+    return InitialWeights(path, weights, context, remark if is_longer else "")
 
 
 def vocabulary_of(path: Path, checkpoint: dict) -> str:
@@ -58,8 +59,8 @@ def vocabulary_of(path: Path, checkpoint: dict) -> str:
     content = checkpoint["tokenizer"]["content"]
     if not content:
         return "gpt2"
+    file = RunPaths.around(path).tokenizer_json
     with suppress(ValueError):
-        file = path.parent.parent / "tokenizer.json"
         if normal_form(read_if_there(file)) == normal_form(content):
             return str(file)
     return "PATH.json, with the tokenizer.json of its run"
@@ -77,25 +78,22 @@ def check_same_run(
     anew = "choose another --out_dir, or --resume never to move that run aside and start anew"
     saved = checkpoint["config"]
     texts = text_names(config.input_file)
-    other_flags = different(saved, config, (*MODEL_FLAGS, "optimizer"))
-    n_saved = checkpoint["corpus_tokens"]
-    problem = ""
     if normal_form(checkpoint["tokenizer"]["content"]) != vocabulary:
         other = f"--tokenizer {saved.get('tokenizer')}"
-        problem = f"has another vocabulary ({other}) than {config.tokenizer}: {anew}"
-    elif other_flags:
+        raise ValueError(f"{path} has another vocabulary ({other}) than {config.tokenizer}: {anew}")
+    other_flags = different(saved, config, (*MODEL_FLAGS, "optimizer"))
+    if other_flags:
         name = other_flags[0]
         other = f"--{name} {saved.get(name)} (--preset {saved.get('preset')})"
-        problem = f"has {other}, not {getattr(config, name)}: {anew}"
-    elif checkpoint["corpus_sha256"] != sha256:
+        raise ValueError(f"{path} has {other}, not {getattr(config, name)}: {anew}")
+    if checkpoint["corpus_sha256"] != sha256:
         own = f" --tokenizer {vocabulary_of(path, checkpoint)}" if vocabulary else ""
-        problem = (
-            f"was trained on another text than {texts}: to go on from its weights with this one, "
-            f"give --init_from {path}{own} and another --out_dir; for a new model, {anew}"
+        raise ValueError(
+            f"{path} was trained on another text than {texts}: to go on from its weights with this "
+            f"one, give --init_from {path}{own} and another --out_dir; for a new model, {anew}"
         )
-    elif n_saved != n_tokens:
+    n_saved = checkpoint["corpus_tokens"]
+    if n_saved != n_tokens:
         flags = f"--max_tokens {saved.get('max_tokens')} --val_fraction {saved.get('val_fraction')}"
         counts = f"{n_saved:,} tokens of {texts}, not {n_tokens:,}"
-        problem = f"was trained on {counts}: set {flags}, or {anew}"
-    if problem:
-        raise ValueError(f"{path} {problem}")
+        raise ValueError(f"{path} was trained on {counts}: set {flags}, or {anew}")

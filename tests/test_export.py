@@ -670,11 +670,11 @@ def test_weights_of_another_shape_are_no_start(folder, tmp_path, monkeypatch, ca
 def test_the_sample_of_a_card_is_of_its_weights_or_before(launch, prompt_disk):
     flags = ["--steps=6", "--sample_every=2", "--save_every=2", "--num_prompts=1"]
     assert launch("run", *flags) == 0
-    steps = [
-        block.step for block in sample_blocks(Path("run/samples/samples.txt").read_text("utf-8"))
-    ]
-    assert steps[-1] == 6 and len(steps) > 2
-    assert [export_hf.last_samples(Path("run"), step)[0] for step in (6, 5, 2)] == [6, 4, 2]
+    blocks = sample_blocks(Path("run/samples/samples.txt").read_text("utf-8"))
+    assert blocks[-1].step == 6 and len(blocks) > 2
+    for step, shown in ((6, 6), (5, 4), (2, 2)):
+        assert f"at step {shown}, " in export_hf.sample_of(blocks, step)
+    assert export_hf.sample_of(blocks, 0) == ""
     assert export_hf.main(["--checkpoint=run/checkpoints/prev.pt", "--out=hf"]) == 0
     step = load_checkpoint(Path("run/checkpoints/prev.pt"))["step"]
     card = Path("hf/README.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from conftest import GPT2, ROOT, TINY_FLAGS
 import sample
 import train
 from parts.flags import Config
-from parts.run.checkpoint import KINDS, checkpoint_in, load_checkpoint
+from parts.run.checkpoint import checkpoint_in, load_checkpoint
 from parts.text.corpus import load_corpus
 from parts.text.vocabulary import load_tokenizer, train_vocabulary
 
@@ -197,9 +197,10 @@ def test_no_sample_ends_inside_a_character(tmp_path, monkeypatch, capsys):
 def test_of_a_folder_the_best_is_taken_then_the_last_then_the_one_before(tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    for name in KINDS:
+    names = ("best.pt", "last.pt", "prev.pt")
+    for name in names:
         (checkpoints / name).touch()
-    for name in ("best.pt", "last.pt", "prev.pt"):
+    for name in names:
         for folder in (checkpoints.parent, checkpoints):
             assert checkpoint_in(folder, "--checkpoint") == checkpoints / name
         assert checkpoint_in(checkpoints / name, "--checkpoint") == checkpoints / name

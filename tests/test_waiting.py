@@ -16,7 +16,7 @@ import train
 from parts.progress import Progress
 from parts.report import words
 from parts.report.steplog import BAR
-from parts.run import terminal as waiting
+from parts.run import screen as waiting
 from parts.text.vocabulary import train_vocabulary
 
 

@@ -12,7 +12,7 @@ from parts.progress import Progress
 from parts.report import words
 from parts.run.directory import RunDir
 from parts.run.layout import step_line
-from parts.run.terminal import ticking
+from parts.run.screen import ticking
 from parts.text.corpus import Corpus
 
 log = logging.getLogger("train")

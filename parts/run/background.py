@@ -17,8 +17,8 @@ class Snapshot:
     """A copy of tensors in memory that is allocated once.
 
     Of tensors on a GPU it is page-locked, if the system grants that; PyTorch then rounds each
-    buffer up to a power of two bytes. Once `is_copy` is False, for want of memory, `take` returns
-    the tensors themselves, which must be written before they change.
+    buffer up to a power of two bytes. Without memory for a copy, `is_copy` becomes False and `take`
+    returns the tensors themselves, which must be written before they change.
     """
 
     page_locked = True
@@ -29,10 +29,8 @@ class Snapshot:
         self.buffers: dict[str, torch.Tensor] = {}
 
     def take(self, values: dict) -> dict:
-        """The same nested dictionaries with the copies in them, complete after `wait`.
-
-        On a GPU they are made beside the next forward and backward pass, which only read.
-        """
+        """The same nested dictionaries with the copies in them, complete after `wait`: on a GPU
+        they are made beside the next forward and backward pass, which only read."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -81,15 +79,12 @@ class Task:
 
 
 class Writer:
-    """Works through tasks on a thread of its own while training goes on, one list at a time.
-
-    The thread only writes; logging and bookkeeping are left to `collect`, so nothing needs a lock.
-    """
+    """Works through tasks on a thread of its own while training goes on, one list at a time. The
+    thread only writes; `collect` logs and keeps the books, so nothing needs a lock."""
 
     def __init__(self, run: RunDir):
         self.run = run
-        self._tasks: list[Task] = []
-        self._errors: list[BaseException | None] = []
+        self._ended: list[tuple[Task, BaseException | None]] = []
         self._thread: Thread | None = None
 
     @property
@@ -100,28 +95,29 @@ class Writer:
     def start(self, tasks: list[Task]) -> None:
         """Begin with these, after any earlier ones."""
         self.finish()
-        self._tasks = tasks
-        self._errors = []
-        self._thread = Thread(target=self._work, daemon=True)  # a second Ctrl-C leaves it behind
+        # A second Ctrl-C leaves a daemon behind.
+        self._thread = Thread(target=self._work, args=[tasks], daemon=True)
         try:
             self._thread.start()
         except RuntimeError:  # no memory for a thread
-            self._work()
+            self._work(tasks)
 
-    def _work(self) -> None:
-        for task in self._tasks:
+    def _work(self, tasks: list[Task]) -> None:
+        for task in tasks:
             try:
                 task.write()
-                self._errors.append(None)
+                self._ended.append((task, None))
             except BaseException as error:
-                self._errors.append(error)
+                self._ended.append((task, error))
 
     def collect(self) -> None:
         """Report what became of the tasks, once all are done. Raises what is no OSError."""
         if self._thread is None or self.busy:
             return
         self._thread = None
-        for task, error in zip(self._tasks, self._errors, strict=True):
+        ended = self._ended
+        self._ended = []
+        for task, error in ended:
             with self.run.attempt(task.name):
                 if error is not None:
                     raise error

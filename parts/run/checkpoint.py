@@ -11,8 +11,10 @@ from parts.compute.device import is_out_of_memory
 from parts.flags import Config, out_of_range
 from parts.progress import Progress
 from parts.run.directory import RunDir, read_json, replacing
+from parts.run.layout import RunPaths
 
 CHECKPOINT_FORMAT = 3
+COUNTS = ("corpus_tokens", "step", "trained_context")
 FOLDER = 0x10  # among the attributes of a zip archive's member
 
 
@@ -28,10 +30,7 @@ def write_checkpoint(path: Path, checkpoint: dict, previous: Path | None = None)
 
 def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
     """Read a checkpoint onto the CPU; nothing in it is executed (tensors and plain values only).
-
-    Raises FileNotFoundError, or ValueError when it is no checkpoint of this program or not a byte
-    as written.
-    """
+    Raises OSError, or ValueError when it is no checkpoint of this program, or damaged."""
     if not path.is_file():
         problem = "a folder" if path.is_dir() else "no such file"
         example = "name a checkpoint such as out/demo/checkpoints/best.pt"
@@ -65,10 +64,7 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
 
 
 def check_archive(path: Path) -> None:
-    """Read all of the file's checksums, which torch.load does not compare.
-
-    Raises ValueError or BadZipFile.
-    """
+    """Check all checksums, as torch.load does not. Raises ValueError or BadZipFile."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -80,22 +76,17 @@ def check_archive(path: Path) -> None:
             raise ValueError(f"wrong checksum of {damaged}")
 
 
-KINDS = ("best.pt", "last.pt", "prev.pt")  # in the order in which a model is looked for
-
-
 def checkpoint_in(path: Path, flag: str) -> Path:
-    """The checkpoint that a run directory means, or its folder `checkpoints`: the best, else the
-    last, else the one before. What is no folder is returned as it is.
-
-    Raises FileNotFoundError for a folder without any.
-    """
+    """The checkpoint that a run directory means, or its folder `checkpoints`; other paths as they
+    are. Raises FileNotFoundError for a folder without any."""
     if not path.is_dir():
         return path
-    for folder in (path / "checkpoints", path):
-        for name in KINDS:
-            if (folder / name).is_file():
-                return folder / name
-    problem = f"no {', '.join(KINDS)} in this folder or its folder checkpoints"
+    models = RunPaths(path).models
+    names = [model.name for model in models]
+    for file in [*models, *(path / name for name in names)]:
+        if file.is_file():
+            return file
+    problem = f"no {', '.join(names)} in this folder or its folder checkpoints"
     if (path / "model.safetensors").is_file():
         problem = "a model for transformers, of which export_hf.py --from_hf makes a checkpoint"
     example = "name a run directory such as out/demo, or a checkpoint"
@@ -104,11 +95,10 @@ def checkpoint_in(path: Path, flag: str) -> Path:
 
 def newest_run(out: Path) -> Path | None:
     """The run directory in `out` whose best.pt or last.pt changed last; None without any."""
-    found = [path for name in KINDS[:2] for path in out.glob(f"*/checkpoints/{name}")]
-    files = [path for path in found if path.is_file()]
-    if not files:
-        return None
-    return max(files, key=lambda path: path.stat().st_mtime_ns).parent.parent
+    runs = [RunPaths(folder) for folder in out.glob("*")]
+    files = [path for run in runs for path in (run.best, run.last) if path.is_file()]
+    newest = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return None if newest is None else RunPaths.around(newest).root
 
 
 def is_sound(checkpoint: object) -> bool:
@@ -138,17 +128,12 @@ def is_sound(checkpoint: object) -> bool:
         return False
 
 
-COUNTS = ("corpus_tokens", "step", "trained_context")
-
-
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's tensors, by name; linear weights are (out, in)."""
     C = config.n_embd
     found: dict[str, tuple[int, ...]] = {
         "wte.weight": (config.vocab_size, C),
         "wpe.weight": (config.block_size, C),
-        "ln_f.weight": (C,),
-        "ln_f.bias": (C,),
     }
     linear = {
         "attn.c_attn": (3, 1),
@@ -156,13 +141,14 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "mlp.c_fc": (4, 1),
         "mlp.c_proj": (1, 4),
     }
+    norms = ["ln_f"]
     for layer in range(config.n_layer):
+        norms += [f"h.{layer}.ln_1", f"h.{layer}.ln_2"]
         for name, (rows, columns) in linear.items():
             found[f"h.{layer}.{name}.weight"] = (rows * C, columns * C)
             found[f"h.{layer}.{name}.bias"] = (rows * C,)
-        for name in ("ln_1", "ln_2"):
-            found[f"h.{layer}.{name}.weight"] = (C,)
-            found[f"h.{layer}.{name}.bias"] = (C,)
+    for name in norms:
+        found[f"{name}.weight"] = found[f"{name}.bias"] = (C,)
     return found
 
 
@@ -201,11 +187,8 @@ class SavedRun:
 def restore_optimizers(
     optimizers: dict[str, torch.optim.Optimizer], states: dict[str, dict], untouched: bool
 ) -> None:
-    """Move the states out of a checkpoint into the optimizers.
-
-    Raises ValueError when one is missing, or does not fit its parameter; `untouched` says that
-    there may be none, since no step was ever applied.
-    """
+    """Move the states out of a checkpoint into the optimizers. `untouched`: no step was applied,
+    so that there may be none. Raises ValueError when one is missing or does not fit."""
     if states.keys() != optimizers.keys():
         wanted = " and ".join(optimizers)
         raise ValueError(f"it has the state of {' and '.join(states)}, not that of {wanted}")
@@ -225,12 +208,10 @@ def restore_optimizers(
 
 def find_checkpoints(config: Config, run: RunDir) -> list[Path]:
     """The checkpoints to continue from as --resume asks, the newest first; none for a fresh start.
-
-    Raises ValueError when a foreign checkpoint would overwrite another run.
-    """
-    own = [path for path in (run.last, run.prev) if path.exists()]
+    Raises ValueError when a foreign checkpoint would overwrite another run."""
     if config.resume == "never":
         return []
+    own = [path for path in (run.last, run.prev) if path.exists()]
     if config.resume == "auto":
         return own
     path = Path(config.resume)
@@ -245,10 +226,8 @@ def find_checkpoints(config: Config, run: RunDir) -> list[Path]:
 
 
 def load_newest(paths: list[Path]) -> SavedRun | None:
-    """The first of the checkpoints that is whole; None without any.
-
-    Raises FileNotFoundError, or ValueError when none is whole or it holds weights alone.
-    """
+    """The first of the checkpoints that is whole; None without any. Raises FileNotFoundError, or
+    ValueError when none is whole or it holds weights alone."""
     damage = None
     for path in paths:
         try:

@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from parts.run.layout import (
+    CSV_HEADER,
     LOG_FORM,
-    METRICS,
     Row,
     RunPaths,
     csv_line,
@@ -46,10 +47,8 @@ unsettled: list[Path] = []  # where that was answered; only the first is told
 
 
 def settle(path: Path) -> None:
-    """Sync a file, or the names in a folder, to the disk, so that a power cut cannot undo it.
-
-    A disk that cannot sync is a warning, any other failure an OSError with the path.
-    """
+    """Sync a file, or the names in a folder, to the disk: a power cut cannot undo it then. A disk
+    that cannot sync is a warning, any other failure an OSError with the path."""
     is_folder = path.is_dir()
     if is_folder and os.name == "nt":  # where names reach the disk when Windows likes
         return
@@ -184,6 +183,12 @@ def replacing(path: Path, previous: Path | None = None, shared: bool = False) ->
         beside.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file as a whole. Raises OSError."""
+    with replacing(path) as file:
+        file.write(data)
+
+
 def append_whole(path: Path, data: bytes) -> None:
     """Add bytes to a file that is there. Raises OSError, and then none of them is in it."""
     with open(path, "r+b", buffering=0) as file:
@@ -199,6 +204,12 @@ def existing_part(path: Path) -> Path:
         if part.exists() or part.is_symlink():
             return part
     return path
+
+
+def first_free(path: Path) -> Path:
+    """The first of best-1.pt, best-2.pt, ... that nothing has yet, for a path best.pt."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in count(1))
+    return next(one for one in numbered if not one.exists())
 
 
 def read_if_there(path: Path) -> str:
@@ -234,9 +245,7 @@ def gigabytes(n_bytes: float) -> str:
 
 def open_locked(path: Path, wait: bool = False) -> FileIO:
     """A file, locked until it is closed or the process ends. A disk without locks is a warning.
-
-    Raises OSError; without `wait`, that is `HELD` when another program has the lock.
-    """
+    Raises OSError; without `wait`, that is `HELD` when another program has the lock."""
     file = open(path, "ab", buffering=0)  # noqa: SIM115
     for tenths in count():
         try:
@@ -266,24 +275,24 @@ def open_locked(path: Path, wait: bool = False) -> FileIO:
 
 class RunDir(RunPaths):
     """The files of one run, and all writing into them: whole, or in lines that may wait in memory.
-
-    A write that may fail while the run goes on is an `attempt`.
-    """
+    A write that may fail while the run goes on is an `attempt`."""
 
     def __init__(self, root: Path):
         super().__init__(root)
-        self.growing = (self.train_log, self.metrics_csv, self.samples_txt)
-        self.resumable = (self.metrics_csv, self.samples_txt)  # cut to a checkpoint's offsets
+        # Files that grow, with their first bytes; two of them are cut where a run is resumed.
+        self.resumable = {self.metrics_csv: CSV_HEADER.encode(), self.samples_txt: b""}
+        self.growing = {self.train_log: b""} | self.resumable
         self.listener: Callable[[Path, str], None] | None = None  # is given what `append` is given
         self.lock: FileIO | None = None  # the open `owner` file, in the process at work
         self.me = f"{os.getpid()} on {platform.node()}"
-        self.unwritten: dict[Path, str] = {}  # lines that wait for the disk
+        self.unwritten: dict[Path, str] = defaultdict(str)  # lines that wait for the disk
         self.refused: dict[str, int | str] = {}  # what could not be written: an errno, or why
 
     def check_writable(self) -> None:
         """Raises OSError when a folder or file of the run cannot be written; writes nothing."""
         for path in self.files:
-            folder, problem = existing_part(path.parent), ""
+            folder = existing_part(path.parent)
+            problem = ""
             if not folder.is_dir():
                 problem = f"{folder} is no directory"
             elif not os.access(folder, os.W_OK):
@@ -328,11 +337,6 @@ class RunDir(RunPaths):
         """Whether results or best weights lie here, which a new run must not overwrite."""
         return self.results_json.exists() or self.best.exists()
 
-    def first_free(self, form: str) -> Path:
-        """The first unused path of this form in the directory, {} being 1, 2, ..."""
-        paths = (self.root / form.format(number) for number in count(1))
-        return next(path for path in paths if not path.exists())
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other trainers out. Raises ValueError when another process holds the lock."""
@@ -366,9 +370,9 @@ class RunDir(RunPaths):
                 self.lock = open_locked(self.owner)
             self.lock.truncate(0)
             self.lock.write(self.me.encode())
-        for path in self.growing:
+        for path, head in self.growing.items():
             if not path.exists():
-                self._write(path, self._head(path))
+                write_whole(path, head)
 
     def clean(self) -> None:
         """Remove what a kill left half written."""
@@ -379,7 +383,7 @@ class RunDir(RunPaths):
     def move_aside(self) -> Path:
         """Move the files of an earlier run into the first free earlier-1, earlier-2, ..."""
         self.clean()
-        target = self.first_free("earlier-{}")
+        target = first_free(self.earlier)
         make_folder(target)
         if self.events.is_dir():  # copied: an open TensorBoard gets stuck where its file is gone
             settle_all(shutil.copytree(self.events, target / self.events.name))
@@ -395,25 +399,20 @@ class RunDir(RunPaths):
         """Cut metrics and samples at a checkpoint's `mark`; what Ctrl-C drew behind it stays."""
         offsets, unwritten = mark.get("offsets", {}), mark.get("unwritten", {})
         self.clean()
-        for path in self.resumable:
+        for path, head in self.resumable.items():
             data = path.read_bytes()
             end = offsets.get(path.name, 0)
             kept = data[:end]
             if len(kept) < end or (kept and not kept.endswith(b"\n")):
-                log.warning(
-                    "%s is not as the run left it: lines before this start are missing", path
-                )
+                missing = "lines before this start are missing"
+                log.warning("%s is not as the run left it: %s", path, missing)
                 kept = kept[: kept.rfind(b"\n") + 1]
             waited = unwritten.get(path.name, "").encode()
-            kept = (kept or self._head(path)) + waited
+            kept = (kept or head) + waited
             if mark:
                 kept += drawn_at_ctrl_c(data[end:].removeprefix(waited))
             if kept != data:
-                self._write(path, kept)
-
-    def _head(self, path: Path) -> bytes:
-        """How a growing file begins."""
-        return (",".join(METRICS) + "\n").encode() if path == self.metrics_csv else b""
+                write_whole(path, kept)
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
@@ -434,8 +433,9 @@ class RunDir(RunPaths):
         is_new = cause not in self.refused.values()
         self.refused[what] = cause
         if is_new:
-            is_full = error.errno == errno.ENOSPC
-            room = f" ({gigabytes(self.free_bytes())} free)" if is_full else ""
+            room = ""
+            if error.errno == errno.ENOSPC:
+                room = f" ({gigabytes(self.free_bytes())} free)"
             log.error(
                 f"Could not write {what}: {error}{room}. Training goes on, and all that cannot be "
                 "written is tried again; no file is left half written."
@@ -448,7 +448,7 @@ class RunDir(RunPaths):
 
     def append(self, path: Path, text: str) -> None:
         """Add text to a growing file; what the disk refuses waits in memory."""
-        self.unwritten[path] = self.unwritten.get(path, "") + text
+        self.unwritten[path] += text
         with self.attempt(f"lines of {path}"):
             self.flush(path)
         if self.listener is not None:
@@ -467,7 +467,7 @@ class RunDir(RunPaths):
     def flush(self, path: Path) -> None:
         """Write the lines that wait. Raises OSError, and then none of them is in the file."""
         self.check_owner()
-        append_whole(path, self.unwritten.get(path, "").encode("utf-8", "replace"))
+        append_whole(path, self.unwritten[path].encode("utf-8", "replace"))
         self.unwritten[path] = ""
 
     def mark(self) -> dict[str, dict]:
@@ -477,7 +477,7 @@ class RunDir(RunPaths):
                 self.flush(path)
         return {
             "offsets": {path.name: path.stat().st_size for path in self.resumable},
-            "unwritten": {path.name: self.unwritten.get(path, "") for path in self.resumable},
+            "unwritten": {path.name: self.unwritten[path] for path in self.resumable},
         }
 
     def sync(self) -> None:
@@ -492,11 +492,7 @@ class RunDir(RunPaths):
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 finite[name] = None
-        self._write(path, (json.dumps(finite, indent=2, ensure_ascii=False) + "\n").encode())
-
-    def _write(self, path: Path, data: bytes) -> None:
-        with replacing(path) as file:
-            file.write(data)
+        write_whole(path, (json.dumps(finite, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 class LogFile(logging.Handler):

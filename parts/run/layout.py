@@ -24,6 +24,7 @@ METRICS = {  # column of the CSV: number format
     "bits_per_byte": ".6f",  # of window_loss
     "val_bits_per_byte": ".6f",
 }
+CSV_HEADER = ",".join(METRICS) + "\n"
 Row = Mapping[str, float | None]  # column to value
 
 
@@ -43,8 +44,15 @@ class RunPaths:
         self.prev = root / "checkpoints" / "prev.pt"
         self.best = root / "checkpoints" / "best.pt"
         self.files = [path for path in vars(self).values() if path != root]
+        self.models = (self.best, self.last, self.prev)  # in the order in which one is looked for
         self.events = root / "tensorboard"
         self.owner = root / "run.lock"  # locked by the process at work; names the last one
+        self.earlier = root / "earlier"  # with a number behind it: a run that was moved aside
+
+    @classmethod
+    def around(cls, checkpoint: Path) -> "RunPaths":
+        """The run that a checkpoint lies in, if it lies in one."""
+        return cls(checkpoint.parent.parent)
 
 
 LOG_FORM = "%(asctime)s | %(levelname)s | %(message)s"
@@ -113,6 +121,11 @@ class SampleBlock(NamedTuple):
 
     def __str__(self) -> str:
         return f"{'=' * 80}\nSTEP {self.step}{self.remark}\n\n{self.texts}"
+
+    def first_pair(self) -> tuple[str, str]:
+        """The first prompt, and the output that begins with it."""
+        prompt, _, rest = self.texts.removeprefix("PROMPT:\n").partition("\nOUTPUT:\n")
+        return prompt, rest.partition("\n\nPROMPT:\n")[0].strip()
 
     @property
     def is_whole(self) -> bool:

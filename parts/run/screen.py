@@ -1,19 +1,22 @@
-"""Every word to the user goes through here, from a script's first line on."""
+"""What is seen while a script runs: its log lines, and at a terminal what is waited for."""
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 log = logging.getLogger("train")
+TICK_SEC = 1.0  # also what something takes before its line appears
+COUNTING = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]"
 
 
 class Form(logging.Formatter):
-    """How a line looks on the screen.
-
-    `03:38:36 | step 1250/...` for train.py, which runs for hours, with the level if it is a warning
-    or an error; `SCRIPT: warning: ...` for the others, at the start of each line of a message.
-    """
+    """How a line looks: `03:38:36 | step 1250/...` for train.py, with the level if it is a warning
+    or an error; `SCRIPT: warning: ...` for the others, before each line of a message."""
 
     def __init__(self, script: str):
         super().__init__()
@@ -44,10 +47,8 @@ def logging_to(handler: logging.Handler) -> Iterator[None]:
 
 @contextmanager
 def speaking(script: str, silent: bool = False, encoding: str | None = None) -> Iterator[None]:
-    """Show log lines in the block: on stdout for train.py, on stderr for the other scripts.
-
-    A `silent` process shows none. What a console cannot show is replaced.
-    """
+    """Show log lines in the block: on stdout for train.py, on stderr for the other scripts. A
+    `silent` process shows none. What a console cannot show is replaced."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows code page lacks most of Unicode
             stream.reconfigure(encoding=encoding, errors="replace")
@@ -56,3 +57,42 @@ def speaking(script: str, silent: bool = False, encoding: str | None = None) -> 
     handler.setFormatter(Form(script))
     with logging_to(handler):
         yield
+
+
+@contextmanager
+def ticking(bar: tqdm) -> Iterator[None]:
+    """Draw the bar anew every second until the block ends, and then remove it."""
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(TICK_SEC):
+            bar.delay = 0  # from now on it can be seen, and `close` has to remove it
+            bar.refresh()
+
+    if bar.disable:
+        yield
+        return
+    thread = threading.Thread(target=tick, name="ticking", daemon=True)
+    with logging_redirect_tqdm([log]), bar:
+        with suppress(RuntimeError):  # no memory for a thread: nothing ticks
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if thread.is_alive():
+                thread.join()
+
+
+@contextmanager
+def waiting(
+    what: str, total: int | None = None, unit: str = "", shown: bool = True
+) -> Iterator[tqdm]:
+    """A line at a terminal: what is waited for, and how long so far; the log stands above it. With
+    a total, the bar's `update` counts up to it. Of several processes the first has it `shown`."""
+    form = "{desc} ... {elapsed}" if total is None else COUNTING
+    look = dict(bar_format=form, delay=TICK_SEC, leave=False, dynamic_ncols=True)
+    disable = None if shown else True  # None: only where stderr is no terminal
+    bar = tqdm(desc=what, total=total, unit=unit, unit_scale=unit == "B", disable=disable, **look)
+    with ticking(bar):
+        yield bar

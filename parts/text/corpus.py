@@ -26,9 +26,17 @@ import numpy as np
 from tqdm import tqdm
 
 from parts.flags import DEMO_CORPUS, Config, text_names
-from parts.run.directory import free_bytes, open_locked, read_json, replacing
-from parts.run.terminal import waiting
-from parts.text.files import byte_bar, demo_text, find_files, in_words, read_pieces, same_texts
+from parts.run.directory import free_bytes, open_locked, read_json, replacing, write_whole
+from parts.run.screen import waiting
+from parts.text.files import (
+    Hashed,
+    demo_text,
+    find_files,
+    in_words,
+    pieces_of,
+    read_pieces,
+    same_texts,
+)
 from parts.text.vocabulary import Tokenizer, encode, fingerprint
 
 log = logging.getLogger("train")
@@ -70,7 +78,7 @@ class Documents:
 
     tokens: np.ndarray  # (N,) uint16 or uint32, an end-of-document between two texts
     n_bytes: int
-    each: list[tuple[str, Path]]  # SHA-256 of the bytes, and the file
+    each: Hashed
     remark: str = ""  # what folders and globs gave, and left out
 
     @property
@@ -112,10 +120,9 @@ def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
         check_length("the validation split", validation["val_tokens"], config)
         validation["yardstick"] = compressed(tokens, validation["val_tokens"], tokenizer)
     tokens.flags.writeable = False
-    n_bytes: float = text.n_bytes
+    size = text.n_bytes / len(text.tokens)
     if len(tokens) < len(text.tokens):
-        n_bytes = bytes_per_token(tokens, tokenizer) * len(text.tokens)
-    size = n_bytes / len(text.tokens)
+        size = bytes_per_token(tokens, tokenizer)
     vocabulary = getattr(tokenizer, "content", "")
     files: dict = dict(n_files=len(text.each), remark=text.remark)
     return Corpus(tokens, text.sha256, len(text.tokens), size, vocabulary, **files, **validation)
@@ -249,14 +256,14 @@ def on_disk(files: list[Path], tokenizer: Tokenizer, folder: Path, threads: int)
     """The ids of texts, from a file that is encoded anew if it does not fit. Raises ValueError or
     OSError; then no file is left behind."""
     with waiting("Checking the text"):
-        sources: list = [[p.resolve().as_posix(), p.stat().st_size, sha256_of(p)] for p in files]
+        each = [(sha256_of(file), file) for file in files]
+    sources: list = [[p.resolve().as_posix(), p.stat().st_size, sha256] for sha256, p in each]
     vocabulary = fingerprint(tokenizer)
     made_of = {"tokenizer": vocabulary, "sources": sources}
     known_by = "\n".join([vocabulary, *(name for name, _, _ in sources)])
     stem = re.sub(r"\W+", "-", files[0].stem)[:40]
     path = folder / f"{stem}-{hashlib.sha256(os.fsencode(known_by)).hexdigest()[:12]}.tokens"
     dtype = "<u2" if tokenizer.n_vocab <= 2**16 else "<u4"
-    each = [(digest, file) for (_, _, digest), file in zip(sources, files, strict=True)]
 
     def documents() -> Documents:
         tokens = map_ids(path, made_of, dtype)
@@ -277,7 +284,7 @@ def on_disk(files: list[Path], tokenizer: Tokenizer, folder: Path, threads: int)
             pass
         except ValueError as reason:
             log.warning("%s: %s; encoding the text anew", path, reason)
-        write_ids(path, files, made_of, dtype, tokenizer, threads)
+        write_ids(path, each, made_of, dtype, tokenizer, threads)
         return documents()
 
 
@@ -302,41 +309,39 @@ def map_ids(path: Path, made_of: dict, dtype: str) -> np.ndarray:
 
 
 def write_ids(
-    path: Path, files: list[Path], made_of: dict, dtype: str, tokenizer: Tokenizer, threads: int
+    path: Path, files: Hashed, made_of: dict, dtype: str, tokenizer: Tokenizer, threads: int
 ) -> None:
     """Encode the files into `path`; a JSON beside it has what the ids were made of, and their hash.
     Raises ValueError or OSError."""
-    sizes = [size for _, size, _ in made_of["sources"]]
-    needed = sum(sizes) * np.dtype(dtype).itemsize // 2  # about three bytes of text a token
+    n_bytes = sum(size for _, size, _ in made_of["sources"])
+    needed = n_bytes * np.dtype(dtype).itemsize // 2  # about three bytes of text a token
     free = free_bytes(path.parent)
     if needed > free:
         room = f"need up to {needed / 1e6:,.1f} MB, and that disk has {free / 1e6:,.1f} MB"
         remedy = "choose another --cache_dir"
         raise OSError(f"--cache_dir {path.parent}: the token ids {room}: {remedy}")
     ids = hashlib.sha256()
-    with replacing(path) as file, byte_bar("Encoding", sum(sizes)) as bar:
-        for part in encoded(files, made_of["sources"], tokenizer, threads, bar):
+    with replacing(path) as file, waiting("Encoding", n_bytes, "B") as bar:
+        for part in encoded(files, tokenizer, threads, bar):
             data = part.astype(dtype).tobytes()
             ids.update(data)
             file.write(data)
         if not file.tell():
-            raise ValueError(f"{files[0]} is empty: name another text")
-    with replacing(path.with_suffix(".json")) as file:
-        file.write(json.dumps(made_of | {"ids": ids.hexdigest()}, indent=2).encode())
+            raise ValueError(f"{files[0][1]} is empty: name another text")
+    facts = made_of | {"ids": ids.hexdigest()}
+    write_whole(path.with_suffix(".json"), json.dumps(facts, indent=2).encode())
 
 
-def encoded(
-    files: list[Path], sources: list, tokenizer: Tokenizer, threads: int, bar: tqdm
-) -> Iterator[np.ndarray]:
+def encoded(files: Hashed, tokenizer: Tokenizer, threads: int, bar: tqdm) -> Iterator[np.ndarray]:
     """Ids of the files in pieces, encoded by threads, with an end-of-document between two files.
-    Raises ValueError, also for a file that has not its hash in `sources`."""
+    Raises ValueError, also for a file that has not its hash."""
     under_way: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for number, (path, (_, _, expected)) in enumerate(zip(files, sources, strict=True)):
+        for number, (expected, path) in enumerate(files):
             if number:
                 under_way.append(pool.submit(np.array, [tokenizer.eot_token], np.uint32))
             digest = hashlib.sha256()
-            for piece in counted(path, digest, bar):
+            for piece in pieces_of(path, bar, digest.update):
                 under_way.append(pool.submit(encode, piece, tokenizer))
                 if len(under_way) > 4 * threads:
                     yield under_way.popleft().result()
@@ -344,14 +349,3 @@ def encoded(
                 raise ValueError(f"{path} was changed meanwhile: start again")
         while under_way:
             yield under_way.popleft().result()
-
-
-def counted(path: Path, digest: "hashlib._Hash", bar: tqdm) -> Iterator[str]:
-    """The pieces of a text, while its bytes go into a hash and a progress bar."""
-
-    def count(data: bytes) -> None:
-        digest.update(data)
-        bar.update(len(data))
-
-    with open(path, "rb") as file:
-        yield from read_pieces(file, str(path), count)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from parts.flags import DEMO_CORPUS
 from parts.run.directory import RunDir
 
 CHUNK = 2**18  # bytes read at a time: many are under way at once, and few words are longer
+Hashed = list[tuple[str, Path]]  # files, each with the SHA-256 of its bytes
 LeftOut = dict[str, set[Path]]  # by reason
 CACHED = re.compile(r".*-[0-9a-f]{12}\.(tokens|json|lock)")  # names in --cache_dir
 EMPTY = hashlib.sha256().hexdigest()
@@ -116,7 +118,7 @@ def in_words(left_out: LeftOut) -> list[str]:
     return ["left out: " + ", ".join(parts)] if parts else []
 
 
-def same_texts(texts: list[tuple[str, Path]], others: list[tuple[str, Path]]) -> str:
+def same_texts(texts: Hashed, others: Hashed) -> str:
     """The pairs of two different files with the same bytes, in words; empty files do not count."""
     first = dict(reversed(texts))
     first.pop(EMPTY, None)
@@ -159,15 +161,16 @@ def read_text(path: Path, flag: str) -> str:
     return text
 
 
-def byte_bar(what: str, n_bytes: int) -> tqdm:
-    """A progress bar over bytes, at a terminal."""
-    form: dict = dict(unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
-    return tqdm(desc=what, total=n_bytes, **form)
+OnBytes = Callable[[bytes], object]
 
 
-def read_pieces(
-    file: BinaryIO, name: str, on_bytes: Callable[[bytes], object] = lambda data: None
-) -> Iterator[str]:
+def pieces_of(path: Path, bar: tqdm, on_bytes: OnBytes = lambda data: None) -> Iterator[str]:
+    """`read_pieces` of a file, whose bytes a bar counts."""
+    with open(path, "rb") as file:
+        yield from read_pieces(CallbackIOWrapper(bar.update, file), str(path), on_bytes)
+
+
+def read_pieces(file: BinaryIO, name: str, on_bytes: OnBytes = lambda data: None) -> Iterator[str]:
     """The text of a UTF-8 file in pieces whose ids, one after the other, are those of the whole.
     A byte-order mark is dropped, line ends are kept; `on_bytes` is shown all bytes. Raises
     ValueError, with the name, for what is no UTF-8 text."""

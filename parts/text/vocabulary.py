@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from parts.compute.signals import exit_code, name_of
 from parts.flags import VOCAB_SIZE, Config
-from parts.run.terminal import ticking
-from parts.text.files import byte_bar, find_files, read_pieces, size_of
+from parts.run.screen import waiting
+from parts.text.files import find_files, pieces_of, size_of
 
 log = logging.getLogger("train")
 
@@ -69,7 +69,8 @@ class OwnVocabulary:
         self.inner.decoder = decoders.ByteLevel()
         parts = json.loads(self.inner.to_str())
         # All versions of the library read merges as strings, those before 0.20 nothing else.
-        parts["model"]["merges"] = [" ".join(pair) for pair in parts["model"]["merges"]]
+        self.merges = [" ".join(pair) for pair in parts["model"]["merges"]]
+        parts["model"]["merges"] = self.merges
         self.content = json.dumps(parts, ensure_ascii=False)
         # The letter of a byte is its own where that can be seen, else one beyond 255.
         seen = [ord(letter) for letter in BYTE_LETTERS if ord(letter) < 256]
@@ -87,7 +88,8 @@ class OwnVocabulary:
     def decode_bytes(self, tokens: list[int]) -> bytes:
         """The bytes of the text of ids, also of a part of a character."""
         data = b""
-        for name in [self.inner.id_to_token(token) or "" for token in tokens]:
+        for token in tokens:
+            name = self.inner.id_to_token(token) or ""
             if self.byte_of.keys() >= set(name):
                 data += bytes(self.byte_of[letter] for letter in name)
             else:  # no text is encoded with it; the library's `decode` has it as it is
@@ -249,9 +251,8 @@ def train_vocabulary(inputs: Sequence[Path], n_vocab: int, part: float = 1.0) ->
     trainer = trainers.BpeTrainer(vocab_size=n_vocab, show_progress=False, **first)
     if total * part > 10**7:
         log.info("Learning a vocabulary from %.0f MB, about 2 MB a second ...", total * part / 1e6)
-    bar = byte_bar("Learning", total)
-    texts = beginning(files, round(total * part), bar)
-    with ticking(bar):  # the library is still at work when all is read
+    with waiting("Learning", total, "B") as bar:  # the library is still at work when all is read
+        texts = beginning(files, round(total * part), bar)
         while_signals_are_heard(lambda: tokenizer.train_from_iterator(texts, trainer))
     tokenizer.pre_tokenizer = BYTE_LEVEL
     found = tokenizer.get_vocab_size()
@@ -263,13 +264,12 @@ def train_vocabulary(inputs: Sequence[Path], n_vocab: int, part: float = 1.0) ->
 def beginning(files: list[Path], n_bytes: int, bar: tqdm) -> Iterator[str]:
     """The first `n_bytes` of texts, in pieces. Raises ValueError."""
     for path in files:
-        with open(path, "rb") as file:
-            for piece in read_pieces(file, str(path), lambda data: bar.update(len(data))):
-                data = piece.encode()
-                yield data[:n_bytes].decode("utf-8", "ignore")
-                n_bytes -= len(data)
-                if n_bytes <= 0:
-                    return
+        for piece in pieces_of(path, bar):
+            data = piece.encode()
+            yield data[:n_bytes].decode("utf-8", "ignore")
+            n_bytes -= len(data)
+            if n_bytes <= 0:
+                return
 
 
 def while_signals_are_heard(work: Callable[[], object]) -> None:
