@@ -184,7 +184,9 @@ def test_each_cause_is_told_once(tmp_path, monkeypatch):
         ("best.pt", None),
         ("last.pt", full),
     ):
-        run.note(what, error)
+        with run.attempt(what):
+            if error is not None:
+                raise error
     causes = [
         "the plot: ParseError",
         "last.pt: [Errno 28]",

@@ -2,7 +2,7 @@
 
 import errno
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -152,14 +152,13 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return found
 
 
+@dataclass(frozen=True)
 class SavedRun:
     """A run as a checkpoint left it. Its tensors are given away once, never held twice."""
 
-    def __init__(self, path: Path, values: dict, damage: str | None = None):
-        self.path = path
-        self.damage = damage  # what is wrong with the newer checkpoint that should have been it
-        self._tensors: dict | None = {name: values.pop(name) for name in ("model", "optimizer")}
-        self.facts = values  # all the rest
+    path: Path
+    facts: dict  # all that the checkpoint holds, and later all but the tensors
+    damage: str | None = None  # what is wrong with the newer checkpoint that should have been it
 
     @property
     def step(self) -> int:
@@ -178,10 +177,7 @@ class SavedRun:
 
     def take_tensors(self) -> tuple[dict, dict]:
         """Weights, and the states of the optimizers; they are not here afterwards."""
-        assert self._tensors is not None, "they are given away once"
-        model, optimizer = self._tensors.values()
-        self._tensors = None
-        return model, optimizer
+        return self.facts.pop("model"), self.facts.pop("optimizer")
 
 
 def restore_optimizers(

@@ -200,10 +200,8 @@ def append_whole(path: Path, data: bytes) -> None:
 
 def existing_part(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
-    for part in (path, *path.parents):
-        if part.exists() or part.is_symlink():
-            return part
-    return path
+    there = (part for part in (path, *path.parents) if part.exists() or part.is_symlink())
+    return next(there, path)
 
 
 def first_free(path: Path) -> Path:
@@ -422,13 +420,10 @@ class RunDir(RunPaths):
         except OSError as error:
             self.note(what, error)
         else:
-            self.note(what, None)
-
-    def note(self, what: str, error: OSError | None) -> None:
-        """Note whether something was written, and log what was not, once for each cause."""
-        if error is None:
             self.refused.pop(what, None)
-            return
+
+    def note(self, what: str, error: OSError) -> None:
+        """Note what could not be written, and log it, once for each cause."""
         cause = error.errno or str(error)
         is_new = cause not in self.refused.values()
         self.refused[what] = cause

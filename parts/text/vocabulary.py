@@ -103,25 +103,19 @@ def unlike_gpt2(parts: dict, ids: dict[str, int]) -> list[str]:
     decoder = parts.get("decoder") or {}
     model = parts.get("model") or {}
     added = parts.get("added_tokens") or []
-    problems = []
-    if model.get("type") != "BPE" or model.get("dropout"):
-        problems.append("model: a BPE without dropout")
-    if parts.get("normalizer") is not None:
-        problems.append("normalizer: none")
     gpt2_pattern = pattern.get("type") == "ByteLevel" and pattern.get("use_regex", True)
-    if not gpt2_pattern or pattern.get("add_prefix_space"):
-        problems.append("pre_tokenizer: ByteLevel with GPT-2's pattern and without a prefix space")
-    if decoder.get("type") != "ByteLevel":
-        problems.append("decoder: ByteLevel")
-    if not ids.keys() >= set(BYTE_LETTERS):
-        problems.append("vocabulary: every byte")
-    if max(ids.values(), default=0) != len(ids) - 1:
-        problems.append("vocabulary: ids without gaps")
-    if not all(token.get("special") for token in added):
-        problems.append("added_tokens: special ones only")
-    if DOCUMENT_END not in ids:
-        problems.append(f"the token {DOCUMENT_END}, which stands between documents")
-    return problems
+    without_prefix = gpt2_pattern and not pattern.get("add_prefix_space")
+    requirements = {
+        "model: a BPE without dropout": model.get("type") == "BPE" and not model.get("dropout"),
+        "normalizer: none": parts.get("normalizer") is None,
+        "pre_tokenizer: ByteLevel with GPT-2's pattern and without a prefix space": without_prefix,
+        "decoder: ByteLevel": decoder.get("type") == "ByteLevel",
+        "vocabulary: every byte": ids.keys() >= set(BYTE_LETTERS),
+        "vocabulary: ids without gaps": max(ids.values(), default=0) == len(ids) - 1,
+        "added_tokens: special ones only": all(token.get("special") for token in added),
+        f"the token {DOCUMENT_END}, which stands between documents": DOCUMENT_END in ids,
+    }
+    return [name for name, is_met in requirements.items() if not is_met]
 
 
 Tokenizer = tiktoken.Encoding | OwnVocabulary
