@@ -112,9 +112,8 @@ class Writer:
 
     def collect(self) -> None:
         """Report what became of the tasks, once all are done. Raises what is no OSError."""
-        if self._thread is None or self.busy:
+        if self.busy:
             return
-        self._thread = None
         ended = self._ended
         self._ended = []
         for task, error in ended:
