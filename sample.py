@@ -8,6 +8,7 @@ The checkpoint knows its model, its vocabulary and the context it was trained on
 gives the same text.
 """
 
+import errno
 import os
 import sys
 import time
@@ -174,8 +175,20 @@ def tell(line: str = "", end: str = "\n") -> None:
         print(line, end=end, file=sys.stderr, flush=True)
 
 
+def write(text: str) -> None:
+    """Write to stdout. Raises BrokenPipeError when nobody reads it any more."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # Windows' word for that
+            raise BrokenPipeError from error
+        raise
+
+
 def run(options: Options) -> None:
     """Write the samples. Raises OSError or ValueError."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(newline="\n")  # or Windows would double a text's own \r\n
     problems = out_of_range(options)
     if options.prompt is not None and options.prompt_file is not None:
         problems.append("--prompt and --prompt_file are two prompts: choose one")
@@ -186,15 +199,15 @@ def run(options: Options) -> None:
     for prompt in prompts(options):
         for number in range(options.num_samples):
             if number:
-                print(SEPARATOR)
-            print(prompt, end="", flush=True)
+                write(f"{SEPARATOR}\n")
+            write(prompt)
             started = time.perf_counter()
             pieces = []
             for piece in sampler.stream(prompt, options, number):
                 pieces.append(piece)
-                print(piece, end="", flush=True)
+                write(piece)
             speed = len(pieces) / (time.perf_counter() - started)
-            print(flush=True)
+            write("\n")
             ended = ", the end of a document" if len(pieces) < options.max_new_tokens else ""
             tell(f"[{len(pieces)} tokens, {speed:.1f} tok/s{ended}]")
             if novelty:
