@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.record import write_record
 from parts.commandline import parse_config
-from parts.compute.device import choose_device, choose_runtime, configure_torch
+from parts.compute.device import choose_device, choose_runtime, configure_torch, peak_memory
 from parts.flags import PRESETS, VOCAB_SIZE, Config
 from parts.recipe import decide
 from parts.text.corpus import load_corpus
@@ -217,8 +217,11 @@ def serve(name: str, options: Options) -> None:
 
 
 def peak_rss_mb() -> float:
-    """Highest resident memory of this process so far."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    """Highest resident memory of this process so far; NaN where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return (peak_memory("cpu") or math.nan) / 1e6
     return int(status.partition("VmHWM:")[2].split()[0]) / 1000
 
 
@@ -248,6 +251,7 @@ def measure(options: Options, names: list[str]) -> tuple[dict[str, dict], dict[s
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                encoding="utf-8",
                 env=os.environ | PROGRAMS[name][1],
             )
             stack.callback(server.kill)
@@ -286,8 +290,8 @@ def ask(server: subprocess.Popen) -> tuple[float, float]:
     try:
         server.stdin.write("step\n")
         server.stdin.flush()
-    except BrokenPipeError:
-        pass  # it answers no more
+    except OSError:
+        pass  # it answers no more; Windows has another word for a broken pipe
     answer = server.stdout.readline()
     if not answer:
         code = server.wait()

@@ -85,9 +85,8 @@ class OurTrainer:
     def start(self, out: Path) -> subprocess.Popen:
         """The command that the user types, first and again."""
         command = [sys.executable, str(ROOT / "train.py"), *self.flags, f"--out_dir={out}"]
-        return subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, text=True, encoding="utf-8", errors="replace", **pipes)
 
     def checkpoints(self, out: Path) -> list[Path]:
         """The files that must be whole at every instant at which they are there."""

@@ -27,7 +27,7 @@ def run(request, tmp_path_factory):
     text = "".join(
         f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200)
     )
-    (path / "text.txt").write_text(text, encoding="utf-8")
+    (path / "text.txt").write_text(text, encoding="utf-8", newline="\n")
     flags = [*TINY_FLAGS, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}"]
     flags += [f"--tokenizer={request.param}", f"--cache_dir={path / 'cache'}", "--steps=60"]
     flags += ["--lr=0.02", "--block_size=64", f"--seq_len={CONTEXT}", "--sample_every=60"]
@@ -51,7 +51,7 @@ def test_llama_cpp_writes_the_same_text_up_to_the_trained_context(run, kind):
     path = export(run, f"--gguf_type={kind}")
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(path), CONTEXT, 1
-    params.cpuparams.n_threads = 1
+    params.cpuparams.n_threads, params.n_gpu_layers = 1, 0
     server = xllamacpp.Server(params)
     request = {"prompt": PROMPT, "max_tokens": 10 * CONTEXT, "temperature": 0.0}
     answer = server.handle_completions(request)

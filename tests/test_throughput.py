@@ -1,5 +1,6 @@
 """benchmarks/throughput.py holds what memory allows, and says what it left out."""
 
+import os
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ def options(text_file):
     )
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows tells Python no peak of memory")
 def test_programs_that_do_not_fit_are_left_out_and_named(options, monkeypatch):
     free = iter([10**6, 100])
     monkeypatch.setattr(throughput, "available_mb", lambda: next(free, 100))
@@ -40,10 +42,10 @@ def test_a_program_that_fails_costs_only_itself(options):
     assert list(found) == ["products"] and left_out == {"nanoGPT": "exit code 1, see above"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there a kill has no exit code of its own")
 def test_a_program_that_is_killed_is_told_apart():
     program = "import os; os.kill(os.getpid(), 9)"
-    server = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    server = subprocess.Popen([sys.executable, "-c", program], **pipes)
     with pytest.raises(ChildProcessError, match="killed, probably for want of memory"):
         throughput.ask(server)
