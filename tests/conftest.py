@@ -1,6 +1,7 @@
 """Shared by all tests: the project's folder on the path, small settings, real text."""
 
 import csv
+import gc
 import json
 import os
 import shutil
@@ -15,6 +16,14 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+if os.name == "nt":
+    # What the programs say into a pipe is read as UTF-8; else they would use a code page.
+    os.environ.setdefault("PYTHONIOENCODING", "utf-8")
+    if sys.prefix != sys.base_prefix:
+        # The python.exe of a virtual environment starts another process, which has another number
+        # and outlives it for a moment. Started like this, as multiprocessing does, there is one.
+        os.environ["__PYVENV_LAUNCHER__"] = sys.executable
+        sys.executable = sys._base_executable
 
 import torch
 
@@ -27,6 +36,7 @@ from parts.flags import Config  # noqa: E402
 from parts.recipe import decide  # noqa: E402
 from parts.run.background import Task, Writer  # noqa: E402
 from parts.run.layout import METRICS  # noqa: E402
+from parts.text import corpus  # noqa: E402
 from parts.text.vocabulary import load_tokenizer  # noqa: E402
 
 TINY_MODEL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, seq_len=16, batch_size=2)
@@ -65,6 +75,22 @@ def no_plots():
             update_readme, "draw_loss_curve", lambda out_dir: out_dir / "logs" / "loss_curve.png"
         )
         patch.setattr(update_readme, "draw_comparison", lambda comparison, path: path)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_mapped():
+    """Token ids that an earlier run in this process has mapped are let go before they are written
+    anew: Windows replaces no mapped file. A user's runs are processes of their own."""
+    write_ids = corpus.write_ids
+
+    def collected_before(*arguments) -> None:
+        gc.collect()
+        write_ids(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if os.name == "nt":
+            patch.setattr(corpus, "write_ids", collected_before)
         yield
 
 
@@ -196,6 +222,8 @@ def small_disk(tmp_path):
     place.mkdir()
 
     def mount(megabytes: int, kind: str) -> Path:
+        if sys.platform != "linux":
+            pytest.skip("mounting a file system is tried under Linux only")
         if kind == "tmpfs":
             command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", place]
         else:
@@ -205,11 +233,7 @@ def small_disk(tmp_path):
                 pytest.skip("no mkfs.ext4")
             subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
             command = ["mount", "-o", "loop", image, place]
-        result = (
-            subprocess.run(command, capture_output=True, text=True)
-            if shutil.which("mount")
-            else None
-        )
+        result = subprocess.run(command, capture_output=True) if shutil.which("mount") else None
         if result is None or result.returncode:
             pytest.skip("mounting a file system is not allowed here")
         return place
@@ -234,6 +258,20 @@ def shim(tmp_path_factory):
         return library
 
     return compiled
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """torch.compile has its compiler. Under Linux it then has to work; elsewhere it may lack more,
+    such as Visual Studio's environment or OpenMP."""
+    if sys.platform == "linux":
+        if shutil.which("g++") is None:
+            pytest.skip("no C++ compiler")
+        return
+    try:
+        torch.compile(torch.sin)(torch.ones(9))
+    except Exception as error:
+        pytest.skip(f"torch.compile does not work here: {train.excerpt(error)}")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -250,9 +249,8 @@ def test_a_reader_that_goes_away_stops_nobody(tmp_path, text_file):
         "--out_dir",
         "run",
     ]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    process = subprocess.Popen(command, cwd=tmp_path, **pipes)
     process.stdout.readline()
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
@@ -287,8 +285,7 @@ def test_a_compiler_that_fails_is_reported_and_done_without(launch, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_compiled_equals_eager(launch):
+def test_compiled_equals_eager(launch, compiler):
     """One model, with and without torch.compile, the losses to rounding, of slices of two lengths;
     the same names."""
     flags = [
@@ -335,7 +332,11 @@ def test_importing_does_nothing(tmp_path):
         f"print(train.log.handlers)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "[]", "")
     assert list(tmp_path.iterdir()) == []

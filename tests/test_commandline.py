@@ -74,7 +74,8 @@ def test_a_value_that_cannot_be(argument, expected):
 
 
 def test_a_name_that_the_disk_refuses_is_answered_in_one_line(text_file, capsys):
-    assert train.main([f"--input_file={text_file}", "--out_dir=out/" + "x" * 300]) == 2
+    flags = [*TINY_FLAGS, GPT2, f"--input_file={text_file}", "--out_dir=out/" + "x" * 300]
+    assert train.main(flags) == 2
     error = capsys.readouterr().err
     assert "xxx" in error and error.count("\n") == 1
 

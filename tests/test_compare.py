@@ -423,7 +423,7 @@ def test_a_readme_is_filled_in_its_section_compare_alone(out, capsys, plots):
         f"<!--AUTO:{name}:START-->\nold\n<!--AUTO:{name}:END-->\n"
         for name in update_readme.SECTIONS
     )
-    readme.write_text(f"# Runs\n{sections}{COMPARE}the end", encoding="utf-8")
+    readme.write_text(f"# Runs\n{sections}{COMPARE}the end", encoding="utf-8", newline="\n")
     command = ["--out_dir", "out/lr-*", "--readme", readme]
     assert update(*command, "--check") == 1
     assert (

@@ -13,7 +13,7 @@ from conftest import GPT2, TINY_FLAGS, rows, run_script
 from huggingface_hub import metadata_load
 from markdown_it import MarkdownIt
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from test_tokens import NASTY
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -50,7 +50,7 @@ def folder(request, tmp_path_factory):
     text = "".join(
         f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200)
     )
-    (path / "text.txt").write_text(text, encoding="utf-8")
+    (path / "text.txt").write_text(text, encoding="utf-8", newline="\n")
     flags = [
         *TINY_FLAGS,
         f"--input_file={path / 'text.txt'}",
@@ -421,8 +421,13 @@ def rewritten(folder: Path, target: Path, config: dict, weights: dict) -> Path:
     values = json.loads((target / "config.json").read_text(encoding="utf-8")) | config
     (target / "config.json").write_text(json.dumps(values), encoding="utf-8")
     if weights:
-        save_file(load_file(target / "model.safetensors") | weights, target / "model.safetensors")
+        save_file(weights_in(target) | weights, target / "model.safetensors")
     return target
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of an exported model, read: a mapped file cannot be written over under Windows."""
+    return load((folder / "model.safetensors").read_bytes())
 
 
 @whatever_the_vocabulary
@@ -544,8 +549,7 @@ def test_a_published_model_is_fine_tuned(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder / "hf", "gpt2")
     published = {
-        name.removeprefix("transformer."): w
-        for name, w in load_file("gpt2/model.safetensors").items()
+        name.removeprefix("transformer."): w for name, w in weights_in(Path("gpt2")).items()
     }
     more = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)) / 50
     published["wpe.weight"] = torch.cat([published["wpe.weight"], more])
@@ -561,7 +565,7 @@ def test_a_published_model_is_fine_tuned(folder, tmp_path, monkeypatch):
     text = "".join(
         f"Verse {i}: a slow green hen sleeps under {i * 7} old trees.\n" for i in range(200)
     )
-    Path("verses.txt").write_text(text, encoding="utf-8")
+    Path("verses.txt").write_text(text, encoding="utf-8", newline="\n")
 
     assert export_hf.main(["--from_hf", "gpt2", "--out", "gpt2.pt"]) == 0
     assert load_checkpoint(Path("gpt2.pt"))["trained_context"] == 32

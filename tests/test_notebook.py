@@ -173,7 +173,7 @@ def test_what_is_missing_goes_into_an_environment_of_its_own(
         exec(CELLS[cell].source, names)
     assert f"PyTorch {torch.__version__} " in capfd.readouterr().out
     program = "import missing_here; print(missing_here.answer)"
-    assert subprocess.check_output([names["PYTHON"], "-c", program], text=True) == "42\n"
+    assert subprocess.check_output([names["PYTHON"], "-c", program]) == b"42\n"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 1
 
 

@@ -41,9 +41,8 @@ def run_under(library: Path, program: str, cwd: Path) -> str:
     """Output of a Python program that meets the library's functions instead of the system's."""
     environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    result = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100
-    )
+    pipes = dict(capture_output=True, text=True, encoding="utf-8", timeout=100)
+    result = subprocess.run(command, cwd=cwd, env=environment, **pipes)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 

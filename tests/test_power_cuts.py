@@ -325,6 +325,7 @@ def test_a_system_without_sync_is_told_once_and_one_that_fails_is_an_error(
         env=environment,
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     said = result.stdout + result.stderr
     assert "CODES 0 0 2\n" in result.stdout, said
@@ -377,7 +378,7 @@ def test_what_cannot_be_asked_is_told_once(tmp_path, monkeypatch, number):
 
 def test_under_macos_the_drive_is_asked_too(tmp_path, monkeypatch):
     """There fsync stops at the drive's memory. A drive that cannot be asked is told, once."""
-    fcntl = pytest.importorskip("fcntl")
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no fcntl")
     asked = []
 
     def ask(_number: int, command: int) -> None:

@@ -19,7 +19,7 @@ import train
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("ranks"),
-    pytest.mark.skipif(os.name == "nt", reason="gloo under Windows has not been tried"),
+    pytest.mark.skipif(os.name == "nt", reason="torchrun does not start under Windows"),
 ]
 
 FLAGS = [
@@ -59,10 +59,8 @@ def torchrun(
     ever; then they are started again."""
     for _ in range(4):
         line = command(processes, *flags, restarts=restarts, **options)
-        pipes = dict(
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        process = subprocess.Popen(line, **pipes)
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+        process = subprocess.Popen(line, start_new_session=True, **pipes)
         try:
             out, err = process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
@@ -240,6 +238,7 @@ def test_one_interrupt_ends_all_ranks_after_saving(here):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
         start_new_session=True,
     )
     deadline = time.monotonic() + 120

@@ -225,7 +225,7 @@ def test_what_write_takes_follows_from_the_bytes_of_the_text():
 
 def test_write_takes_the_vocabulary_that_the_text_can_fill(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("the same line again and again\n" * 6000, encoding="utf-8")
+    Path("text.txt").write_bytes(b"the same line again and again\n" * 6000)
     flags = ["--preset=write", "--input_file=text.txt", "--num_prompts=0", "--n_layer=1"]
     assert train.main([*flags, "--steps=2"]) == 0
     log = log_text(Path("out/write-text"))

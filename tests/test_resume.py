@@ -71,8 +71,7 @@ def test_broken_off_anywhere_and_started_again(launch, prompt_disk, break_off, c
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_a_compiled_run_broken_off_and_started_again(launch, prompt_disk, break_off):
+def test_a_compiled_run_broken_off_and_started_again(launch, compiler, prompt_disk, break_off):
     flags = [
         "--compile=on",
         "--amp=bf16",

@@ -18,10 +18,8 @@ import train
 from parts.compute.signals import Interruption, terminating
 from parts.run.checkpoint import load_checkpoint
 
-pytestmark = [
-    *KILLS,
-    pytest.mark.skipif(os.name == "nt", reason="Windows delivers no POSIX signals"),
-]
+pytestmark = KILLS
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows delivers no POSIX signals")
 ANNOUNCEMENTS = {
     signal.SIGINT: "Finishing this step, then saving. Ctrl-C again quits without saving.",
     signal.SIGTERM: "SIGTERM: finishing this step, then saving.",
@@ -61,6 +59,7 @@ def start(tmp_path, text_file):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
             preexec_fn=lambda: signal.signal(
                 signal.SIGINT, signal.SIG_DFL
             ),  # tests in a shell's background ignore it
@@ -75,6 +74,7 @@ def start(tmp_path, text_file):
     return run
 
 
+@posix
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_finishes_the_step_saves_and_says_how_to_continue(start, tmp_path, number, code):
     process = start(str(ROOT / "train.py"), steps=100_000, rows=3)
@@ -95,6 +95,7 @@ def test_the_first_finishes_the_step_saves_and_says_how_to_continue(start, tmp_p
     )
 
 
+@posix
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_second_leaves_at_once(start, tmp_path, number, code):
     process = start("-c", SLOW_SIXTH_STEP, steps=8, sign="asleep")
@@ -120,6 +121,7 @@ def test_the_second_leaves_at_once(start, tmp_path, number, code):
 BATCH = ["SIGUSR1", "SIGUSR2", "SIGXCPU"]
 
 
+@posix
 @pytest.mark.parametrize("name", BATCH)
 def test_a_warning_of_a_batch_system_ends_the_run_as_sigterm_does(launch, before_step, name):
     before_step({3: lambda: signal.raise_signal(getattr(signal, name))})
@@ -128,6 +130,15 @@ def test_a_warning_of_a_batch_system_ends_the_run_as_sigterm_does(launch, before
     assert f"Interrupted by {name} after step 3. To continue: " in log_text(Path("run"))
 
 
+@pytest.mark.skipif(os.name != "nt", reason="Ctrl-Break is a key of Windows alone")
+def test_ctrl_break_ends_the_run_as_ctrl_c_does(launch, before_step):
+    before_step({3: lambda: signal.raise_signal(signal.SIGBREAK)})
+    assert launch("run", "--num_prompts=0") == 130
+    assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] == 3
+    assert "Interrupted by SIGBREAK after step 3. To continue: " in log_text(Path("run"))
+
+
+@posix
 @pytest.mark.parametrize("name", BATCH)
 def test_a_warning_may_come_again_and_before_the_first_step(name):
     """The kernel sends SIGXCPU every second."""
@@ -178,6 +189,7 @@ def test_a_terminal_that_is_gone_keeps_no_run_from_saving(start, tmp_path):
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] >= 5
 
 
+@posix
 def test_nohup_keeps_the_run_at_work(tmp_path, text_file):
     flags = [
         *TINY_FLAGS,

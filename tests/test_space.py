@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GPT2, ROOT, TINY_FLAGS
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 import export_hf
 import sample
@@ -55,7 +55,7 @@ def model(tmp_path_factory) -> Path:
         text = "".join(
             f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(200)
         )
-        (path / "text.txt").write_text(text, encoding="utf-8")
+        (path / "text.txt").write_text(text, encoding="utf-8", newline="\n")
         flags = [
             *TINY_FLAGS,
             GPT2,
@@ -326,7 +326,7 @@ def test_text_ends_where_the_exported_model_ends_a_document(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("texts").mkdir()
     for number in range(60):
-        Path(f"texts/{number}.txt").write_text("One: two 3.\n", encoding="utf-8")
+        Path(f"texts/{number}.txt").write_bytes(b"One: two 3.\n")
     flags = [
         *TINY_FLAGS,
         "--input_file=texts",
@@ -393,11 +393,11 @@ def test_without_a_model_it_says_so(browser, model, tmp_path):
         shutil.copytree(model, folder)
     cut, missing = (folder / "model.safetensors" for folder in folders[1:])
     cut.write_bytes(cut.read_bytes()[:-100])
-    weights = load_file(missing)
+    weights = load(missing.read_bytes())  # not mapped, or Windows would not let it be written
     del weights["transformer.ln_f.bias"]
     save_file(weights, missing, {"format": "pt"})
     command = [sys.executable, "-c", PAGES, *map(str, folders)]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     process = subprocess.Popen(command, cwd=ROOT / "space", env=os.environ | OFFLINE, **pipes)
     try:
         for _ in folders:

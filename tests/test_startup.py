@@ -25,9 +25,9 @@ def spin_count(script: str, **environment: str) -> str:
     )
     clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     command = [sys.executable, "-c", program]
-    return subprocess.run(
-        command, env=clean | environment, cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    pipes = dict(capture_output=True, text=True, encoding="utf-8")
+    result = subprocess.run(command, env=clean | environment, cwd=ROOT, **pipes)
+    return result.stdout.strip()
 
 
 @pytest.mark.slow
@@ -131,7 +131,8 @@ def test_nobody_listens_to_stderr(tmp_path, text_file):
     )
     flags = [*TINY_FLAGS, f"--input_file={text_file}", "--out_dir=run", "--steps=2"]
     command = ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", sys.executable, "-c", program, *flags]
-    ended = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    ended = subprocess.run(command, cwd=tmp_path, **pipes)
     assert ended.returncode == 0 and ended.stdout.endswith("| Training complete.\n")
     error, answer, *_ = ended.stdout.splitlines()
     assert (

@@ -256,12 +256,12 @@ def test_a_tensorboard_that_is_open_shows_no_step_twice(launch, prompt_disk, bef
     """TensorBoard's own reader, which keeps what it has read and looks for more."""
     from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
-    reader = EventMultiplexer()
+    reader, name = EventMultiplexer(), str(Path("run/tensorboard"))
 
     def seen() -> list[int]:
         reader.AddRunsFromDirectory(".")
         reader.Reload()
-        return [one.step for one in reader.Tensors("run/tensorboard", "loss/loss")]
+        return [one.step for one in reader.Tensors(name, "loss/loss")]
 
     before_step({4: lambda: looked.append(seen()), 7: die})
     looked: list[list[int]] = []
@@ -270,7 +270,7 @@ def test_a_tensorboard_that_is_open_shows_no_step_twice(launch, prompt_disk, bef
     assert seen() == [1, 2, 3, 4, 5, 6]
     assert launch("run", *ON, "--log_every=1") == 0
     assert seen() == list(range(1, 9))
-    assert [one.step for one in reader.Tensors("run/tensorboard", SAMPLES)] == [2, 4, 8]
+    assert [one.step for one in reader.Tensors(name, SAMPLES)] == [2, 4, 8]
     assert launch("run", *ON, "--steps=2", "--resume=never") == 0
     assert seen() == [1, 2]
 

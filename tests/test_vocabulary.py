@@ -44,7 +44,7 @@ def plainly_learned(text: str, n_vocab: int) -> Tokenizer:
 
 def test_ordinary_text_gives_the_vocabulary_that_the_library_learns(tmp_path):
     text = LINES + "漢字仮名交り文、" * 300 + "\n" + "-" * LONG_WORD + " " * LONG_WORD
-    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8", newline="\n")
     assert train_vocabulary([tmp_path / "text.txt"], 400) == plainly_learned(text, 400).to_str()
 
 
