@@ -268,14 +268,15 @@ def test_a_comparison_that_does_not_fit_is_left_out(launch, monkeypatch):
 # Files
 
 
+@pytest.mark.parametrize("held", [3, 99])
 def test_token_ids_that_another_process_maps_are_replaced_when_it_lets_go(
-    tmp_path, text_file, tokenizer, config, monkeypatch
+    tmp_path, text_file, tokenizer, config, monkeypatch, held
 ):
-    """As under Windows, where a mapped file cannot be replaced."""
+    """As under Windows, where a mapped file cannot be replaced. If it keeps them, that is told."""
     move, refusals = os.replace, []
 
     def refuse(source, target):
-        if len(refusals) < 3:
+        if len(refusals) < held:
             refusals.append(target)
             raise PermissionError(
                 13, "The process cannot access the file because it is being used", str(target)
@@ -287,4 +288,11 @@ def test_token_ids_that_another_process_maps_are_replaced_when_it_lets_go(
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     config = replace(config, input_file=(text_file,), cache_dir=tmp_path / "cache")
     expected = tokenizer.encode_ordinary(text_file.read_text(encoding="utf-8"))
+    if held == 99:
+        with pytest.raises(
+            OSError, match=r"^--cache_dir .*: wait for it, or choose another --cache"
+        ):
+            load_corpus(config, tokenizer)
+        assert not list((tmp_path / "cache").glob("*.t*"))
+        return
     assert np.array_equal(load_corpus(config, tokenizer).tokens, expected) and len(refusals) == 3

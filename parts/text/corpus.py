@@ -284,7 +284,12 @@ def on_disk(files: list[Path], tokenizer: Tokenizer, folder: Path, threads: int)
             pass
         except ValueError as reason:
             log.warning("%s: %s; encoding the text anew", path, reason)
-        write_ids(path, each, made_of, dtype, tokenizer, threads)
+        try:
+            write_ids(path, each, made_of, dtype, tokenizer, threads)
+        except PermissionError as error:
+            problem = "under Windows a run that reads these token ids keeps them"
+            remedy = "wait for it, or choose another --cache_dir"
+            raise OSError(f"--cache_dir {folder}: {error} ({problem}): {remedy}") from error
         return documents()
 
 
