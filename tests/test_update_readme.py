@@ -469,7 +469,7 @@ def test_hostile_samples_stay_in_their_block(run, tmp_path, text):
         f"{'=' * 80}\nSTEP 4\n\nPROMPT:\n{text}\n", encoding="utf-8", newline=""
     )
     readme = tmp_path / "README.md"
-    readme.write_text(ALL + "end\n", encoding="utf-8")
+    readme.write_text(ALL + "end\n", encoding="utf-8", newline="\n")
     assert update(run, readme) == 0
     once = readme.read_bytes()
     content = section(once.decode(), "SAMPLES")
