@@ -56,6 +56,13 @@ TINY_FLAGS = [
 ]
 GPT2 = "--tokenizer=gpt2"
 
+# On the PATH, where `powershell` is Windows' own, 5.1; or unpacked beside the project.
+BESIDE = ROOT.parent / "shared" / "pwsh" / "pwsh"
+FOUND = shutil.which("pwsh") or shutil.which("powershell")
+PWSH = FOUND or (str(BESIDE) if BESIDE.is_file() else None)
+POWERSHELL = [PWSH, "-NoProfile", "-ExecutionPolicy", "Bypass"]  # Windows runs no scripts otherwise
+needs_pwsh = pytest.mark.skipif(PWSH is None, reason="needs PowerShell: no pwsh on the PATH")
+
 # Tests that send signals to processes or wait for them: one after the other, in one worker.
 KILLS = [pytest.mark.slow, pytest.mark.xdist_group("kills")]
 DRAW_LOSS_CURVE, DRAW_COMPARISON = update_readme.draw_loss_curve, update_readme.draw_comparison

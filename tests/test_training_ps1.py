@@ -14,15 +14,10 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import KILLS, ROOT, TINY_FLAGS, log_text
+from conftest import KILLS, POWERSHELL, PWSH, ROOT, TINY_FLAGS, log_text, needs_pwsh
 
 from parts.commandline import parse_config
 
-BESIDE = ROOT.parent / "shared" / "pwsh" / "pwsh"
-FOUND = shutil.which("pwsh") or shutil.which("powershell")  # the latter is Windows' own, 5.1
-PWSH = FOUND or (str(BESIDE) if BESIDE.is_file() else None)
-needs_pwsh = pytest.mark.skipif(PWSH is None, reason="needs PowerShell: no pwsh on the PATH")
-START = [PWSH, "-NoProfile", "-ExecutionPolicy", "Bypass"]  # Windows runs no scripts otherwise
 pytestmark = pytest.mark.slow
 
 SOURCE = (ROOT / "training.ps1").read_text(encoding="ascii")
@@ -53,7 +48,7 @@ def wrapper(tmp_path):
         words = " ".join("'" + word.replace("'", "''") + "'" for word in arguments)
         call = f"{before}; & '{folder / 'training.ps1'}' {words}; exit $LASTEXITCODE"
         ended = subprocess.run(
-            [*START, "-Command", call],
+            [*POWERSHELL, "-Command", call],
             capture_output=True,
             text=True,
             encoding="utf-8",
@@ -169,7 +164,7 @@ def test_a_real_run_fills_a_real_readme(tmp_path, text_file):
     flags = [word for flag in TINY_FLAGS for word in flag.split("=")]  # a colon splits --flag=value
     flags += ["--preset", "demo", "--input_file", str(text_file), "--out_dir", "o 1"]
     ended = subprocess.run(
-        [*START, "-File", project / "training.ps1", *flags],
+        [*POWERSHELL, "-File", project / "training.ps1", *flags],
         capture_output=True,
         text=True,
         encoding="utf-8",
