@@ -97,7 +97,7 @@ SAMPLE = """**What the run wrote** at step {step:,}, the prompt first:
 {fence}
 
 """
-TRIED = "4.30.2, 4.44.2, 4.46.3, 4.57.6, 5.0.0 and 5.23.0"
+TRIED = "4.44.2, 4.46.3, 4.57.6, 5.0.0 and 5.24.0"
 RIGHTS = f"""**Licence.** None is set yet. What others may do with this model depends on the rights
 in what it was trained on. Before you publish it, set `license:` in the first lines of this file to
 one of the [Hub's identifiers]({HUB_LICENSES}),
@@ -252,8 +252,12 @@ def sample_of(blocks: list[SampleBlock], step: int) -> str:
 
 
 def hf_weights(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights under transformers' names, taken out of `model`, so that none is held twice."""
-    return {f"transformer.{name}": transposed(name, model.pop(name)) for name in list(model)}
+    """The weights in transformers' layout, taken out of `model`, so that none is held twice.
+
+    Their names are those of OpenAI's GPT-2 on the Hub, without the `transformer.` before them that
+    save_pretrained writes: every tool reads these, and mlx-lm no others.
+    """
+    return {name: transposed(name, model.pop(name)) for name in list(model)}
 
 
 def transposed(name: str, value: torch.Tensor) -> torch.Tensor:

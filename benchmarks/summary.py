@@ -16,6 +16,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
+import pandas as pd
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -48,12 +49,10 @@ def record(name: str) -> dict:
 def source(name: str) -> str:
     """Where a table comes from and on what it was measured."""
     found = record(name)
-    gpu, cpu = (
-        found["hardware"].get("gpu"),
-        f"{found['hardware']['cores']} cores of an {found['hardware']['cpu']}",
-    )
+    hardware = found["hardware"]
+    device = hardware.get("gpu") or f"{hardware['cores']} cores of an {hardware['cpu']}"
     return (
-        f"[{name}.json](benchmarks/records/{name}.json): {gpu or cpu}, "
+        f"[{name}.json](benchmarks/records/{name}.json): {device}, "
         f"PyTorch {found['versions']['torch']}, "
         f"{found['date']}, commit {found['commit'][:7]}"
     )
@@ -62,14 +61,14 @@ def source(name: str) -> str:
 def flags(kind: type) -> str:
     """Every flag of a script with its default and its help; the bases of its dataclass are
     groups."""
-    types, explained = get_type_hints(kind, include_extras=True), help_of(kind)
+    types = get_type_hints(kind, include_extras=True)
+    explained = help_of(kind)
     groups = [base for base in reversed(kind.__mro__[1:]) if is_dataclass(base)]
     rows = []
     for group in groups or [kind]:
         if groups:
-            rows.append(
-                [f"**{group.__name__.removesuffix('Flags').lower()}**", "", group.__doc__ or ""]
-            )
+            title = group.__name__.removesuffix("Flags").lower()
+            rows.append([f"**{title}**", "", group.__doc__ or ""])
         for field in fields(group):
             default = default_words(types[field.name], field.default)
             if field.default is MISSING:
@@ -82,20 +81,11 @@ def presets() -> str:
     """Shape and size of each, but of the one that follows from the text."""
     rows = []
     for name in (name for name in PRESETS if name != "write"):
-        config = cards.config_of(name)
-        shape = (
-            config.n_layer,
-            config.n_head,
-            config.n_embd,
-            config.block_size,
-            config.batch_size,
-            config.seq_len,
-        )
-        rows.append([f"`{name}`", f"{config.n_params:,}", *map(str, shape)])
-    return markdown_table(
-        ["preset", "parameters", "layers", "heads", "width", "positions", "batch_size", "seq_len"],
-        rows,
-    )
+        c = cards.config_of(name)
+        shape = (c.n_layer, c.n_head, c.n_embd, c.block_size, c.batch_size, c.seq_len)
+        rows.append([f"`{name}`", f"{c.n_params:,}", *map(str, shape)])
+    header = ["preset", "parameters", "layers", "heads", "width", "positions"]
+    return markdown_table([*header, "batch_size", "seq_len"], rows)
 
 
 def on_cards() -> str:
@@ -103,27 +93,20 @@ def on_cards() -> str:
     rows = []
     for card in cards.CARDS:
         largest = cards.largest_that_fits(card)
-        named = f"`{largest.preset}`" + f" `--micro_batch {largest.micro_batch}`" * (
-            largest.micro_batch < 32
-        )
+        named = f"`{largest.preset}`"
+        if largest.micro_batch < 32:
+            named += f" `--micro_batch {largest.micro_batch}`"
         default = need(card, cards.config_of("gpt2"))
         rows.append([f"{card.name}, {card.gib} GB", *default, named, *need(card, largest)])
-    header = [
-        "card",
-        "`gpt2`: memory",
-        "`gpt2`: time",
-        "largest preset with room",
-        "its memory",
-        "its time",
-    ]
+    header = ["card", "`gpt2`: memory", "`gpt2`: time"]
+    header += ["largest preset with room", "its memory", "its time"]
     return markdown_table(header, rows, align="---")
 
 
 def need(card: cards.Card, config: cards.Config) -> tuple[str, str]:
     """Memory, and the range of time."""
-    least, most = (
-        max(1, round(cards.seconds(card, config, achieved) / 60)) for achieved in cards.ACHIEVED
-    )
+    seconds = [cards.seconds(card, config, achieved) for achieved in cards.ACHIEVED]
+    least, most = (max(1, round(each / 60)) for each in seconds)
     return f"{cards.total(config) / 1e9:.1f} GB", f"{least} to {most} min"
 
 
@@ -142,13 +125,10 @@ def card_time() -> str:
     rows = []
     for card in cards.CARDS:
         cells = [f"{card.cuda_cores:,}", f"{card.boost_ghz:.2f}", f"{card.peak / 1e12:.1f}"]
-        rows.append(
-            [card.name, *cells, *(f"{card.peak * part / 1e12:.1f}" for part in cards.ACHIEVED)]
-        )
-    assumed = [f"{part:.0%} of it" for part in cards.ACHIEVED]
-    return markdown_table(
-        ["card", "CUDA cores", "boost clock, GHz", "peak in bf16, TFLOP/s", *assumed], rows
-    )
+        cells += [f"{card.peak * part / 1e12:.1f}" for part in cards.ACHIEVED]
+        rows.append([card.name, *cells])
+    header = ["card", "CUDA cores", "boost clock, GHz", "peak in bf16, TFLOP/s"]
+    return markdown_table([*header, *(f"{part:.0%} of it" for part in cards.ACHIEVED)], rows)
 
 
 def card_check() -> str:
@@ -160,69 +140,39 @@ def card_check() -> str:
     ]
     for row in record("throughput-32x128")["rows"]:
         if row["program"] != "products":  # on a CPU 2,048 of a step's tokens at once
-            measured.append(
-                ("muon" if "muon" in row["program"] else "adamw", "gpt2", 16, 128, row["peak_gb"])
-            )
+            optimizer = "muon" if "muon" in row["program"] else "adamw"
+            measured.append((optimizer, "gpt2", 16, 128, row["peak_gb"]))
+    measured.sort(key=lambda row: row[-1])
     rows = []
-    for optimizer, preset, micro_batch, seq_len, peak_gb in sorted(
-        measured, key=lambda row: row[-1]
-    ):
+    for optimizer, preset, micro_batch, seq_len, peak_gb in measured:
         config = replace(cards.config_of(preset, micro_batch), optimizer=optimizer, seq_len=seq_len)
-        cells = [
-            f"{micro_batch} x {seq_len}",
-            optimizer,
-            f"{cards.total(config) / 1e9:.1f}",
-            f"{peak_gb:.1f}",
-        ]
-        rows.append([f"`{preset}`", *cells])
-    header = [
-        "preset",
-        "slices x tokens at once",
-        "optimizer",
-        "the sum, GB",
-        "measured on a CPU, GB",
-    ]
-    return "\n\n".join(
-        [markdown_table(header, rows), f"{source('scaling')}; {source('throughput-32x128')}"]
-    )
+        sizes = [f"{cards.total(config) / 1e9:.1f}", f"{peak_gb:.1f}"]
+        rows.append([f"`{preset}`", f"{micro_batch} x {seq_len}", optimizer, *sizes])
+    header = ["preset", "slices x tokens at once", "optimizer"]
+    table = markdown_table([*header, "the sum, GB", "measured on a CPU, GB"], rows)
+    return f"{table}\n\n{source('scaling')}; {source('throughput-32x128')}"
 
 
 def throughput(*names: str) -> str:
     """Tokens per second, the ratio to train.py in the same rounds, and memory; the fair comparison
     first."""
-    rows, seen = [], set()
-    for row in sorted(
-        (row for name in names for row in record(name)["rows"]),
-        key=lambda row: rank_of(row["program"]),
-    ):
-        if row["program"] in seen:
-            continue
-        seen.add(row["program"])
+    measured: dict[str, dict] = {}
+    for name in names:
+        for row in record(name)["rows"]:
+            measured.setdefault(row["program"], row)
+    rows = []
+    for program in sorted(measured, key=rank_of):
+        row = measured[program]
+        is_ours = program == "train.py"
         low, high = row["quartiles of that"]
-        ratio = (
-            ""
-            if row["program"] == "train.py"
-            else f"{row['train.py is faster by']:.2f} ({low:.2f} to {high:.2f})"
-        )
-        label = (
-            "matrix products alone, the ceiling" if row["program"] == "products" else row["program"]
-        )
-        cells = [
-            label,
-            f"{row['tokens_per_sec']:,.0f}",
-            ratio,
-            f"{row['peak_gb']:.1f}",
-            str(row["n"]),
-        ]
-        rows.append([f"**{cell}**" if label == "train.py" and cell else cell for cell in cells])
-    header = [
-        "program",
-        "tokens per second",
-        "`train.py` is faster by (quartiles)",
-        "peak memory, GB",
-        "n",
-    ]
-    return "\n\n".join([markdown_table(header, rows), "; ".join(map(source, names))])
+        label = "matrix products alone, the ceiling" if program == "products" else program
+        ratio = "" if is_ours else f"{row['train.py is faster by']:.2f} ({low:.2f} to {high:.2f})"
+        cells = [label, f"{row['tokens_per_sec']:,.0f}", ratio, f"{row['peak_gb']:.1f}"]
+        cells.append(str(row["n"]))
+        rows.append([f"**{cell}**" if is_ours and cell else cell for cell in cells])
+    header = ["program", "tokens per second", "`train.py` is faster by (quartiles)"]
+    table = markdown_table([*header, "peak memory, GB", "n"], rows)
+    return f"{table}\n\n{'; '.join(map(source, names))}"
 
 
 def rank_of(program: str) -> int:
@@ -252,9 +202,7 @@ def tokenizing() -> str:
         for row in record("tokenizing")["rows"]
     ]
     header = ["encoding", "text, MB", "MB per second", "memory beyond the imports, MB"]
-    return "\n\n".join(
-        [markdown_table(header, rows), f"The same ids each way; {source('tokenizing')}"]
-    )
+    return f"{markdown_table(header, rows)}\n\nThe same ids each way; {source('tokenizing')}"
 
 
 def generation() -> str:
@@ -270,15 +218,34 @@ def generation() -> str:
         ]
         for row in record("generation")["rows"]
     ]
-    header = [
-        "program",
-        "precision",
-        "tokens per second (range)",
-        "`train.py` is faster by",
-        "each at its fastest",
-        "n",
-    ]
-    return "\n\n".join([markdown_table(header, rows), source("generation")])
+    header = ["program", "precision", "tokens per second (range)", "`train.py` is faster by"]
+    table = markdown_table([*header, "each at its fastest", "n"], rows)
+    return f"{table}\n\n{source('generation')}"
+
+
+def other_tools() -> str:
+    """What each tool makes of an exported model, the worst of all versions and models."""
+    found = pd.DataFrame(record("other-tools")["rows"])
+    found = found[found["tool"] != "train.py"]
+    packages = found["tool"].str.extract(r"^([\w-]+)", expand=False)
+    rows = []
+    for package, part in found.groupby(packages, sort=False):
+        versions = ", ".join(part["version"].dropna().unique())
+        cells = [f"llama.cpp in {package}" if "llama" in package else package]
+        cells += [versions, worst(part["ids"]), worst(part["greedy"])]
+        for column in ("log_prob_off", "bits_per_byte_off"):
+            off = part[column].max()
+            cells.append("" if pd.isna(off) else f"{off:.6f}")
+        rows.append(cells)
+    header = ["tool", "versions tried", "token ids", "greedy text"]
+    header += ["log-probabilities off by, nats", "bits per byte off by"]
+    return markdown_table(header, rows, align="---")
+
+
+def worst(column: "pd.Series[str]") -> str:
+    """Of answers that are "equal" or not; empty where the tool gives none."""
+    answers = set(column.dropna())
+    return next(iter(answers - {"equal"}), "equal") if answers else ""
 
 
 def saves() -> str:
@@ -294,14 +261,8 @@ def saves() -> str:
         for row in record("stalls")["rows"]
     ]
     every = record("stalls")["rows"][0]["save_every"]
-    header = [
-        "saves",
-        "seconds each (range)",
-        f"of the wall clock, one in {every} steps",
-        "buffers, GB",
-        "n",
-    ]
-    return "\n\n".join([markdown_table(header, rows), source("stalls")])
+    header = ["saves", "seconds each (range)", f"of the wall clock, one in {every} steps"]
+    return f"{markdown_table([*header, 'buffers, GB', 'n'], rows)}\n\n{source('stalls')}"
 
 
 def scaling() -> str:
@@ -317,15 +278,9 @@ def scaling() -> str:
         ]
         for row in record("scaling")["rows"]
     ]
-    header = [
-        "varied",
-        "preset",
-        "slices x tokens",
-        "seconds a step (range)",
-        "tokens per second",
-        "peak memory, GB",
-    ]
-    return "\n\n".join([markdown_table(header, rows), source("scaling")])
+    header = ["varied", "preset", "slices x tokens", "seconds a step (range)"]
+    table = markdown_table([*header, "tokens per second", "peak memory, GB"], rows)
+    return f"{table}\n\n{source('scaling')}"
 
 
 def ladder() -> str:
@@ -339,20 +294,15 @@ def ladder() -> str:
         if len(losses) > 1:
             spread = f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}"
             reached = sum(row["tokens_to_target"] is not None for row in found)
-            rows.append(
-                (
-                    statistics.fmean(losses),
-                    [recipe, spread, f"{reached} of {len(found)}", str(len(found))],
-                )
-            )
+            cells = [recipe, spread, f"{reached} of {len(found)}", str(len(found))]
+            rows.append((statistics.fmean(losses), cells))
     header = ["recipe", "corpus loss (mean ± standard deviation)", "reached the target", "seeds"]
-    return "\n\n".join(
-        [markdown_table(header, [row for _, row in sorted(rows)]), source("tokens-to-target")]
-    )
+    table = markdown_table(header, [cells for _, cells in sorted(rows)])
+    return f"{table}\n\n{source('tokens-to-target')}"
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"CARDS": on_cards},
+    "README.md": {"TOOLS": other_tools, "CARDS": on_cards},
     "docs/flags.md": {
         "PRESETS": presets,
         "FLAGS": lambda: flags(Flags),
