@@ -92,17 +92,14 @@ def test_the_same_model(folder):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_has_the_shapes_of_transformers(preset):
     config = parse_config([f"--preset={preset}"])
+    shape = export_hf.hf_config(config, 50_256, config.block_size)
     with torch.device("meta"):
-        ours, theirs = (
-            train.GPT(config),
-            GPT2LMHeadModel(GPT2Config(**export_hf.hf_config(config, 50_256, config.block_size))),
-        )
-    exported = {
-        name: value.shape for name, value in export_hf.hf_weights(ours.state_dict()).items()
-    }
-    expected = {
-        name: value.shape for name, value in theirs.state_dict().items() if name != "lm_head.weight"
-    }
+        ours = train.GPT(config)
+        theirs = GPT2LMHeadModel(GPT2Config(**shape))
+    weights = export_hf.hf_weights(ours.state_dict())
+    exported = {name: value.shape for name, value in weights.items()}
+    weights = theirs.transformer.state_dict()  # without the head, which is tied
+    expected = {name: value.shape for name, value in weights.items()}
     assert exported == expected
     assert theirs.lm_head.weight is theirs.transformer.wte.weight
     assert sum(value.numel() for value in expected.values()) == config.n_params
@@ -452,7 +449,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
         ({"vocab_size": 17}, {}),
         ({}, {"ln_f.bias": torch.zeros(3)}),
         ({}, {"ln_f.bias": torch.full((32,), float("nan"))}),
-        ({"vocab_size": 17}, {"transformer.wte.weight": torch.zeros(17, 32)}),
+        ({"vocab_size": 17}, {"wte.weight": torch.zeros(17, 32)}),
     ],
     ids=str,
 )
@@ -472,9 +469,7 @@ def test_padding_behind_the_vocabulary_is_left_out(folder, tmp_path):
     before = load_checkpoint(folder / "run/checkpoints/best.pt")["model"]["wte.weight"]
     rows = len(before) + 5
     padded = torch.cat([before, torch.ones(5, 32)])
-    other = rewritten(
-        folder, tmp_path / "other", {"vocab_size": rows}, {"transformer.wte.weight": padded}
-    )
+    other = rewritten(folder, tmp_path / "other", {"vocab_size": rows}, {"wte.weight": padded})
     (other / "tokenizer_config.json").unlink()
     assert export_hf.main(["--from_hf", str(other), "--out", str(tmp_path / "x.pt")]) == 0
     checkpoint = load_checkpoint(tmp_path / "x.pt")
@@ -482,6 +477,20 @@ def test_padding_behind_the_vocabulary_is_left_out(folder, tmp_path):
         torch.equal(checkpoint["model"]["wte.weight"], before)
         and checkpoint["trained_context"] == 16
     )
+
+
+def test_weights_saved_by_transformers_come_back(folder, tmp_path):
+    """Their names have a prefix that ours have not."""
+    saved = tmp_path / "saved"
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        kind.from_pretrained(folder / "hf").save_pretrained(saved)
+    assert all(name.startswith("transformer.") for name in weights_in(saved))
+    assert export_hf.main(["--from_hf", str(saved), "--out", str(tmp_path / "x.pt")]) == 0
+    before = load_checkpoint(folder / "run/checkpoints/best.pt")["model"]
+    before["wpe.weight"] = before["wpe.weight"][:16]  # those that were trained
+    after = load_checkpoint(tmp_path / "x.pt")["model"]
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_a_vocabulary_saved_by_transformers_is_the_same(folder, tmp_path):
@@ -548,9 +557,7 @@ def test_a_published_model_is_fine_tuned(folder, tmp_path, monkeypatch):
     32 positions, and still does when it was trained on with slices of 16."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder / "hf", "gpt2")
-    published = {
-        name.removeprefix("transformer."): w for name, w in weights_in(Path("gpt2")).items()
-    }
+    published = weights_in(Path("gpt2"))
     more = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)) / 50
     published["wpe.weight"] = torch.cat([published["wpe.weight"], more])
     config = read_json(Path("gpt2/config.json")) | {"n_positions": 32, "n_ctx": 32}
