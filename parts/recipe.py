@@ -150,8 +150,8 @@ def write_tokenizer(v: Any, text: Text) -> tuple[object, Origin]:
 
 
 def write_steps(v: Any, text: Text) -> tuple[object, Origin]:
-    """Fewer passes over more text."""
-    passes = 10 * size_of(text) ** -0.15
+    """Ten passes up to 300 KB, fewer over more text, which would take hours."""
+    passes = 10 * max(1.0, size_of(text) / 10) ** -0.3
     reason = f"{passes:.1f} passes over {text.n_tokens:,} tokens"
     return steps_for(passes * text.n_tokens, v), Origin(From.TEXT, reason)
 
