@@ -67,8 +67,8 @@ class Options:
     """JSON file to write"""
     tools: tuple[str, ...] = tuple(TOOLS)
     """of those that this file knows"""
-    exporter: Path = ROOT / "export_hf.py"
-    """the script that exports, perhaps of an earlier checkout"""
+    exporter: Path = Path("export_hf.py")
+    """the script that exports, seen from the project's folder; perhaps of an earlier checkout"""
     work: Path = Path("out/other-tools")
     """folder for models and environments, 10 GB for all tools"""
 
@@ -196,7 +196,8 @@ def main() -> None:
             if out.is_dir():
                 shutil.rmtree(out)
             out.unlink(missing_ok=True)
-            run(sys.executable, options.exporter, f"--checkpoint={run_dir}", f"--out={out}")
+            exporter = ROOT / options.exporter
+            run(sys.executable, exporter, f"--checkpoint={run_dir}", f"--out={out}")
         measured = read_json(RunPaths(run_dir).results_json)["best_bits_per_byte"]
         rows.append({"tool": "train.py", "model": name, "bits_per_byte": measured})
         for tool in tqdm(options.tools, unit="tool", disable=None):
