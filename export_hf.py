@@ -255,7 +255,7 @@ def hf_weights(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights in transformers' layout, taken out of `model`, so that none is held twice.
 
     Their names are those of OpenAI's GPT-2 on the Hub, without the `transformer.` before them that
-    save_pretrained writes: every tool reads these, and mlx-lm no others.
+    save_pretrained writes: all tools that were tried read these, and mlx-lm no others.
     """
     return {name: transposed(name, model.pop(name)) for name in list(model)}
 
@@ -347,11 +347,10 @@ def export_gguf(path: Path, out: Path, license: str, kind: str) -> int:
     """Write one file for llama.cpp, also over an earlier one, and return its context. Raises
     OSError or ValueError."""
     gguf = gguf_package()
-    if out.is_dir() or (out.is_file() and out.read_bytes()[:4] != b"GGUF"):
+    if out.exists() and not is_gguf_file(out):
         raise FileExistsError(f"--out {out} is no GGUF file: choose another name")
     source = Source(path)
     config = source.config
-    Writer = gguf.GGUFWriter
     half = kind == "f16"
     file_type = gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32
     types = [gguf.TokenType.NORMAL] * len(source.ids)
@@ -359,7 +358,10 @@ def export_gguf(path: Path, out: Path, license: str, kind: str) -> int:
         types[special] = gguf.TokenType.CONTROL
     with writing(out):
         make_folder(out.parent, parents=True)
-        with replacing(out, shared=True) as file, closing(Writer(file.name, "gpt2")) as writer:
+        with (
+            replacing(out, shared=True) as file,
+            closing(gguf.GGUFWriter(file.name, "gpt2")) as writer,
+        ):
             writer.add_name(out.stem)
             writer.add_license(license)
             writer.add_file_type(file_type)
@@ -383,6 +385,14 @@ def export_gguf(path: Path, out: Path, license: str, kind: str) -> int:
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
     return source.context
+
+
+def is_gguf_file(path: Path) -> bool:
+    """Whether a path is a file that begins as the format does. Raises OSError."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def gguf_package() -> ModuleType:
