@@ -283,8 +283,9 @@ def summary_section(run: Run, _readme: Path) -> str:
         rows.append(["model", cell(f"{flags.get('preset')} ({', '.join(shape)})")])
         rows.append(["device", cell(f"{flags.get('device')}, {flags.get('amp')}")])
     if corpus:
-        tokens = numbers_in(corpus).get("tokens", math.nan)
-        rows.append(["corpus", cell(f"{corpus.get('file')}, {tokens:,.0f} tokens")])
+        tokens = numbers_in(corpus).get("tokens")
+        size = "?" if tokens is None else f"{tokens:,.0f}"
+        rows.append(["corpus", cell(f"{corpus.get('file')}, {size} tokens")])
     rows.append(["outcome", outcome(run)])
     add("target", "none" if known.get("target_loss") == 0 else "{target_loss:g}")
     add("window_loss", "{window_loss:.6f} (mean of the last {target_window:.0f} steps)")
@@ -309,8 +310,9 @@ def summary_section(run: Run, _readme: Path) -> str:
     elapsed = known.get("elapsed_sec")
     if elapsed:
         rows.append(["time", reader.duration(elapsed)])
-        rate = known.get("tokens", math.nan) / elapsed
-        rows.append(["tokens per second, saves and samples included", f"{rate:,.0f}"])
+        if "tokens" in known:
+            rate = f"{known['tokens'] / elapsed:,.0f}"
+            rows.append(["tokens per second, saves and samples included", rate])
     return markdown_table(["", "result"], rows, align="---")
 
 
