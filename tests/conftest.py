@@ -56,6 +56,21 @@ TINY_FLAGS = [
 ]
 GPT2 = "--tokenizer=gpt2"
 
+
+def train_on_lines(folder: Path, *flags: str) -> Path:
+    """A run in folder/run, which has learned some of folder/text.txt in 60 steps."""
+    text = folder / "text.txt"
+    lines = [
+        f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200)
+    ]
+    text.write_text("".join(lines), encoding="utf-8", newline="\n")
+    places = [f"--input_file={text}", f"--out_dir={folder / 'run'}"]
+    places.append(f"--cache_dir={folder / 'cache'}")
+    lengths = ["--steps=60", "--save_every=60", "--sample_every=60"]
+    assert train.main([*TINY_FLAGS, *places, *lengths, "--lr=0.02", *flags]) == 0
+    return folder / "run"
+
+
 # On the PATH, where `powershell` is Windows' own, 5.1; or unpacked beside the project.
 BESIDE = ROOT.parent / "shared" / "pwsh" / "pwsh"
 FOUND = shutil.which("pwsh") or shutil.which("powershell")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2, TINY_FLAGS, rows, run_script
+from conftest import GPT2, TINY_FLAGS, rows, run_script, train_on_lines
 from huggingface_hub import metadata_load
 from markdown_it import MarkdownIt
 from safetensors import safe_open
@@ -47,19 +47,7 @@ print(tokenizer.decode(model.generate(**ids, max_length=16, do_sample=False)[0])
 @pytest.fixture(scope="module", params=["gpt2", "bpe:300"])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("export")
-    text = "".join(
-        f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200)
-    )
-    (path / "text.txt").write_text(text, encoding="utf-8", newline="\n")
-    flags = [
-        *TINY_FLAGS,
-        f"--input_file={path / 'text.txt'}",
-        f"--out_dir={path / 'run'}",
-        "--steps=60",
-        "--lr=0.02",
-    ]
-    flags += [f"--tokenizer={request.param}", f"--cache_dir={path / 'cache'}", "--block_size=32"]
-    assert train.main([*flags, "--save_every=60", "--sample_every=60"]) == 0
+    train_on_lines(path, f"--tokenizer={request.param}", "--block_size=32")
     if request.param == "gpt2":
         result = run_script(
             "--checkpoint=run/checkpoints/best.pt", "--out=hf", cwd=path, script="export_hf.py"

@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS
+from conftest import train_on_lines
 from test_tokens import NASTY
 
 import export_hf
 import sample
-import train
 from parts.run.checkpoint import load_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("gguf")]  # `run` is made once
@@ -24,15 +23,8 @@ PROMPT = "Line 1: the"
 def run(request, tmp_path_factory):
     """A model that has learned some of its text, in half of its positions."""
     path = tmp_path_factory.mktemp("gguf")
-    text = "".join(
-        f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, é.\n" for i in range(200)
-    )
-    (path / "text.txt").write_text(text, encoding="utf-8", newline="\n")
-    flags = [*TINY_FLAGS, f"--input_file={path / 'text.txt'}", f"--out_dir={path / 'run'}"]
-    flags += [f"--tokenizer={request.param}", f"--cache_dir={path / 'cache'}", "--steps=60"]
-    flags += ["--lr=0.02", "--block_size=64", f"--seq_len={CONTEXT}", "--sample_every=60"]
-    assert train.main([*flags, "--save_every=60"]) == 0
-    return path / "run"
+    context = ["--block_size=64", f"--seq_len={CONTEXT}"]
+    return train_on_lines(path, f"--tokenizer={request.param}", *context)
 
 
 def export(run: Path, *flags: str) -> Path:
