@@ -350,41 +350,42 @@ def export_gguf(path: Path, out: Path, license: str, kind: str) -> int:
     if out.exists() and not is_gguf_file(out):
         raise FileExistsError(f"--out {out} is no GGUF file: choose another name")
     source = Source(path)
-    config = source.config
-    half = kind == "f16"
-    file_type = gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32
-    types = [gguf.TokenType.NORMAL] * len(source.ids)
-    for special in source.vocabulary.inner.get_added_tokens_decoder():
-        types[special] = gguf.TokenType.CONTROL
     with writing(out):
         make_folder(out.parent, parents=True)
-        with (
-            replacing(out, shared=True) as file,
-            closing(gguf.GGUFWriter(file.name, "gpt2")) as writer,
-        ):
+        with replacing(out, shared=True) as f, closing(gguf.GGUFWriter(f.name, "gpt2")) as writer:
             writer.add_name(out.stem)
             writer.add_license(license)
-            writer.add_file_type(file_type)
-            writer.add_block_count(config.n_layer)
-            writer.add_context_length(source.context)
-            writer.add_embedding_length(config.n_embd)
-            writer.add_feed_forward_length(4 * config.n_embd)
-            writer.add_head_count(config.n_head)
-            writer.add_layer_norm_eps(1e-5)
-            writer.add_tokenizer_model("gpt2")
-            writer.add_tokenizer_pre("gpt-2")
-            writer.add_token_list(list(source.ids))
-            writer.add_token_types(types)
-            writer.add_token_merges(source.vocabulary.merges)
-            writer.add_bos_token_id(source.end)
-            writer.add_eos_token_id(source.end)
-            writer.add_add_bos_token(False)
-            for name, value in gguf_weights(gguf, source, half):
-                writer.add_tensor(name, value)
+            fill_gguf(gguf, writer, source, kind == "f16")
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
     return source.context
+
+
+def fill_gguf(gguf: ModuleType, writer: Any, source: Source, half: bool) -> None:
+    """Hand a model to a writer of the package gguf: its shape, vocabulary and weights."""
+    config, vocabulary = source.config, source.vocabulary
+    types = [gguf.TokenType.NORMAL] * len(source.ids)
+    for special in vocabulary.inner.get_added_tokens_decoder():
+        types[special] = gguf.TokenType.CONTROL
+    file_types = gguf.LlamaFileType
+    writer.add_file_type(file_types.MOSTLY_F16 if half else file_types.ALL_F32)
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(source.context)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(list(source.ids))
+    writer.add_token_types(types)
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_bos_token_id(source.end)
+    writer.add_eos_token_id(source.end)
+    writer.add_add_bos_token(False)
+    for name, value in gguf_weights(gguf, source, half):
+        writer.add_tensor(name, value)
 
 
 def is_gguf_file(path: Path) -> bool:
