@@ -33,10 +33,6 @@ def export(run: Path, *flags: str) -> Path:
     return out
 
 
-def field(path: Path, name: str) -> object:
-    return gguf.GGUFReader(path).get_field(name).contents()
-
-
 @pytest.mark.parametrize("kind", ["f32", "f16"])
 def test_llama_cpp_writes_the_same_text_up_to_the_trained_context(run, kind):
     xllamacpp = pytest.importorskip("xllamacpp", reason="needs xllamacpp (requirements-dev.txt)")
@@ -81,12 +77,13 @@ def test_what_the_file_holds(run, capsys):
     ours = model["h.1.attn.c_attn.weight"].numpy()
     assert np.array_equal(weights["blk.1.attn_qkv.weight"], ours)
     sampler = sample.Sampler(run / "checkpoints/best.pt", "cpu", "off")
-    tokens, types = (field(path, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    said = {name: field.contents() for name, field in reader.fields.items()}
+    tokens, types = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]
     assert len(tokens) == len(model["wte.weight"]) and types.count(3) == 1
     assert tokens[sampler.tokenizer.eot_token] == "<|endoftext|>"
     assert types[sampler.tokenizer.eot_token] == 3
-    assert field(path, "gpt2.context_length") == CONTEXT
-    assert field(path, "tokenizer.ggml.add_bos_token") is False
+    assert said["gpt2.context_length"] == CONTEXT
+    assert said["tokenizer.ggml.add_bos_token"] is False
     half = {
         tensor.name: tensor for tensor in gguf.GGUFReader(export(run, "--gguf_type=f16")).tensors
     }
@@ -129,4 +126,5 @@ def test_an_earlier_file_is_replaced_when_asked(run, tmp_path):
     assert [export_hf.main(flags), export_hf.main(flags)] == [0, 2]
     assert export_hf.main([*flags, "--replace", "--license=mit"]) == 0
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.gguf"]
-    assert field(tmp_path / "new/model.gguf", "general.license") == "mit"
+    license = gguf.GGUFReader(tmp_path / "new/model.gguf").get_field("general.license")
+    assert license.contents() == "mit"
