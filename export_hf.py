@@ -36,11 +36,12 @@ with packages_of("export_hf.py", __name__):
     from parts.compute.device import complaints
     from parts.flags import Config
     from parts.recipe import decide
+    from parts.report.reader import growing_text
     from parts.report.sections import in_markdown
     from parts.run import checkpoint as checkpoints
-    from parts.run.directory import make_folder, new_folder, read_if_there, read_json, replacing
+    from parts.run.directory import is_protected, make_folder, new_folder, read_json, replacing
     from parts.run.layout import RunPaths, SampleBlock, sample_blocks
-    from parts.run.screen import log, speaking
+    from parts.run.screen import log, say, speaking
     from parts.text import vocabulary as vocabularies
     from parts.text.files import read_text
 
@@ -195,7 +196,9 @@ def export(path: Path, out: Path, license: str) -> None:
         "prompts.json": json.dumps(beginnings(blocks), ensure_ascii=False) + "\n",
         "README.md": model_card(checkpoint, source.config, measured, license, sample),
     }
-    present = {file.name for file in ([out] if out.is_file() else out.glob("*"))}
+    if out.is_file():
+        raise FileExistsError(f"--out {out} is a file: name a folder, or NAME.gguf")
+    present = {file.name for file in out.glob("*")}
     if foreign := present - {"model.safetensors", *texts}:
         problem = f"{min(foreign)} is of no export: move it away, or choose another folder"
         raise FileExistsError(f"--out {out}: {problem}")
@@ -216,6 +219,8 @@ def writing(out: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         cause = getattr(error, "strerror", None) or error
         remedy = "free room there, or choose another place"
+        if isinstance(error, PermissionError):
+            remedy = "choose a place where you may write"
         raise OSError(f"--out {out} cannot be written ({cause}): {remedy}") from error
 
 
@@ -225,7 +230,7 @@ def told_by_run(checkpoint: Path, corpus_sha256: str) -> tuple[dict, list[Sample
     corpus = read_json(run.config_json).get("corpus")
     if not isinstance(corpus, dict) or corpus.get("sha256") != corpus_sha256:
         return {}, []
-    return read_json(run.results_json), sample_blocks(read_if_there(run.samples_txt))
+    return read_json(run.results_json), sample_blocks(growing_text(run.samples_txt))
 
 
 def beginnings(blocks: list[SampleBlock]) -> list[str]:
@@ -440,7 +445,7 @@ def import_hf(folder: Path, out: Path) -> None:
     where = f"--from_hf {folder}"
     values = read_config(folder, where)
     text = read_text(folder / "tokenizer.json", "--from_hf")
-    vocabulary = vocabularies.OwnVocabulary(text, "tokenizer.json")
+    vocabulary = vocabularies.OwnVocabulary(text, f"{where}: the file tokenizer.json")
     gpt2 = in_full(vocabularies.load_tokenizer())
     is_gpt2 = vocabulary.inner.get_vocab() == gpt2.inner.get_vocab()
     content = "" if is_gpt2 else vocabulary.content
@@ -454,11 +459,15 @@ def import_hf(folder: Path, out: Path) -> None:
         flags = dict(block_size=positions, seq_len=context, device="cpu", tokenizer=tokenizer)
         config = decide(shape | flags, vocab_size=vocabulary.n_vocab)
         weights = load((folder / "model.safetensors").read_bytes())  # not each disk can map it
+        head = weights.pop("lm_head.weight", None)
         model = {}
         for name, value in weights.items():
             short = name.removeprefix("transformer.")
-            if short != "lm_head.weight" and not short.endswith((".attn.bias", ".masked_bias")):
+            if not short.endswith((".attn.bias", ".masked_bias")):
                 model[short] = transposed(short, value.float())
+        if head is not None and not torch.equal(head.float(), model["wte.weight"]):
+            tied = "and the head of GPT-2 is its embedding wte"
+            raise ValueError(f"{where} has a head of its own, {tied}; choose another model")
         fits = len(model["wte.weight"]) == values["vocab_size"]
         # Some models have padding behind their vocabulary.
         model["wte.weight"] = model["wte.weight"][: vocabulary.n_vocab]
@@ -484,6 +493,8 @@ def import_hf(folder: Path, out: Path) -> None:
 
 def read_config(folder: Path, where: str) -> dict:
     """The config.json of a GPT-2. Raises FileNotFoundError or ValueError for another folder."""
+    if folder.is_file():
+        raise FileNotFoundError(f"{where} is a file: name the folder that holds it")
     if not folder.is_dir():  # perhaps meant is a name of the Hub, which looks like one
         name = folder.name if folder.name.startswith("gpt2-") else "gpt2"
         command = f"hf download openai-community/{name} {' '.join(IMPORTED)} --local-dir {name}"
@@ -494,13 +505,28 @@ def read_config(folder: Path, where: str) -> dict:
     for name in IMPORTED:
         if not (folder / name).is_file():
             needed = f"{', '.join(IMPORTED)}, as save_pretrained writes them"
+            if (folder / "model.safetensors.index.json").is_file():
+                needed += ' with max_shard_size="100GB"'
             raise FileNotFoundError(f"{where} has no {name}: needed are {needed}")
     values = read_json(folder / "config.json")
+    if not values:
+        raise ValueError(f"{where}: config.json is empty or no JSON in UTF-8: download it again")
     for name, value in SAME.items():
         if values.get(name, value) != value:
             problem = f"config.json has {name} {values[name]!r}, and GPT-2 has {value!r}"
             raise ValueError(f"{where}: {problem}; choose another model")
     return values
+
+
+def check_place(out: Path) -> None:
+    """Raises ValueError or OSError for an --out that no export may replace."""
+    if out == Path():
+        raise ValueError("--out is empty or the current folder: name another path")
+    if out.is_symlink() and not out.exists():
+        raise FileNotFoundError(f"--out {out} is a link to nothing: choose another path")
+    if is_protected(out):
+        remedy = "make it writable, or choose another path"
+        raise PermissionError(f"--out {out} is write-protected: {remedy}")
 
 
 @speaking("export_hf.py")
@@ -510,14 +536,19 @@ def main(argv: list[str] | None = None) -> int:
         given = sys.argv[1:] if argv is None else argv
         options = read_flags(Options, given, "export_hf.py", __doc__)
         out, source = options.out, options.checkpoint or options.from_hf
+        check_place(out)
+        if out.is_symlink():
+            out = out.resolve()  # what it points to is replaced, and the link stays
         if source is None or (options.checkpoint and options.from_hf):
             raise ValueError("give either --checkpoint, to export, or --from_hf, to import")
         if out.exists() and not options.replace:
             raise FileExistsError(f"--out {out} is there already: give --replace, or another --out")
+        if options.from_hf and options.license != NO_LICENSE:
+            raise ValueError("--license is for a model card: leave it out with --from_hf")
         if not re.fullmatch(r"[a-z][a-z0-9.-]*", options.license):
             known = f"the Hub's, such as mit, cc0-1.0, other: see {HUB_LICENSES}"
             raise ValueError(f"--license {options.license!r} is none of {known}")
-        is_gguf = out.suffix.lower() == ".gguf"
+        is_gguf = options.out.suffix.lower() == ".gguf"
         if options.gguf_type == "f16" and not is_gguf:
             raise ValueError("--gguf_type f16 is for a GGUF file: give --out NAME.gguf")
         if options.checkpoint:
@@ -532,12 +563,12 @@ def main(argv: list[str] | None = None) -> int:
             export(source, out, options.license)
         else:
             import_hf(source, out)
+        say(f"Wrote {options.out} from {source}{limit}")
     except Exception as error:
         log.error("\n".join(complaints(error)))
         return 2
     except KeyboardInterrupt:
         return 130
-    print(f"Wrote {out} from {source}{limit}")
     return 0
 
 

@@ -8,7 +8,6 @@ The checkpoint knows its model, its vocabulary and the context it was trained on
 gives the same text.
 """
 
-import errno
 import os
 import sys
 import time
@@ -26,11 +25,11 @@ with packages_of("sample.py", __name__):
     import train
     from parts.commandline import decode_escapes, read_flags
     from parts.compute import device
-    from parts.flags import Amp, Between, Config, out_of_range
+    from parts.flags import DEMO_CORPUS, Amp, Between, Config, out_of_range
     from parts.run.checkpoint import checkpoint_in, load_checkpoint, newest_run
-    from parts.run.screen import log, speaking
+    from parts.run.screen import log, say, speaking
     from parts.text import vocabulary
-    from parts.text.files import read_pieces, read_text
+    from parts.text.files import demo_text, read_pieces, read_text
 
 SEPARATOR = "=" * 80
 GRAM = 8  # tokens whose order is looked up in the corpus
@@ -66,7 +65,8 @@ class Options:
     amp: Amp = "auto"
     """precision of matrix products"""
     novelty: Path | None = None
-    """text to look for copied passages in, such as the one trained on"""
+    """text to look for copied passages in, such as the one trained on; pydoc_data.topics: the
+    demo's"""
 
 
 class Sampler:
@@ -106,7 +106,7 @@ class Novelty:
     def __init__(self, path: Path, tokenizer: vocabulary.Tokenizer):
         self.path = path
         self.tokenizer = tokenizer
-        self.text = read_text(path, "--novelty")
+        self.text = demo_text() if path == DEMO_CORPUS else read_text(path, "--novelty")
         self.grams = self.grams_of(self.text)
 
     def grams_of(self, text: str) -> set[bytes]:
@@ -177,12 +177,8 @@ def tell(line: str = "", end: str = "\n") -> None:
 
 def write(text: str) -> None:
     """Write to stdout. Raises BrokenPipeError when nobody reads it any more."""
-    try:
-        print(text, end="", flush=True)
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # Windows' word for that
-            raise BrokenPipeError from error
-        raise
+    if not say(text, end=""):
+        raise BrokenPipeError
 
 
 def run(options: Options) -> None:
@@ -220,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(read_flags(Options, sys.argv[1:] if argv is None else argv, "sample.py", __doc__))
     except BrokenPipeError:  # whoever read the text has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except Exception as error:
         log.error("\n".join(device.complaints(error)))
         return 2

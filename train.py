@@ -89,6 +89,7 @@ with packages_of("train.py", __name__):
         RunDir,
         first_free,
         gigabytes,
+        has_content,
         move,
         read_json,
         write_whole,
@@ -144,17 +145,17 @@ def whole_and_quarters(slices: torch.Tensor, first: int) -> list[torch.Tensor]:
 
 
 def micro_batches(slices: torch.Tensor, n_tokens: int) -> tuple[torch.Tensor, ...]:
-    """The slices in equal parts of at most so many tokens, as few as can be."""
+    """Split the slices into the fewest equal parts of at most `n_tokens` tokens each."""
     seq_len = slices.shape[1] - 1
     return slices.split(largest_divisor(len(slices), max(1, n_tokens // seq_len)))
 
 
-@lru_cache(maxsize=2)  # a step may span two passes
+@lru_cache(maxsize=2)  # a step may end one pass and begin another
 def pass_starts(seed: int, number: int, n_starts: int, seq_len: int) -> np.ndarray:
     """Starts, int64, of the slices of one pass, in random order.
 
-    They are every seq_len-th of a ring of all starts, from a random one on: so each start stays
-    equally likely, and a pass leaves no token out.
+    They are every seq_len-th of a ring of all starts, from a random one on: so each start is
+    equally likely. A pass leaves out fewer than seq_len tokens, at the two ends of the text.
     """
     words = random_words(seed, number, 1 + math.ceil(n_starts / seq_len))
     origin = int(words[0] % np.uint64(n_starts))
@@ -344,7 +345,7 @@ VAL_TOKENS = 2**15  # of the validation split that are measured
 
 
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list]:
-    """The prompts with what `continuations` adds to them, without the `end`."""
+    """Each prompt with the tokens that `continuations` adds to it; `end` is left out."""
     rows = [list(prompt) for prompt in prompts]
     for chosen in continuations(model, prompts, max_new_tokens, **options):
         for row, token in zip(rows, chosen, strict=True):
@@ -408,8 +409,8 @@ def last_features(
 def corpus_losses(
     model: GPT, tokens: np.ndarray, config: Config, step: int, first: int, end: int
 ) -> torch.Tensor:
-    """Losses, float64 (end - first,), nats per token, of slices number `first` to `end` - 1 of the
-    random ones that are drawn for the measurement after this step alone."""
+    """Losses, float64 (end - first,), nats per token, of random slices number `first` to `end` - 1.
+    They are drawn for this step alone: at each step others are measured."""
     starts = slice_starts(config.seed, EVALUATION_STREAM + step, end, len(tokens) - config.seq_len)
     return slice_losses(model, take_slices(tokens, starts[first:], config.seq_len), config)
 
@@ -455,7 +456,7 @@ def slice_losses(model: GPT, slices: torch.Tensor, config: Config) -> torch.Tens
 
 FIRST_LOOK = 16  # slices of the first look at the corpus loss; each further look has twice as many
 LOOK = 128  # slices without which no check is passed, if there are as many
-EXACT = 0.015  # of the target: a standard error that needs no further look
+EXACT = 0.015  # a standard error of at most this part of the target is exact enough
 MAX_SKIPPED_IN_A_ROW = 20  # fp16 skips a few steps while it looks for its scale; 20 mean it is lost
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs, targets -> mean loss
@@ -561,8 +562,8 @@ class Trainer:
         """The model compiled, and compared with itself on slices of each length to come."""
         compiled: Forward = torch.compile(self.model, dynamic=False)
         first = self.progress.step + 1
-        behind_mixed = max(first, min(self.config.mixed_steps + 1, self.config.steps))
-        for step in sorted({first, behind_mixed}):
+        after_mixed = max(first, min(self.config.mixed_steps + 1, self.config.steps))
+        for step in sorted({first, after_mixed}):
             found = self._first_gradients(step, compiled)
             try:
                 expected = self._first_gradients(step, self.model, pieces=4)
@@ -597,8 +598,8 @@ class Trainer:
         tokens = self.corpus.tokens
         n_starts = len(tokens) - c.seq_len
         if c.slices == "shuffled":
-            first = (step - 1) * c.global_batch
-            starts = covering_starts(c.seed, first, c.global_batch, n_starts, c.seq_len)
+            earlier = (step - 1) * c.global_batch
+            starts = covering_starts(c.seed, earlier, c.global_batch, n_starts, c.seq_len)
         else:
             starts = slice_starts(c.seed, step, c.global_batch, n_starts)
         first = self.ranks.rank * c.share
@@ -697,7 +698,7 @@ class Trainer:
                 optimizer.step()
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
-        self.progress.made_step(config, loss, grad_norm, finite)
+        self.progress.made_step(config, loss, grad_norm, lr, finite)
         skipped = self.progress.skipped_in_a_row
         if skipped >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingFailed(
@@ -708,7 +709,7 @@ class Trainer:
 
     @contextmanager
     def telling(self, what: str) -> Iterator[None]:
-        """Around what only tells of the run: its failure is a warning, and the run goes on."""
+        """Around work that training does not depend on: where it fails, that is a warning."""
         try:
             yield
         except Exception as error:  # backends fail in many ways
@@ -782,19 +783,15 @@ class Trainer:
         c, p = self.config, self.progress
         tenth = max(64, p.tokens // c.seq_len // 10)
         usual = min(1024, tenth)
-        most = min(4096, tenth)
-        if not c.target_loss or c.one_low_step_is_enough:
-            most = usual
+        is_checked = c.target_loss and not c.one_low_step_is_enough
+        most = min(4096, tenth) if is_checked else usual
         log.info(words.measuring_line(most, c, p))
         n_slices = usual if at_end else min(FIRST_LOOK, most)
         losses = torch.zeros(0, dtype=torch.float64)
         while True:
-            while len(losses) < n_slices:
-                look_for_signals()
-                first = len(losses)
-                end = min(first + LOOK, n_slices)
-                chunk = corpus_losses(self.model, self.corpus.tokens, c, p.step, first, end)
-                losses = torch.cat([losses, chunk])
+            first = len(losses)
+            more = corpus_losses(self.model, self.corpus.tokens, c, p.step, first, n_slices)
+            losses = torch.cat([losses, more])
             mean, error = mean_and_error(losses)
             errors = 2 if n_slices >= LOOK else 3  # few slices tell little of their spread
             is_above = mean - errors * error > c.target_loss
@@ -805,7 +802,7 @@ class Trainer:
         p.measured_corpus(mean, error, n_slices)
 
     def told(self, elapsed_sec: float) -> None:
-        """The latest step is measured and told; the run has taken so many seconds."""
+        """Note that the latest step is measured and logged, `elapsed_sec` seconds into the run."""
         self.progress.told(elapsed_sec)
 
 
@@ -832,8 +829,8 @@ class BestWeights:
         self.found = {"step": step, "loss": loss, "model": self._latest.take(weights)}
         return self._latest.is_copy
 
-    def handed_over(self) -> dict | None:
-        """What `write` is to write; what is found meanwhile goes into another copy."""
+    def hand_over(self) -> dict | None:
+        """What `write` is to write; what is found from here on goes into another copy."""
         self._written = self._latest
         return self.found
 
@@ -868,7 +865,7 @@ class Saver:
         self.writer = Writer(run)
         self.snapshot = Snapshot(trainer.copying)
         self.best = BestWeights(run, trainer.copying)
-        self.first_step = trainer.progress.step  # of this start
+        self.start_step = trainer.progress.step  # before the first one of this start
         self.begun_step = trainer.progress.step  # of the latest checkpoint, on disk or not
         # So that there is a plot within the first minute.
         self.redrawn = time.monotonic() - REDRAW_SEC / 2
@@ -921,7 +918,7 @@ class Saver:
     def _write_best(self) -> bool:
         """Write what is found to best.pt, now; otherwise forget it: these weights will change."""
         self.writer.finish()
-        found = self.best.handed_over()
+        found = self.best.hand_over()
         if found is not None:
             with self.run.attempt("best.pt"):
                 self.best.write(found, self.trainer.description())
@@ -959,9 +956,16 @@ class Saver:
         if not self.snapshot.is_copy:
             self.writer.finish()
 
+    def save_news(self) -> None:
+        """Save unless the latest step and the best are on disk already. Raises as `save` does."""
+        self.writer.finish()
+        if self.trainer.progress.step != self.saved_step or self.best.found is not None:
+            self.save()
+            self.writer.finish()
+
     def refresh(self) -> None:
         """Write results and plot for whoever looks now, when old and nothing else is written."""
-        has_steps = self.trainer.progress.step > self.first_step
+        has_steps = self.trainer.progress.step > self.start_step
         if has_steps and self._plot_is_old() and not self.writer.busy:
             self.writer.start(self._outcome(StopReason.RUNNING))
 
@@ -974,7 +978,7 @@ class Saver:
         self.run.make()
         trainer = self.trainer
         step = trainer.progress.step
-        best = self.best.handed_over()
+        best = self.best.hand_over()
         description = trainer.description()
         state = self.snapshot.take(trainer.state() | self.run.mark())
         previous = None if step == self.saved_step else self.run.prev  # that of an earlier step
@@ -1027,10 +1031,10 @@ class Saver:
         self.writer.start(self._outcome(stop))
         self.writer.finish()
 
-    def rescue(self) -> None:
-        """Of a run that failed: write the best that is not on disk yet, and its results."""
+    def rescue(self, stop: str) -> None:
+        """After a failure: write the best if best.pt does not hold it yet, and the results."""
         self._write_best()
-        self.publish(StopReason.FAILED)
+        self.publish(stop)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1055,7 +1059,7 @@ def agreed_stop(trainer: Trainer, interruption: Interruption) -> str | None:
 def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
     """Run steps until one of the `COMPLETE` reasons, which is returned, or a signal, whose name is.
 
-    A signal breaks off what only tells of a step; the next start begins with it.
+    A signal breaks off a measurement or a sample; the next start does it again.
     """
     config, p = trainer.config, trainer.progress
     with Interruption() as interruption, step_log(config, p, trainer.corpus, saver.run) as steps:
@@ -1068,16 +1072,14 @@ def train(trainer: Trainer, saver: Saver, tokenizer: Tokenizer) -> str:
             saver.writer.collect()
             trainer.update()
 
-        saver.writer.finish()
-        if p.step != saver.saved_step:
-            saver.save()
+        saver.save_news()
         if stop in COMPLETE:
             try:
                 stop = conclude(trainer, saver, tokenizer, stop)
             except Interrupted as interrupted:
                 stop = interrupted.signal_name
         saver.writer.finish()
-        has_news = p.step > saver.first_step and p.step != p.sampled_step
+        has_news = p.step > saver.start_step and p.step != p.sampled_step
         if stop == "SIGINT" and has_news and config.num_prompts:
             log.info("Sampling once more; Ctrl-C leaves it out ...")
             Interruption.current = None
@@ -1107,13 +1109,14 @@ def tell(trainer: Trainer, saver: Saver, steps: StepLog) -> None:
     trainer.check_target()
     stops = p.stop_reason(config) is not None
     if config.validates and (stops or p.step % config.eval_every == 0):
+        # First, so that a kill during the last measurements costs no step.
         if stops and p.step != saver.saved_step:
             saver.save()
         val_loss = saver.validate()
     elif not config.validates and (stops or p.step % config.target_window == 0):
         saver.consider_window_loss(at_end=stops)
     trainer.told(steps.elapsed_sec())
-    steps.step(learning_rate(p.step, config), val_loss)
+    steps.step(val_loss)
 
 
 def sample_is_due(p: Progress, config: Config) -> bool:
@@ -1128,13 +1131,13 @@ def conclude(trainer: Trainer, saver: Saver, tokenizer: Tokenizer, stop: str) ->
     Returns why it stopped. Raises Interrupted.
     """
     config, p = trainer.config, trainer.progress
-    saver.writer.finish()
     if not p.corpus_reached(config):
         with trainer.telling("The corpus loss"):
             trainer.measure_corpus_loss(at_end=True)
         stop = p.stop_reason(config) or stop
     if config.validates and p.val_step != p.step:
         saver.validate()
+        saver.save_news()
     for line in words.ending(p, config, trainer.corpus, stop):
         log.info(line)
     if p.step != p.sampled_step:
@@ -1146,8 +1149,8 @@ def conclude(trainer: Trainer, saver: Saver, tokenizer: Tokenizer, stop: str) ->
 def follow(config: Config, trainer: Trainer) -> None:
     """What every process but the first does: its share of each step, until the first has enough.
 
-    However the run ends, this process ends well: torchrun would kill the first for the sake of
-    another's exit code, before it has said and saved what it must. Raises OSError.
+    It returns as usual even if the run fails: if this process ended with an error, torchrun would
+    kill the first one before that has saved. Raises OSError.
     """
     configure_torch(config)
     if not config.dry_run:
@@ -1165,8 +1168,8 @@ OUT_OF_MEMORY = "Out of memory: choose a smaller --seq_len or --preset. (%s)"
 
 
 def build_trainer(setup: Setup, ranks: Ranks) -> Trainer:
-    """The trainer at the step where the checkpoint left it; one that measures whole slices for a
-    dry run, since they take the most time and memory.
+    """The trainer, at the step of the checkpoint. In a dry run all its slices are whole: these take
+    the most time and memory.
 
     Raises ValueError when the checkpoint does not fit.
     """
@@ -1209,7 +1212,7 @@ def begin(setup: Setup, trainer: Trainer, saver: Saver) -> None:
         kept = first_free(run.best)
         saver.best.set_aside = kept
         not_compared = "does not compare with the losses from here on"
-        log.info("%s %s: kept as %s", run.best, not_compared, kept)
+        log.info("%s %s: it will be kept as %s", run.best, not_compared, kept)
     trainer.compile()
 
 
@@ -1228,8 +1231,8 @@ def announce_resume(saved: SavedRun, config: Config) -> None:
 def run_training(setup: Setup, trainer: Trainer) -> int:
     """Train, measure, and leave every file of the run whole. Returns the exit code."""
     run = setup.run
-    before = {} if setup.saved is None else read_json(run.config_json)
     facts = None if setup.saved is None else setup.saved.facts
+    before = read_json(run.config_json)
     machine = environment(setup.config.device)
     launch = launch_record(setup.argv, setup.config, setup.corpus, facts, before, machine)
     saver = Saver(run, trainer, launch, trainer.progress.step if setup.continues else 0)
@@ -1240,17 +1243,17 @@ def run_training(setup: Setup, trainer: Trainer) -> int:
         stop = train(trainer, saver, setup.tokenizer)
         return end_training(setup, trainer, saver, stop)
     except TrainingFailed as failure:
-        saver.rescue()
+        saver.rescue(StopReason.FAILED)
         good = "there is no checkpoint yet"
         if saver.saved_step:
-            good = f"the last good checkpoint is {run.last}, of step {saver.saved_step}"
+            good = f"the last good checkpoint, of step {saver.saved_step}, is in {run.last.parent}"
         log.error("Training failed: %s; %s", failure, good)
     except ConnectionError as error:
-        saver.writer.finish()
+        saver.rescue(StopReason.INTERRUPTED)
         again = way_on(setup, saver, f" from step {saver.saved_step}")
         log.error("After step %d: %s. %s", trainer.progress.step, error, again)
     except (RuntimeError, MemoryError) as error:
-        saver.writer.finish()
+        saver.rescue(StopReason.FAILED)
         if not is_out_of_memory(error):
             raise
         log.error(OUT_OF_MEMORY, error)
@@ -1278,8 +1281,8 @@ def end_training(setup: Setup, trainer: Trainer, saver: Saver, stop: str) -> int
     if stop not in COMPLETE:
         log.info(f"Interrupted by {stop} after step {progress.step}. {way_on(setup, saver)}")
         return exit_code(stop)
-    files = [str(path) for path in (run.loss_curve, run.samples_txt) if path.exists()]
-    log.info("See %s", " and ".join(files))
+    files = [str(path) for path in (run.loss_curve, run.samples_txt) if has_content(path)]
+    log.info("See %s", " and ".join(files) or run.train_log)
     log.info(verdict(config, progress, saver.floor, stop))
     log.info(words.next_command(setup.config))
     log.info("Training complete.")
@@ -1296,11 +1299,11 @@ def rehearse(setup: Setup, trainer: Trainer) -> int:
     with waiting("Measuring two steps", total=2, unit="steps") as bar:
         for _ in range(2):  # the first step of a process takes longer
             started = time.perf_counter()
-            trainer.ranks.largest(0)  # the others take part
+            trainer.ranks.largest(STOPS.index(None))  # the others take part
             trainer.update()
             bar.update()
     seconds = time.perf_counter() - started
-    trainer.ranks.largest(1)  # they end
+    trainer.ranks.largest(STOPS.index(StopReason.STEPS))  # they end
     memory = peak_memory(config.device)
     for line in words.rehearsal(config, step, seconds, memory, setup.run.free_bytes()):
         log.info(line)
@@ -1382,7 +1385,7 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
             is_saved = setup.run.last.exists() or setup.run.prev.exists()
             since = " from the last checkpoint"
             again = how_to_continue(argv, setup.config, is_saved, since)
-            log.error("Broken off without saving. %s", again)
+            log.error("Broken off; what was saved before is whole. %s", again)
         return exit_code(name_of(broken_off))
     except OSError as error:
         log.error("%s; what was written before is intact", error)
@@ -1390,7 +1393,7 @@ def run_command(argv: list[str], ranks: Ranks, held: ExitStack) -> int:
 
 
 def ready(argv: list[str], ranks: Ranks, held: ExitStack) -> tuple[Setup, Trainer | None]:
-    """What there is to do, and who does it: no trainer when the run is finished already.
+    """The setup, and the trainer for it: None as trainer when the run is finished already.
 
     Raises ValueError, a line for each problem of any process; SystemExit after --help.
     """

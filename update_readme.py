@@ -40,7 +40,7 @@ with packages_of("update_readme.py", __name__):
     from parts.report.sections import cell, markdown_table, preformatted, shortened
     from parts.run.directory import remove_leftovers, replacing
     from parts.run.layout import RunPaths
-    from parts.run.screen import log, speaking
+    from parts.run.screen import log, say, speaking
     from parts.text.files import is_glob
 
 if TYPE_CHECKING:
@@ -486,6 +486,8 @@ def fill(
 
     With `check` only compare. Returns the exit code; raises ValueError or OSError for bad input.
     """
+    if os.path.islink(os.path.realpath(readme)):
+        raise ValueError(f"--readme {readme} is a link in a circle: name another file")
     if readme.exists():
         before = sections.read_readme(readme)
         after = sections.filled(before, contents, readme)
@@ -497,9 +499,9 @@ def fill(
         if is_stale:
             names = (str(readme), f"{readme} from {source}")
             lines = before.splitlines(), after.splitlines()
-            print(*difflib.unified_diff(*lines, *names, lineterm=""), sep="\n")
+            say("\n".join(difflib.unified_diff(*lines, *names, lineterm="")))
         else:
-            print(f"{readme}: up to date with {source}")
+            say(f"{readme}: up to date with {source}")
         return int(is_stale)
     if is_stale:
         sections.check_writable(readme)
@@ -511,7 +513,7 @@ def fill(
         sections.write_text(readme, after)
     remove_leftovers(readme.resolve())
     done = "made" if not before else "updated" if is_stale else "already up to date"
-    print(f"{readme}: {done} from {source}")
+    say(f"{readme}: {done} from {source}")
     return 0
 
 
@@ -530,7 +532,7 @@ def report_comparison(comparison: Comparison, readme: Path | None, check: bool) 
         return fill(readme, contents, f"{len(runs)} runs", check, draw)
     if check:
         raise ValueError("--check compares a README with the runs: name it with --readme")
-    print(comparison.text())
+    say(comparison.text())
     here = Path.cwd()
     folder = common_parent(runs) or here
     path = (folder if folder.is_relative_to(here) else here) / COMPARISON_PLOT
@@ -542,7 +544,7 @@ def report_comparison(comparison: Comparison, readme: Path | None, check: bool) 
             "that can be written to, and name the runs from there"
         ) from error
     if plot is not None:
-        print(f"\nPlot: {plot.relative_to(here)}")
+        say(f"\nPlot: {plot.relative_to(here)}")
     return 0
 
 

@@ -97,7 +97,7 @@ class BatchFlags:
     mixed_steps: Annotated[int, Between(0, 10**9), "80 % of the steps"] = OPEN
     """in the first N steps, cut three of every four slices into quarters; 0: never"""
     slices: Literal["shuffled", "independent"] = "shuffled"
-    """where they start. shuffled: random order, a pass takes all tokens; independent: anywhere"""
+    """where they start. shuffled: in random order, pass after pass; independent: anywhere"""
     lr: Annotated[float, Between(1e-12, 10)] = OPEN
     """peak learning rate; by default 3.5e-3 with muon, 1e-3 with adamw"""
     min_lr: Annotated[float, Between(0, 10)] = 0.0
@@ -309,7 +309,8 @@ class Config(Flags):
     def problems_of_sizes(self) -> Iterator[str]:
         """What is wrong with the model, its device, the slices of a step and the schedule."""
         if self.n_embd % self.n_head:
-            yield f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}"
+            remedy = "choose a --n_head that divides it"
+            yield f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}: {remedy}"
         if self.n_params > 20e9:
             size = f"{self.n_params:,} parameters"
             yield f"a model of {size} is beyond one device: lower --n_embd or --n_layer"
@@ -331,7 +332,8 @@ class Config(Flags):
             yield f"{slices} do not divide evenly among {self.processes} processes: {remedy}"
         elif self.share % (self.micro_batch or 1):
             micro_batch = f"--micro_batch {self.micro_batch}"
-            yield f"{micro_batch} does not divide {self.share}, the slices of each process"
+            of_each = f"{self.share}, the slices of each process"
+            yield f"{micro_batch} does not divide {of_each}: choose a divisor of it"
         if self.mixed_steps and self.seq_len % 4:
             remedy = "choose a multiple of 4, or --mixed_steps 0"
             yield f"--seq_len {self.seq_len} has no quarters: {remedy}"

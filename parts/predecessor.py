@@ -59,10 +59,11 @@ def vocabulary_of(path: Path, checkpoint: dict) -> str:
     content = checkpoint["tokenizer"]["content"]
     if not content:
         return "gpt2"
-    file = RunPaths.around(path).tokenizer_json
-    with suppress(ValueError):
-        if normal_form(read_if_there(file)) == normal_form(content):
-            return str(file)
+    imported = Path(checkpoint["config"].get("tokenizer", ""))
+    for file in (RunPaths.around(path).tokenizer_json, imported):
+        with suppress(OSError, ValueError):
+            if normal_form(read_if_there(file)) == normal_form(content):
+                return str(file)
     return "PATH.json, with the tokenizer.json of its run"
 
 

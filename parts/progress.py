@@ -40,6 +40,7 @@ class Progress:
     elapsed_sec: float = 0.0
     loss: float = math.nan  # of the latest step's whole slices
     grad_norm: float = math.nan  # of the latest step, before clipping
+    lr: float = math.nan  # learning rate of the latest step
     untold: bool = False  # whether the latest step still has to be measured and logged
     recent_losses: list[float] = field(default_factory=list)  # at most target_window, oldest first
     best_loss: float = math.inf
@@ -121,12 +122,15 @@ class Progress:
 
     # What happened
 
-    def made_step(self, config: Config, loss: float, grad_norm: float, finite: bool) -> None:
+    def made_step(
+        self, config: Config, loss: float, grad_norm: float, lr: float, finite: bool
+    ) -> None:
         """Count a step, whose update was left out if its loss or gradient was not finite."""
         self.step += 1
         self.tokens += config.tokens_per_step
         self.loss = loss
         self.grad_norm = grad_norm
+        self.lr = lr
         self.untold = True
         self.trained_context = max(self.trained_context, config.seq_len)
         if finite:

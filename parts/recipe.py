@@ -124,7 +124,7 @@ RULES: dict[str, Rule] = {  # a rule sees the flags without one, and those above
 WRITE_RANGE = (20_000, 10_000_000)  # bytes of text; the rules were tried from 30 KB to 3 MB
 
 
-def size_of(text: Text) -> float:
+def in_30_kb(text: Text) -> float:
     """Bytes of the text, within the range, as a multiple of 30 KB."""
     low, high = WRITE_RANGE
     return min(max(text.n_bytes, low), high) / 30_000
@@ -132,7 +132,7 @@ def size_of(text: Text) -> float:
 
 def by_size(text: Text, *values: object) -> tuple[object, Origin]:
     """One of three values: for texts below 90 KB, below 900 KB, and longer ones."""
-    value = values[0] if size_of(text) < 3 else values[1] if size_of(text) < 30 else values[2]
+    value = values[0] if in_30_kb(text) < 3 else values[1] if in_30_kb(text) < 30 else values[2]
     return value, Origin(From.TEXT, f"for {text.n_bytes:,} bytes")
 
 
@@ -143,15 +143,15 @@ def write_tokenizer(v: Any, text: Text) -> tuple[object, Origin]:
     For others the own one is several times as fast.
     """
     name = "gpt2"
-    if size_of(text) >= 5 and DEMO_CORPUS not in v.input_file:
-        n_vocab = min(4000, round(600 * size_of(text) ** 0.4 / 50) * 50)
+    if in_30_kb(text) >= 5 and DEMO_CORPUS not in v.input_file:
+        n_vocab = min(4000, round(600 * in_30_kb(text) ** 0.4 / 50) * 50)
         name = f"bpe:{min(n_vocab, text.n_vocab)}"
     return name, Origin(From.TEXT, f"for {text.n_bytes:,} bytes")
 
 
 def write_steps(v: Any, text: Text) -> tuple[object, Origin]:
     """Ten passes up to 300 KB, fewer over more text, which would take hours."""
-    passes = 10 * max(1.0, size_of(text) / 10) ** -0.3
+    passes = 10 * max(1.0, in_30_kb(text) / 10) ** -0.3
     reason = f"{passes:.1f} passes over {text.n_tokens:,} tokens"
     return steps_for(passes * text.n_tokens, v), Origin(From.TEXT, reason)
 

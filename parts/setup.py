@@ -1,4 +1,4 @@
-"""All that a user's input can spoil, checked before anything of a run is written."""
+"""Checks all that can be wrong with a user's input, before any file of a run is written."""
 
 import json
 from contextlib import ExitStack
@@ -81,7 +81,7 @@ class Setup:
 
 
 def prepare(argv: list[str], ranks: Ranks, held: ExitStack, about: str | None = None) -> Setup:
-    """Do everything that the user's input can spoil, and hold the lock of a run that is there.
+    """Do everything that can fail for the user's input, and hold the lock of a run that is there.
 
     Raises ValueError or OSError; writes nothing but token ids, into --cache_dir. `about` heads the
     answer to --help, which raises SystemExit.

@@ -84,7 +84,7 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
 
 @contextmanager
 def packages_of(script: str, name: str) -> Iterator[None]:
-    """Around the imports of a script, called `name`: without a package it ends with a sentence."""
+    """Around the imports of a script, called `name`: without a package, or at Ctrl-C, it ends."""
     if name == "__main__":
         os.environ.pop("MPLBACKEND", None)  # Jupyter's may be missing here, and a PNG needs none
     try:
@@ -95,3 +95,7 @@ def packages_of(script: str, name: str) -> Iterator[None]:
         advice = "activate the virtual environment, or install requirements.txt"
         print(f"{script}: error: {missing}: {advice}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if name != "__main__":
+            raise
+        sys.exit(130)

@@ -511,6 +511,13 @@ def test_reports(bad_report, path, content, expected):
     assert expected in bad_report(path, content).replace("\\", "/")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a right under Windows")
+def test_a_readme_that_is_a_link_to_itself(bad_report):
+    Path("circle.md").symlink_to("circle.md")
+    said = bad_report("notes.txt", b"", "--readme=circle.md")
+    assert "--readme circle.md is a link in a circle: name another file" in said
+
+
 @pytest.mark.parametrize("path", [CSV, "run/config.json", "run/results.json", "README.md"])
 def test_what_cannot_be_reported_is_not_called_stale(bad_report, path):
     """`--check` reads the same files, and has the same answer."""

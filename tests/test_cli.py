@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -20,7 +21,7 @@ from parts import VERSION
 from parts.flags import Config
 from parts.progress import Progress
 from parts.recipe import decide
-from parts.report.provenance import sources_sha256
+from parts.report.provenance import git_commit, sources_sha256
 from parts.report.reader import read_run
 from parts.run.checkpoint import load_checkpoint
 
@@ -387,6 +388,27 @@ def test_each_script_tells_the_version(program, capsys):
     with suppress(SystemExit):
         assert program.main(["--version"]) == 0
     assert capsys.readouterr().out == f"{program.__name__}.py {VERSION}\n"
+
+
+def test_the_commit_of_another_repository_is_not_told(tmp_path, monkeypatch):
+    """As where an archive was unpacked within a repository of one's own."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    place = tmp_path / "tools"
+    place.mkdir()
+    (tmp_path / "own.txt").touch()
+    (place / "train.py").touch()
+    monkeypatch.setattr("parts.report.provenance.ROOT", place)
+
+    def commit(path: str) -> None:
+        author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        for command in (["init", "-q"], ["add", path], [*author, "commit", "-qm", "one"]):
+            subprocess.run(["git", *command], cwd=tmp_path, check=True)
+
+    commit("own.txt")
+    assert git_commit() is None
+    commit("tools/train.py")
+    assert re.fullmatch("[0-9a-f]{40}", git_commit())
 
 
 def test_a_run_tells_version_and_sources(launch, monkeypatch, tmp_path):

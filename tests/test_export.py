@@ -353,7 +353,12 @@ def test_and_back(folder, tmp_path):
         (["--checkpoint=run", "--out=text.txt/new"], "--out text.txt/new cannot be written"),
         (["--from_hf=run", "--out=new"], "--from_hf run has no model.safetensors"),
         (["--from_hf=run/logs", "--out=new"], "--from_hf run/logs has no config.json"),
-        (["--from_hf=text.txt", "--out=new"], "--from_hf text.txt: no such folder"),
+        (["--from_hf=text.txt", "--out=new"], "--from_hf text.txt is a file: name the folder"),
+        (["--from_hf=none", "--out=new"], "--from_hf none: no such folder"),
+        (["--from_hf=hf", "--out=new", "--license=mit"], "--license is for a model card"),
+        (["--checkpoint=run", "--out=", "--replace"], "--out is empty or the current folder"),
+        (["--checkpoint=run", "--out=.", "--replace"], "--out is empty or the current folder"),
+        (["--checkpoint=run", "--out=text.txt", "--replace"], "--out text.txt is a file: name"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(folder, monkeypatch, capsys, flags, message):
@@ -382,9 +387,11 @@ def test_an_earlier_export_or_import_is_replaced_when_asked_and_nothing_else_is(
     ) == 2 and "--out hf is there already: give --replace" in err(capsys)
     Path("hf/notes.txt").write_text("mine", encoding="utf-8")
     shutil.copy(folder / "run/checkpoints/best.pt", "best.pt")
+    Path("README.md").write_text("mine", encoding="utf-8")  # a name that exports have, too
     for flags, problem in (
         ([here, "--out=hf"], "--out hf: notes.txt is of no export"),
-        ([here, "--out=back.pt"], "--out back.pt: back.pt is of no export"),
+        ([here, "--out=back.pt"], "--out back.pt is a file: name a folder"),
+        ([here, "--out=README.md"], "--out README.md is a file: name a folder"),
         ([there, "--out=hf/notes.txt"], "notes.txt is damaged or no checkpoint"),
         ([there, "--out=best.pt"], "--out best.pt is the checkpoint of a run"),
     ):
@@ -428,7 +435,9 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
         ({"n_layer": "1"}, {}),
         ({"n_layer": None}, {}),
         ({"n_layer": 10**7}, {}),
-        ({"n_embd": 16.0}, {}),
+        ({"n_embd": 32.0}, {}),
+        ({"n_positions": 16.0}, {}),
+        ({}, {"lm_head.weight": torch.zeros(300, 32)}),
         ({"n_embd": 10**12}, {}),
         ({"n_head": 0}, {}),
         ({"n_head": 3}, {}),
@@ -450,6 +459,94 @@ def test_another_model_is_not_taken_for_this_one(folder, tmp_path, capsys, confi
         line.startswith(f"export_hf.py: error: --from_hf {other}") for line in lines
     )
     assert not (tmp_path / "x.pt").exists()
+
+
+@whatever_the_vocabulary
+@pytest.mark.skipif(os.name == "nt", reason="links need a right under Windows")
+def test_what_a_link_points_to_is_replaced_and_the_link_stays(
+    folder, tmp_path, monkeypatch, capsys
+):
+    """As where the disk with room is another one. A link to nothing may be a disk that is off."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf", "model.gguf", "back.pt"):
+        Path("link-" + name).symlink_to(tmp_path / "far" / name)
+    sources = {
+        "hf": "--checkpoint=run",
+        "model.gguf": "--checkpoint=run",
+        "back.pt": "--from_hf=hf",
+    }
+    for name, source in sources.items():
+        flag, _, place = source.partition("=")
+        flags = [f"{flag}={folder / place}", f"--out=link-{name}", "--replace"]
+        assert export_hf.main(flags) == 2
+        assert f"--out link-{name} is a link to nothing" in err(capsys)
+        assert export_hf.main([flags[0], f"--out=far/{name}"]) == 0
+        before = (tmp_path / "far" / name).stat().st_ino
+        assert export_hf.main(flags) == 0
+        assert Path("link-" + name).is_symlink()
+        assert (tmp_path / "far" / name).stat().st_ino != before, "replaced"
+    assert sorted(path.name for path in Path("far").iterdir()) == ["back.pt", "hf", "model.gguf"]
+
+
+@whatever_the_vocabulary
+def test_what_is_write_protected_is_not_replaced(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [f"--checkpoint={folder / 'run'}", "--out=model.gguf"]
+    assert export_hf.main(flags) == 0
+    Path("model.gguf").chmod(0o444)
+    assert export_hf.main([*flags, "--replace"]) == 2
+    assert "--out model.gguf is write-protected: make it writable" in err(capsys)
+
+
+@whatever_the_vocabulary
+def test_bad_bytes_in_the_samples_of_a_run_do_not_stop_an_export(folder, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    with open(run / "samples/samples.txt", "ab") as file:
+        file.write(b"\xff\xfe")
+    assert export_hf.main([f"--checkpoint={run}", f"--out={tmp_path / 'hf'}"]) == 0
+    card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
+    assert "**What the run wrote** at step 60" in card
+
+
+@whatever_the_vocabulary
+def test_a_folder_that_cannot_be_imported_is_described(folder, tmp_path, capsys):
+    """Each in one line: what is wrong with it, and what to do."""
+    for number, (spoil, problem) in enumerate(
+        (
+            (
+                lambda path: (path / "config.json").write_bytes(b""),
+                "config.json is empty or no JSON",
+            ),
+            (
+                lambda path: (path / "tokenizer.json").write_text("version https://git-lfs"),
+                "the file tokenizer.json is no tokenizer.json",
+            ),
+            (
+                lambda path: (path / "model.safetensors").rename(
+                    path / "model.safetensors.index.json"
+                ),
+                'as save_pretrained writes them with max_shard_size="100GB"',
+            ),
+        )
+    ):
+        other = shutil.copytree(folder / "hf", tmp_path / str(number))
+        spoil(other)
+        assert export_hf.main([f"--from_hf={other}", f"--out={tmp_path / 'x.pt'}"]) == 2
+        said = err(capsys)
+        assert said.startswith(f"export_hf.py: error: --from_hf {other}") and problem in said
+        assert said.count("\n") == 1
+
+
+@whatever_the_vocabulary
+def test_a_reader_that_is_gone_costs_no_export(folder, tmp_path):
+    """As in a pipe to a program that has ended: all is written, and nothing is said."""
+    command = [sys.executable, str(export_hf.__file__), "--out=hf"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command.append(f"--checkpoint={folder / 'run'}")
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, b"") and (tmp_path / "hf/config.json").exists()
 
 
 def test_padding_behind_the_vocabulary_is_left_out(folder, tmp_path):

@@ -145,6 +145,8 @@ def test_when_one_slice_is_too_much_it_is_one_line_with_a_remedy(launch, monkeyp
     assert "Out of memory: choose a smaller --seq_len or --preset. (tried to" in log_text(
         Path("run")
     )
+    results = json.loads(Path("run/results.json").read_text(encoding="utf-8"))
+    assert results["stop_reason"] == "failed"
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_the_job_on_the_oldest_pytorch_pins_it_alike(tmp_path):
     jobs = (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
     (command,) = re.findall(r"^ +(sed -i .*)$", jobs, re.MULTILINE)
     subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
-    assert [str(one) for one in required("requirements.txt", tmp_path)][0] == "torch==2.11.0"
+    assert str(required("requirements.txt", tmp_path)[0]) == "torch==2.11.0"
     assert_pinned_alike(tmp_path)
 
 

@@ -440,7 +440,9 @@ def test_resume_never_does_not_promise_that_it_continues(launch, break_off, prom
     break_off([3])
     assert launch("run", "--resume=never") == 130
     said = capsys.readouterr().out
-    (command,) = re.findall(r"Broken off without saving\. To start again: (.+)", said)
+    (command,) = re.findall(
+        r"Broken off; what was saved before is whole\. To start again: (.+)", said
+    )
     assert command.startswith("python train.py --n_layer=2 ")
     assert " --out_dir run " in command and command.endswith(" --resume auto")
     break_off([6])

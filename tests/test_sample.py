@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from conftest import GPT2, ROOT, TINY_FLAGS
 import sample
 import train
 from parts.flags import Config
-from parts.run.checkpoint import checkpoint_in, load_checkpoint
+from parts.run.checkpoint import checkpoint_in, load_checkpoint, newest_run
 from parts.text.corpus import load_corpus
 from parts.text.vocabulary import load_tokenizer, train_vocabulary
 
@@ -260,6 +261,32 @@ def test_the_report_on_copies(folder, say):
     out, error = say("--prompt=Line 1:", "--novelty=text.txt", *GREEDY)
     assert "8-grams of tokens that were added are in text.txt; longest passage copied: " in error
     assert out == expected(folder, "Line 1:") + "\n"
+
+
+def test_the_text_of_the_demo_can_be_looked_through(say):
+    """As the README has it."""
+    _, error = say("--prompt=Line 1:", "--novelty=pydoc_data.topics", *GREEDY)
+    assert "that were added are in pydoc_data.topics; longest passage copied: " in error
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes of this kind")
+def test_a_prompt_may_come_from_what_is_no_regular_file(folder, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=["Line 1:"])
+    writer.start()
+    options = sample.Options(prompt_file=pipe)
+    assert list(sample.prompts(options)) == ["Line 1:"]
+    writer.join()
+
+
+def test_a_run_that_may_not_be_read_is_passed_over(folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
+    other = shutil.copytree(folder / "run", folder / "runs/locked")
+    shutil.copytree(folder / "run", folder / "runs/own")
+    os.utime(other / "checkpoints/best.pt", (2**31, 2**31))
+    assert newest_run(folder / "runs") == folder / "runs/own"
+    shutil.rmtree(folder / "runs")
 
 
 @pytest.mark.parametrize(

@@ -24,16 +24,16 @@ def test_every_start_of_the_covering_slices_is_equally_likely():
         assert ((np.bincount(starts, minlength=20) - 500) ** 2 / 500).sum() < 51
 
 
-def test_a_pass_leaves_no_token_out_and_takes_none_twice_but_at_its_seam():
+def test_a_pass_takes_all_of_the_text_but_its_ends_and_little_of_it_twice():
     n_starts, T = 1000, 30
     per_pass = 34  # 1000 / 30, rounded up
     for number in (0, 1, 7):
         starts = train.covering_starts(5, number * per_pass, per_pass, n_starts, T)
-        covered = np.bincount(
-            np.concatenate([(start + np.arange(T)) % n_starts for start in starts])
-        )
-        assert len(covered) == n_starts and covered.min() == 1 and covered.max() == 2
-        assert (covered == 2).sum() == per_pass * T - n_starts
+        targets = np.concatenate([start + 1 + np.arange(T) for start in starts])
+        times = np.bincount(targets, minlength=n_starts + T)
+        assert len(times) == n_starts + T, "within the text"
+        assert times[starts.min() + 1 : starts.max() + T + 1].min() == 1, "no gap between its ends"
+        assert (times[1:] == 0).sum() < T and (times == 2).sum() < T and times.max() == 2
         assert (np.diff(starts) != T).mean() > 0.8, "in random order"
     assert not np.array_equal(
         train.pass_starts(5, 0, n_starts, T), train.pass_starts(5, 1, n_starts, T)

@@ -111,8 +111,8 @@ def test_the_second_leaves_at_once(start, tmp_path, number, code):
             break
     assert process.returncode == code and err.strip() == ANNOUNCEMENTS[number]
     told = (
-        "Broken off without saving. To continue from the last checkpoint: python train.py "
-        "--out_dir run\n"
+        "Broken off; what was saved before is whole. To continue from the last checkpoint: "
+        "python train.py --out_dir run\n"
     )
     assert told in out
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 4

@@ -2,11 +2,12 @@
 failure is a warning."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
 import pytest
-from conftest import assert_same_run, log_text
+from conftest import assert_same_run, log_text, rows
 
 import train
 import update_readme
@@ -104,5 +105,38 @@ def test_a_signal_at_any_look_is_heeded_and_nothing_is_lost(launch, prompt_disk,
             ]
             assert f"after step {step_on_disk()}." in told[-1]
             assert results("run")["stop_reason"] == "interrupted"
+            if results("run")["best_step"]:
+                best = load_checkpoint(Path("run/checkpoints/best.pt"))
+                assert best["step"] == results("run")["best_step"], "what is told is on disk"
     assert codes[:3] == [143] * 3 and set(codes) == {143, 0}
     assert_same_run(Path("whole"), Path("run"))
+
+
+def test_a_step_that_the_next_start_tells_has_its_own_rate(launch, monkeypatch):
+    """The learning rate is that of the flags it was made with; the tokens per second are a mean."""
+    tell = train.tell
+
+    def broken_off(trainer, *rest) -> None:
+        if trainer.progress.step == 6:
+            signal.raise_signal(signal.SIGTERM)
+            look_for_signals()
+        tell(trainer, *rest)
+
+    flags = ["--log_every=1", "--num_prompts=0"]
+    assert launch("whole", *flags, "--steps=40") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "tell", broken_off)
+        assert launch("run", *flags, "--steps=40") == 143
+    assert launch("run", *flags, "--steps=10") == 0
+    told = rows(Path("run"), "step", "lr", "loss")
+    assert told[:6] == rows(Path("whole"), "step", "lr", "loss")[:6]
+    assert float(told[6][1]) < float(told[5][1]), "from here on the shorter schedule"
+    ((tokens, seconds, rate),) = rows(Path("run"), "tokens", "elapsed_sec", "tokens_per_sec")[5:6]
+    assert float(rate) == pytest.approx(float(tokens) / float(seconds), rel=0.01)
+
+
+def test_an_estimate_is_told_once_for_a_step_and_no_empty_file_is_named(launch, prompt_disk):
+    assert launch("run", "--steps=20", "--save_every=10", "--num_prompts=0") == 0
+    log = log_text(Path("run"))
+    assert log.count("ETA ") == 2, "after the second and the tenth step, where a save is due, too"
+    assert re.findall(r"See (.+)", log) == [str(Path("run/logs/train.log"))]

@@ -23,11 +23,11 @@ class SignalCame(KeyboardInterrupt):
 
 
 class BrokenOff(SignalCame):
-    """A signal that is not waited for."""
+    """A signal that ends the program at once."""
 
 
 class Interrupted(SignalCame):
-    """A signal that waits for the step to be done, and not for what only tells of it."""
+    """A signal during a measurement or a sample: this is broken off, and the run is saved."""
 
 
 def name_of(error: KeyboardInterrupt) -> str:

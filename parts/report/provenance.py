@@ -17,9 +17,12 @@ NO_NEWS = OF_ONE_START | {"preset", "processes"}  # flags whose change need not 
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with -dirty when tracked files differ; None outside git."""
+    """The commit of this checkout, with -dirty when tracked files differ; None outside git, and in
+    a repository that does not track these files."""
+    tracked = ["git", "-C", str(ROOT), "ls-files", "--error-unmatch", "train.py"]
     form = ["--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
+        subprocess.run(tracked, capture_output=True, check=True)
         command = ["git", "-C", str(ROOT), "describe", *form]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from parts.commandline import encode_escapes
-from parts.run.directory import replacing
+from parts.run.directory import is_protected, replacing
 
 NAMES = ("PLOT", "SUMMARY", "LOGS", "METRICS", "SAMPLES", "REPRO", "COMPARE")  # of all sections
 MARKER = re.compile(r"<!--AUTO:([A-Z]+):(START|END)-->")
@@ -151,7 +151,7 @@ def check_writable(readme: Path) -> None:
     problem = ""
     if not real.parent.is_dir():
         problem = f"there is no folder {real.parent}: make it"
-    elif real.exists() and not (real.stat().st_mode & 0o222 and os.access(real, os.W_OK)):
+    elif is_protected(real):
         problem = "it is write-protected: make it writable"
     elif not os.access(real.parent, os.W_OK):
         problem = f"the folder {real.parent} is not writable: make it so"

@@ -28,19 +28,23 @@ class StepLog:
         self.run, self.bar = run, bar
         # An untold step was made by the start before: this one only tells of it.
         self.first_step = progress.step + 1 - progress.untold
-        self.line_tokens = progress.tokens - progress.untold * config.tokens_per_step
+        self.line_tokens = progress.tokens
         self.elapsed_before = progress.elapsed_sec
         self.started = self.line_time = self.first_done = time.perf_counter()
         self.hinted = False
+        self.eta_step = 0  # of the latest ETA
 
     def elapsed_sec(self) -> float:
         """Seconds that the run has taken, all its starts together."""
         return self.elapsed_before + time.perf_counter() - self.started
 
-    def step(self, lr: float, val_loss: float | None) -> None:
+    def step(self, val_loss: float | None) -> None:
         """Tell of the step just done, with its validation loss if measured. Raises OSError."""
         config, p, now = self.config, self.progress, time.perf_counter()
-        tokens_per_sec = (p.tokens - self.line_tokens) / (now - self.line_time)
+        tokens, seconds = p.tokens - self.line_tokens, now - self.line_time
+        if tokens == 0:  # a step of the start before, whose time is not known: the whole run's rate
+            tokens, seconds = p.tokens, p.elapsed_sec
+        tokens_per_sec = tokens / seconds
         if p.step == self.first_step:
             self.first_done = now
         text = words.bar_text(p.loss, tokens_per_sec, self.seconds_left())
@@ -52,7 +56,7 @@ class StepLog:
         is_regular = p.step == 1 or p.step % config.log_every == 0
         if is_regular or p.stop_reason(config) or val_loss is not None:
             self.line_time, self.line_tokens = now, p.tokens
-            row = words.step_row(config, p, self.corpus, lr, tokens_per_sec, val_loss)
+            row = words.step_row(config, p, self.corpus, tokens_per_sec, val_loss)
             self.run.append_metrics(row)
             log.info(step_line(row, config.steps))
             hint = None if self.hinted else words.stuck_hint(p, config)
@@ -74,10 +78,12 @@ class StepLog:
         return (self.config.steps - self.progress.step) * sec_per_step
 
     def eta(self) -> None:
-        """Log how long the run still takes at most."""
-        seconds = self.seconds_left()
-        if seconds is not None and not self.progress.stop_reason(self.config):
-            log.info(words.eta_line(self.config, seconds))
+        """Log how long the run still takes at most, once for each step."""
+        seconds, step = self.seconds_left(), self.progress.step
+        if seconds is None or step == self.eta_step or self.progress.stop_reason(self.config):
+            return
+        log.info(words.eta_line(self.config, seconds))
+        self.eta_step = step
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import math
 import shlex
 import statistics
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def plan_warnings(
             f"{c.steps / per_pass:,.3g} passes over this text; about {usual / per_pass:,.3g} are "
             f"usual (--steps {usual})"
         )
-    if c.min_lr == 0 and c.decay_steps < c.steps:
+    if c.min_lr == 0 and (c.decay_steps < c.steps or c.steps == 1):
         found.append(
             f"The learning rate is 0 from step {c.decay_steps:,} on, and nothing is learned any "
             "more: raise --decay_steps or --min_lr"
@@ -187,8 +188,10 @@ def rehearsal(config: Config, step: int, sec: float, memory: int | None, free: f
     ]
     if memory is not None:
         where = "of the card's memory" if c.device.startswith("cuda") else "of memory"
-        copies = f"{gigabytes(state + weights)} for the copies of saves"
-        lines.append(f"Memory: {gigabytes(memory)} {where}, and {copies}")
+        copies = gigabytes(state + 2 * weights)
+        if c.device.startswith("cuda"):  # PyTorch rounds each buffer up to a power of two bytes
+            copies += f" to {gigabytes(2 * (state + 2 * weights))} of the computer's"
+        lines.append(f"Memory: {gigabytes(memory)} {where}, and {copies} for the copies of saves")
     lines.append(
         f"Disk: {gigabytes(3 * state + weights)} at most in {c.out_dir} (last, prev and one being "
         f"written, {gigabytes(state)} each, best {gigabytes(weights)}); {gigabytes(free)} are free"
@@ -213,7 +216,6 @@ def step_row(
     config: Config,
     progress: Progress,
     corpus: Corpus,
-    lr: float,
     tokens_per_sec: float,
     val_loss: float | None,
 ) -> Row:
@@ -222,7 +224,7 @@ def step_row(
     return {
         "step": progress.step,
         "loss": progress.loss,
-        "lr": lr,
+        "lr": progress.lr,
         "tokens_per_sec": tokens_per_sec,
         "elapsed_sec": progress.elapsed_sec,
         "tokens": progress.tokens,
@@ -243,7 +245,8 @@ def bar_text(loss: float, tokens_per_sec: float, seconds_left: float | None) -> 
 
 def clock_after(duration: timedelta) -> str:
     """What this machine's clock shows when something that begins now is over."""
-    return f"{datetime.now() + duration:%a %H:%M}"
+    then = datetime.fromtimestamp(time.time() + duration.total_seconds())
+    return f"{then:%a %H:%M}"
 
 
 def eta_line(config: Config, seconds_left: float) -> str:

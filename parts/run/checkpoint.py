@@ -1,6 +1,7 @@
 """Checkpoints: written whole, read without trust; which one a run continues from."""
 
 import errno
+import os
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from parts.run.layout import RunPaths
 
 CHECKPOINT_FORMAT = 3
 COUNTS = ("corpus_tokens", "step", "trained_context")
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "seq_len", "vocab_size")
 FOLDER = 0x10  # among the attributes of a zip archive's member
 
 
@@ -56,7 +58,7 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
             reads = f"this train.py reads {CHECKPOINT_FORMAT}"
             raise ValueError(f"{path} has format {found!r}, {reads}")
         progress = checkpoint.get("progress")
-        if isinstance(progress, dict) and "measured_in_vain" in progress:  # its name until now
+        if isinstance(progress, dict) and "measured_in_vain" in progress:  # its name before
             progress["validations_since_best"] = progress.pop("measured_in_vain")
     if not is_sound(checkpoint):
         raise ValueError(f"{path} is no checkpoint of train.py")
@@ -96,9 +98,17 @@ def checkpoint_in(path: Path, flag: str) -> Path:
 def newest_run(out: Path) -> Path | None:
     """The run directory in `out` whose best.pt or last.pt changed last; None without any."""
     runs = [RunPaths(folder) for folder in out.glob("*")]
-    files = [path for run in runs for path in (run.best, run.last) if path.is_file()]
+    files = [path for run in runs for path in (run.best, run.last) if can_be_read(path)]
     newest = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
     return None if newest is None else RunPaths.around(newest).root
+
+
+def can_be_read(path: Path) -> bool:
+    """Whether a path is a file that this user may read."""
+    try:
+        return path.is_file() and os.access(path, os.R_OK)
+    except PermissionError:  # of a folder on the way
+        return False
 
 
 def is_sound(checkpoint: object) -> bool:
@@ -114,6 +124,7 @@ def is_sound(checkpoint: object) -> bool:
         return (
             not out_of_range(config)
             and not config.contradictions()
+            and all(type(getattr(config, name)) is int for name in SIZES)
             and {name: tuple(tensor.shape) for name, tensor in weights.items()} == shapes(config)
             and all(tensor.is_floating_point() for tensor in weights.values())
             and all(tensor.isfinite().all() for tensor in weights.values())

@@ -227,6 +227,20 @@ def read_json(path: Path) -> dict:
     return values if isinstance(values, dict) else {}
 
 
+def has_content(path: Path) -> bool:
+    """Whether a file is there and not empty."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def is_protected(path: Path) -> bool:
+    """Whether what is at a path is protected against writing. Replacing it would not notice."""
+    if not path.exists():
+        return False
+    # Root may write everything; of a folder Windows means something else by this mode.
+    of_nobody = path.is_file() and not path.stat().st_mode & 0o222
+    return of_nobody or not os.access(path, os.W_OK)
+
+
 def free_bytes(path: Path) -> float:
     """Room on the disk of a path; infinite where the system does not know, as on some mounts."""
     try:
@@ -432,8 +446,8 @@ class RunDir(RunPaths):
             if error.errno == errno.ENOSPC:
                 room = f" ({gigabytes(self.free_bytes())} free)"
             log.error(
-                f"Could not write {what}: {error}{room}. Training goes on, and all that cannot be "
-                "written is tried again; no file is left half written."
+                f"Could not write {what}: {error}{room}. Training goes on and will write it again "
+                "later; no file is left half written."
             )
 
     def missing(self) -> str:

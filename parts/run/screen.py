@@ -1,6 +1,8 @@
 """What is seen while a script runs: its log lines, and at a terminal what is waited for."""
 
+import errno
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 log = logging.getLogger("train")
-TICK_SEC = 1.0  # also what something takes before its line appears
+TICK_SEC = 1.0  # between two redraws, and before a line appears at all
 COUNTING = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]"
 
 
@@ -57,6 +59,18 @@ def speaking(script: str, silent: bool = False, encoding: str | None = None) -> 
     handler.setFormatter(Form(script))
     with logging_to(handler):
         yield
+
+
+def say(text: str, end: str = "\n") -> bool:
+    """Write to stdout at once. Returns whether anybody reads it. Raises OSError."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail once more at its end
+        if isinstance(error, BrokenPipeError) or error.errno == errno.EINVAL:  # Windows' word
+            return False
+        raise OSError(f"stdout cannot be written: {error.strerror}") from error
+    return True
 
 
 @contextmanager

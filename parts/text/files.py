@@ -151,7 +151,7 @@ def demo_text() -> str:
 
 def read_text(path: Path, flag: str) -> str:
     """The text of one UTF-8 file. Raises OSError, or ValueError when it is empty or not UTF-8."""
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{flag} {path} {problem}: name a UTF-8 text")
     with open(path, "rb") as file:

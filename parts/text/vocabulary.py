@@ -211,7 +211,8 @@ def whole_characters(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[st
 
 
 def part_to_learn_from(config: Config) -> float:
-    """Which part of the bytes surely is trained on: a token has at least one byte."""
+    """Which part of the bytes is trained on, about: the text is cut in tokens, so a little of what
+    is held out may be among them."""
     part = 1 - config.val_fraction
     if config.val_fraction and config.max_tokens:
         part *= min(1.0, config.max_tokens / size_of(config.input_file))
@@ -229,8 +230,8 @@ class TextYieldsFewer(ValueError):
 
 def train_vocabulary(inputs: Sequence[Path], n_vocab: int, part: float = 1.0) -> str:
     """A byte-level BPE of `n_vocab` tokens, as the content of a tokenizer.json, learned from the
-    first `part` of the texts' bytes: what is held out stays unknown. Raises FileNotFoundError or
-    ValueError; `TextYieldsFewer` when the texts do."""
+    first `part` of the texts' bytes. Raises FileNotFoundError or ValueError; `TextYieldsFewer` when
+    the texts do."""
     files = find_files(inputs)
     total = sum(path.stat().st_size for path in files)
     if total == 0:
