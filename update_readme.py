@@ -99,6 +99,8 @@ def draw_loss_curve(out_dir: Path) -> Path | None:
     figure = Figure(figsize=(9, 5.2), dpi=110, layout="constrained")
     axis = figure.add_subplot()
     axis.plot("step", "loss", data=table, color="#9ecae1", linewidth=1, label="loss of one step")
+    if len(table) == 1:  # a line needs two
+        axis.plot("step", "loss", "o", data=table, color="#9ecae1", label="")
     if has_values(table, "window_loss"):
         axis.plot("step", "window_loss", data=table, color="#08519c", linewidth=2)
     measured = reader.validation(run)
@@ -389,7 +391,11 @@ def repro_section(run: Run, _readme: Path) -> str:
         return preformatted("\n".join(shortened(lines, 40)))
     add("runtime", {key: run.flags.get(key) for key in ("device", "amp", "compile", "threads")})
     changed = {f"--{name}" for _, flags in run.changes for name in flags if name not in NO_NUMBERS}
-    every = "The same with every flag, whatever the defaults will be, into another directory:"
+    every = "The same with every flag, into another directory"
+    commit = config.get("git_commit")
+    if isinstance(commit, str) and not commit.endswith("-dirty"):
+        every += f" (git checkout {commit[:12]} first, for the same program)"
+    every += ":"
     if changed:
         names = ", ".join(sorted(changed))
         every = (

@@ -21,7 +21,7 @@ from parts.recipe import decide
 T = TypeVar("T")
 OTHER_NAMES = {  # the flag here: its names in other programs
     "lr": "learning_rate max_lr",
-    "steps": "max_steps max_iters iterations epochs num_epochs num_train_epochs",
+    "steps": "max_steps max_iters iterations epoch epochs num_epochs num_train_epochs",
     "warmup_steps": "warmup warmup_iters",
     "batch_size": "batchsize bs per_device_train_batch_size",
     "grad_accum": "gradient_accumulation_steps",
@@ -188,7 +188,7 @@ def unknown(name: str, names: list[str], script: str) -> str:
     """What to say about a flag that does not exist."""
     for here, others in OTHER_NAMES.items():
         if here in names and name in others.split():
-            remark = REMARKS.get("epochs" if "epochs" in name else name)
+            remark = REMARKS.get("epochs" if "epoch" in name else name)
             return f"--{name} is called --{here} here" + (f"; {remark}" if remark else "")
     nearest = get_close_matches(name, names, 1)
     guess = f"did you mean --{nearest[0]}? " if nearest else ""

@@ -48,7 +48,7 @@ class RunFlags:
 
     preset: Preset = "gpt2"
     """named set of defaults, which any other flag overrides; write: new text from your text in
-    minutes, with defaults that follow from the text, shown for one of 1 MB"""
+    minutes; its defaults follow from the text, and the help shows those for 1 MB"""
     out_dir: Path = OPEN
     """run directory: out/PRESET, or out/PRESET-NAME for a text that is not the preset's own"""
     resume: str = "auto"

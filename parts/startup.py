@@ -70,7 +70,7 @@ def choose_spins(loadavg: str, cores: int) -> tuple[str, str]:
     load = min(float(last_minute), int(tasks.partition("/")[0]) - 1)  # less this program itself
     if load < BUSY * cores:
         return SPINS, ""
-    return SPINS_BESIDE_OTHERS, f"waiting asleep: others keep {load:.1f} of {cores} cores busy"
+    return SPINS_BESIDE_OTHERS, f"idle threads sleep: others keep {load:.1f} of {cores} cores busy"
 
 
 allowed_cores, limit = usable_cores()

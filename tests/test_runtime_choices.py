@@ -174,7 +174,7 @@ def test_machines_may_choose_threads_and_compilation_for_themselves(config):
 def test_a_sample_is_told_on_one_line():
     assert (
         sample_line(20, "ROMEO:\n", "ROMEO:\n\n \n")
-        == "Sample at step 20: ROMEO: (and white space)"
+        == "Sample at step 20: ROMEO: (then white space only)"
     )
     assert sample_line(20, "ROMEO:\n", "ROMEO:\nO, speak\n") == "Sample at step 20: ROMEO: O, speak"
     assert sample_line(20, "", "a " * 150) == f"Sample at step 20: {'a ' * 100} ..."

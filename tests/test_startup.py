@@ -55,7 +55,9 @@ def test_what_the_user_has_set_stays():
 def test_beside_other_programs_threads_that_wait_spin_less(loadavg, spins):
     found, reason = choose_spins(loadavg, 4)
     assert found == spins
-    assert reason == ("waiting asleep: others keep 2.0 of 4 cores busy" if spins != SPINS else "")
+    assert reason == (
+        "idle threads sleep: others keep 2.0 of 4 cores busy" if spins != SPINS else ""
+    )
 
 
 @pytest.mark.parametrize(

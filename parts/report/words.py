@@ -268,7 +268,7 @@ def sample_line(step: int, prompt: str, output: str) -> str:
     if len(words) > SHOWN_OF_SAMPLE:
         rest = " ..."
     elif words == " ".join(prompt.split()):
-        rest = " (and white space)"
+        rest = " (then white space only)"
     return f"Sample at step {step}: {words[:SHOWN_OF_SAMPLE]}{rest}"
 
 
