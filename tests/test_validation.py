@@ -289,7 +289,7 @@ def test_another_content_of_the_validation_text_is_another_measure(here):
     log = log_text(Path("run"))
     kept = [Path(f"run/checkpoints/{name}.pt") for name in ("best", "best-1", "best-2")]
     assert all(
-        f"{kept[0]} does not compare with the losses from here on: kept as {one}" in log
+        f"{kept[0]} does not compare with the losses from here on: it will be kept as {one}" in log
         for one in kept[1:]
     )
 
