@@ -168,7 +168,7 @@ def test_only_of_a_full_disk_the_room_is_told(tmp_path, monkeypatch):
 
 def test_at_the_end_what_is_there_is_named(launch):
     run = RunDir(Path("run"))
-    assert launch("run", "--num_prompts=0", "--steps=2") == 0
+    assert launch("run", "--steps=2") == 0
     assert f"| INFO | See {run.samples_txt}\n" in log_text(run.root), "and no plot"
 
 

@@ -212,7 +212,7 @@ compute, rescue = train.Trainer.add_gradients, train.Saver.rescue
 train.Trainer.add_gradients = lambda t, step, *rest: (
     compute(t, step, *rest) * (float("nan") if step > 5 else 1)
 )
-train.Saver.rescue = lambda saver: (time.sleep(2), rescue(saver))
+train.Saver.rescue = lambda saver, stop: (time.sleep(2), rescue(saver, stop))
 sys.exit(train.main())
 """
 

@@ -11,6 +11,7 @@ import torch
 from conftest import assert_same_run, log_text, rows
 
 import train
+from parts.compute.signals import look_for_signals
 from parts.progress import Progress
 from parts.run.checkpoint import load_checkpoint
 from parts.text.corpus import Corpus
@@ -31,6 +32,7 @@ def random_slices(monkeypatch):
 
     def measured(losses: dict[int, float], otherwise: float = 150.0, spread: float = 0.01) -> list:
         def losses_of(_model, _tokens, _config, step: int, first: int, end: int) -> torch.Tensor:
+            look_for_signals()  # as the measurement does
             asked.append((step, end - first))
             sides = torch.tensor([-spread, spread], dtype=torch.float64).repeat(end)[first:end]
             return losses.get(step, otherwise) + sides
