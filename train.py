@@ -1150,7 +1150,7 @@ def follow(config: Config, trainer: Trainer) -> None:
     """What every process but the first does: its share of each step, until the first has enough.
 
     It returns as usual even if the run fails: if this process ended with an error, torchrun would
-    kill the first one before that has saved. Raises OSError.
+    kill the first one before it has saved. Raises OSError.
     """
     configure_torch(config)
     if not config.dry_run:

@@ -58,7 +58,7 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
             reads = f"this train.py reads {CHECKPOINT_FORMAT}"
             raise ValueError(f"{path} has format {found!r}, {reads}")
         progress = checkpoint.get("progress")
-        if isinstance(progress, dict) and "measured_in_vain" in progress:  # its name before
+        if isinstance(progress, dict) and "measured_in_vain" in progress:  # its earlier name
             progress["validations_since_best"] = progress.pop("measured_in_vain")
     if not is_sound(checkpoint):
         raise ValueError(f"{path} is no checkpoint of train.py")
